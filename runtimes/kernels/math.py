@@ -1,0 +1,132 @@
+"""Elementary functions as TIR expressions over float32 vectors of any number of lanes.
+
+LLVM turns a vector `exp` into one libm call per lane, so every transcendental a kernel needs is a polynomial
+here. Each function takes and returns a TIR expression; the number of lanes is that of its argument. A value used
+more than once is bound with `let`: an expression tree would otherwise repeat the whole subtree at every use.
+
+- `exp`: argument reduction by ln 2 in two parts, degree 6 (coefficients of Cephes' `expf`), 2 ulp; exactly 0 below
+  -87.33 (so -inf gives 0), saturated above 88.37.
+- `gelu`: exact form `x * Phi(x)` through erfc(z) = exp(-p(z)), p of degree 9 fitted on 0 <= z <= 5 for the smallest
+  error of the product; 1e-7 absolute.
+- `gelu_tanh`, `silu`: x * sigmoid(.).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tvm import tirx
+from tvm.script import tirx as T
+
+Expr = Any  # TIR expressions have no common public base class in tvm 0.27
+
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+"""Activation names in the order of their integer codes in the kernels' C interface."""
+
+_EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+_ERFC = (-1.0802000360854436e-06, 2.1518178982660174e-05, -0.00016173925541806966, 0.0004231646889820695,
+         0.0017488287994638085, -0.020869802683591843, 0.10364419221878052, 0.6364004015922546, 1.1283997297286987,
+         0.0)  # fmt: skip
+
+
+def lanes_of(x: Expr) -> int:
+    """Number of lanes of a TIR expression (1 for a scalar)."""
+    dtype = str(x.ty.dtype)
+    return int(dtype.rpartition("x")[2]) if "x" in dtype else 1
+
+
+def splat(value: float, like: Expr) -> Expr:
+    """The float32 constant `value` in as many lanes as `like` has."""
+    lanes = lanes_of(like)
+    return T.float32(value) if lanes == 1 else T.broadcast(T.float32(value), lanes)
+
+
+def let(value: Expr, body: Callable[[Expr], Expr]) -> Expr:
+    """`body(v)` with v bound to `value`, computed once."""
+    var = tirx.Var("v", str(value.ty.dtype))
+    return tirx.Let(var, value, body(var))
+
+
+def polynomial(x: Expr, coefficients: Sequence[float]) -> Expr:
+    """Horner's rule with fused multiply-adds, highest power first."""
+    result = splat(coefficients[0], x)
+    for coefficient in coefficients[1:]:
+        result = T.fma(result, x, splat(coefficient, x))
+    return result
+
+
+def round_half_even(x: Expr) -> Expr:
+    """Round to the nearest integer, ties to even (the default rounding mode of the machine)."""
+    return T.nearbyint(x)
+
+
+def _power_of_two(n: Expr) -> Expr:
+    """2**n for integer-valued float n in -126..127, built in the exponent field."""
+    lanes = lanes_of(n)
+    suffix = "" if lanes == 1 else f"x{lanes}"
+    bias, shift = (T.int32(127), T.int32(23)) if lanes == 1 else (
+        T.broadcast(T.int32(127), lanes), T.broadcast(T.int32(23), lanes))  # fmt: skip
+    return T.reinterpret("float32" + suffix, T.shift_left(T.cast(n, "int32" + suffix) + bias, shift))
+
+
+def exp(x: Expr) -> Expr:
+    """e**x; 0 where x < -87.33, saturated above 88.37."""
+
+    def reduced(x: Expr, n: Expr) -> Expr:
+        r = T.fma(n, splat(-0.6931471824645996, n), x)
+        r = T.fma(n, splat(1.904654323148236e-09, n), r)
+        return let(r, lambda r: T.fma(polynomial(r, _EXP), r * r, r) + splat(1.0, r)) * _power_of_two(n)
+
+    def clamped(v: Expr) -> Expr:
+        inside = T.min(T.max(v, splat(-87.33, v)), splat(88.37, v))
+        scaled = let(inside, lambda c: let(round_half_even(c * splat(1.4426950408889634, c)), lambda n: reduced(c, n)))
+        return T.Select(v < splat(-87.33, v), splat(0.0, v), scaled)
+
+    return let(x, clamped)
+
+
+def sigmoid(x: Expr) -> Expr:
+    """1 / (1 + e**-x)."""
+    return splat(1.0, x) / (splat(1.0, x) + exp(splat(0.0, x) - x))
+
+
+def tanh(x: Expr) -> Expr:
+    """1 - 2 / (1 + e**2x), 1e-7 absolute."""
+    return splat(1.0, x) - splat(2.0, x) / (splat(1.0, x) + exp(x + x))
+
+
+def gelu(x: Expr) -> Expr:
+    """x * Phi(x), the exact (erf) form."""
+
+    def body(x: Expr) -> Expr:
+        magnitude = T.max(x, splat(0.0, x) - x)
+        z = T.min(magnitude * splat(0.7071067811865476, x), splat(5.0, x))
+        erfc = let(z, lambda z: exp(splat(0.0, z) - polynomial(z, _ERFC)))
+        # x > 0: x - x/2 erfc(z); x < 0: x/2 erfc(z). Both are max(x, 0) - |x|/2 erfc(z).
+        return T.max(x, splat(0.0, x)) - splat(0.5, x) * magnitude * erfc
+
+    return let(x, body)
+
+
+def gelu_tanh(x: Expr) -> Expr:
+    """The tanh approximation of GELU: x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x**3))."""
+    inner = lambda x: x * T.fma(x * x, splat(0.07135481627260025, x), splat(1.5957691216057308, x))  # noqa: E731
+    return let(x, lambda x: x * sigmoid(inner(x)))
+
+
+def silu(x: Expr) -> Expr:
+    """x * sigmoid(x)."""
+    return let(x, lambda x: x * sigmoid(x))
+
+
+def relu(x: Expr) -> Expr:
+    """max(x, 0)."""
+    return T.max(x, splat(0.0, x))
+
+
+def activate(x: Expr, activation: str) -> Expr:
+    """Apply the activation named in `ACTIVATIONS`."""
+    functions: dict[str, Callable[[Expr], Expr]] = {
+        "none": lambda v: v, "relu": relu, "gelu": gelu, "gelu_tanh": gelu_tanh, "silu": silu}  # fmt: skip
+    return functions[activation](x)
