@@ -1,1 +1,1 @@
-"""TIR kernels for the CPU, one file per operator family, shared by the ONNX operator library and the TVM backend."""
+"""TIR kernels for the CPU, a file per operator family, shared by the ONNX library and the TVM backend."""

@@ -1,10 +1,11 @@
 """TIR kernels to x86-64 object files with plain C signatures, and the C header that declares them.
 
-A kernel is written once with TVM's IR builder and compiled once per instruction set; the objects need no TVM to run: the
-lowering below leaves out ``MakePackedAPI`` and ``LowerTVMBuiltin``, so that pointer parameters stay pointers
-(``void k(float* noalias x, int64_t n)``) and nothing is left undefined. What the missing passes would have done is
-therefore not available inside a kernel: no ``T.parallel`` (take a range, let the caller split it over its threads) and no
-large ``alloc_buffer`` (it would be a stack array; take scratch memory as a parameter).
+A kernel is written once with TVM's IR builder and compiled once per instruction set; the objects need no
+TVM to run: the lowering below leaves out ``MakePackedAPI`` and ``LowerTVMBuiltin``, so that pointer
+parameters stay pointers (``void k(float* noalias x, int64_t n)``) and nothing is left undefined. What the
+missing passes would have done is therefore not available inside a kernel: no ``T.parallel`` (take a range,
+let the caller split it over its threads) and no large ``alloc_buffer`` (it would be a stack array; take
+scratch memory as a parameter).
 
 Writing a kernel::
 
@@ -16,12 +17,14 @@ Writing a kernel::
 
     KERNELS = [Kernel("scale", "x: const f32*, y: f32*, factor: f32, begin: i64, end: i64", _scale)]
 
-``emit`` is called once per instruction set, inside the function's frame; pointers arrive as flat buffers of unknown
-length, scalars as variables. Python loops unroll, :func:`for_range` makes loops. It must be picklable (a module-level
-function, or ``functools.partial`` of one), because objects are compiled in worker processes.
+``emit`` is called once per instruction set, inside the function's frame; pointers arrive as flat buffers of
+unknown length, scalars as variables. Python loops unroll, :func:`for_range` makes loops. It must be
+picklable (a module-level function, or ``functools.partial`` of one), because objects are compiled in worker
+processes.
 
-Sixteen-lane float vectors are right for both instruction sets (LLVM splits them in two for AVX2); only what uses an
-intrinsic has to look at ``isa``. No parameter may alias another one that is written (they are ``noalias``).
+Sixteen-lane float vectors are right for both instruction sets (LLVM splits them in two for AVX2); only what
+uses an intrinsic has to look at ``isa``. No parameter may alias another one that is written (they are
+``noalias``).
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ from typing import Any
 import tvm
 from tvm import s_tir, tirx
 from tvm.script.ir_builder import IRBuilder
-from tvm.tirx.script.builder import ir as T
+from tvm.tirx.script.builder import ir as T  # noqa: N812 - the name TVM and its users give it
 
 __all__ = [
     "ISAS",
@@ -92,7 +95,8 @@ class Isa:
     registers: int
 
     def target(self) -> tvm.target.Target:
-        """TVM's target; generic in the processor model, so that an object runs on every machine of its level."""
+        """TVM's target; generic in the processor model, so that an object runs on every machine of its
+        level."""
         spec: dict[str, Any] = {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": self.mcpu}
         if self.attributes:
             spec["mattr"] = list(self.attributes)
@@ -118,17 +122,21 @@ class Parameter:
         """``"x: const f32*"`` or ``"n: i64"``; raises ValueError for anything else."""
         match = _PARAMETER.fullmatch(text.strip())
         if match is None or match[3] not in _TYPES:
-            raise ValueError(f"kernel parameter {text!r}: expected 'name: [const] type[*]', type one of {', '.join(_TYPES)}")
+            known = ", ".join(_TYPES)
+            raise ValueError(f"kernel parameter {text!r}: expected 'name: [const] type[*]', type one of
+            {known}")
         dtype, ctype = _TYPES[match[3]]
-        pointer = bool(match[4])
-        return Parameter(match[1], dtype, f"{'const ' if match[2] else ''}{ctype}{'*' if pointer else ''}", pointer)
+        qualifier = "const " if match[2] else ""
+        return Parameter(match[1], dtype, f"{qualifier}{ctype}{match[4]}", bool(match[4]))
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel: C name without the suffix of the instruction set, signature, and the function that emits its body.
+    """A kernel: C name without the suffix of the instruction set, signature, and the function that emits
+    its body.
 
-    ``group`` names the object file the kernel goes to: kernels of a group are compiled together, groups in parallel.
+    ``group`` names the object file the kernel goes to: kernels of a group are compiled together, groups in
+    parallel.
     """
 
     name: str
@@ -147,29 +155,31 @@ class Kernel:
 
     def prim_func(self, isa: Isa) -> tirx.PrimFunc:
         """The TIR function for one instruction set."""
-        with IRBuilder() as builder:
-            with T.prim_func(False, True):
-                T.func_name(self.symbol(isa))
-                T.func_attr({"tirx.noalias": True, "global_symbol": self.symbol(isa)})
-                variables = []
-                for p in self.parameters:
-                    kind = T.handle(p.dtype) if p.pointer else T.var(p.dtype)
-                    variables.append(T.arg(p.name, kind))
-                values = []
-                for p, variable in zip(self.parameters, variables, strict=True):
-                    values.append(T.decl_buffer((_UNBOUNDED,), p.dtype, data=variable, layout=None) if p.pointer else variable)
-                self.emit(isa, *values)
+        with IRBuilder() as builder, T.prim_func(False, True):
+            T.func_name(self.symbol(isa))
+            T.func_attr({"tirx.noalias": True, "global_symbol": self.symbol(isa)})
+            variables = []
+            for p in self.parameters:
+                variables.append(T.arg(p.name, T.handle(p.dtype) if p.pointer else T.var(p.dtype)))
+            values = []
+            for p, variable in zip(self.parameters, variables, strict=True):
+                whole = (_UNBOUNDED,)
+                values.append(T.decl_buffer(whole, p.dtype, data=variable, layout=None) if p.pointer else
+                variable)
+            self.emit(isa, *values)
         return builder.get()
 
 
 def for_range(begin: Any, end: Any) -> Any:
-    """``for (int64_t i = begin; i < end; ++i)`` as a context manager that yields i; bounds int64 expressions or ints."""
+    """``for (int64_t i = begin; i < end; ++i)`` as a context manager that yields i; bounds int64
+    expressions or ints."""
     begin, end = (tirx.const(v, "int64") if isinstance(v, int) else v for v in (begin, end))
     return T.serial(begin, end)
 
 
 def when(condition: Any) -> Any:
-    """``if (condition)`` as a context manager (use ``T.If``, ``T.Then`` and ``T.Else`` where there is an else)."""
+    """``if (condition)`` as a context manager (use ``T.If``, ``T.Then`` and ``T.Else`` where there is an
+    else)."""
     return _When(condition)
 
 
@@ -230,7 +240,9 @@ def _lower(functions: dict[str, tirx.PrimFunc], target: tvm.target.Target) -> tv
     )(module)
 
 
-def compile_object(kernels: Sequence[Kernel], isa: Isa, path: str | os.PathLike[str], *, assembly: bool = False) -> Path:
+def compile_object(
+    kernels: Sequence[Kernel], isa: Isa, path: str | os.PathLike[str], *, assembly: bool = False
+) -> Path:
     """Compile kernels for one instruction set into one object file (or assembly, for reading), atomically.
 
     Returns:
@@ -249,12 +261,15 @@ def compile_object(kernels: Sequence[Kernel], isa: Isa, path: str | os.PathLike[
 
 
 def header(kernels: Sequence[Kernel], guard: str = "ISOFOLD_KERNELS_H") -> str:
-    """The C header: a prototype per kernel and instruction set, a table of pointers, and one table per instruction set.
+    """The C header: a prototype per kernel and instruction set, a table of pointers, and one table per
+    instruction set.
 
-    ``struct isofold_kernels`` has one member per kernel; ``isofold_kernels_v3`` and ``isofold_kernels_v4`` are filled
-    constants of it, so that a caller picks the instruction set once: ``k = has_vnni ? &isofold_kernels_v4 : ...``.
+    ``struct isofold_kernels`` has one member per kernel; ``isofold_kernels_v3`` and ``isofold_kernels_v4``
+    are filled constants of it, so that a caller picks the instruction set once: ``k = has_vnni ?
+    &isofold_kernels_v4 : ...``.
     """
-    lines = ["// Generated by isofold; do not edit.", f"#ifndef {guard}", f"#define {guard}", "#include <stdint.h>"]
+    lines = ["// Generated by isofold; do not edit.", f"#ifndef {guard}", f"#define {guard}"]
+    lines += ["#include <stdint.h>"]
     lines += ["#ifdef __cplusplus", 'extern "C" {', "#endif"]
     for isa in ISAS:
         for k in kernels:
@@ -277,11 +292,12 @@ def build_objects(
     progress: Callable[[str, int, int], None] | None = None,
     workers: int | None = None,
 ) -> list[Path]:
-    """Compile all kernels for all instruction sets into ``out_dir``, one object per group and instruction set.
+    """Compile all kernels for all instruction sets into ``out_dir``, one object per group and instruction
+    set.
 
-    The header is written beside them as ``kernels.h``. The v3 objects come first in the result, and must come first on the
-    linker's command line: every object carries weak copies of LLVM's float16 helpers compiled for its own level, and the
-    linker keeps the first.
+    The header is written beside them as ``kernels.h``. The v3 objects come first in the result, and must
+    come first on the linker's command line: every object carries weak copies of LLVM's float16 helpers
+    compiled for its own level, and the linker keeps the first.
 
     Args:
         progress: called as ``progress(what, done, total)`` after each object.
@@ -299,9 +315,9 @@ def build_objects(
     groups: dict[str, list[Kernel]] = {}
     for k in kernels:
         groups.setdefault(k.group, []).append(k)
-    jobs = [(members, isa, out / f"{group}_{isa.name}.o") for isa in ISAS for group, members in groups.items()]
+    jobs = [(members, isa, out / f"{name}_{isa.name}.o") for isa in ISAS for name, members in groups.items()]
     workers = min(len(jobs), workers or len(os.sched_getaffinity(0)))
-    # spawn: a forked child would inherit the locks of the parent's thread pools (torch, ONNX Runtime) in unknown states
+    # spawn: a forked child would inherit the locks of the parent's thread pools (torch) in unknown states
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         slowest_first = sorted(jobs, key=lambda job: -len(job[0]))
         futures = {pool.submit(compile_object, *job): job[2] for job in slowest_first}
