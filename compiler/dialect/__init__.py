@@ -1,0 +1,40 @@
+"""The isofold dialect: torch custom operators for what ATen cannot say (docs/dialect.md).
+
+Importing this package registers every operator. `OPERATORS` maps names to their records.
+"""
+
+from .attention import attention
+from .conv_packed import conv_packed
+from .dequantize_weight import dequantize_weight
+from .embedding_packed import embedding_packed
+from .gated import gated
+from .linear_packed import linear_packed
+from .linear_packed_float import linear_packed_float
+from .norm import norm
+from .norm_quantize import norm_quantize
+from .operator import NAMESPACE, ONNX_DOMAIN, ONNX_VERSION, OPERATORS, Cost, Operator, operator_of
+from .quantize_activation import quantize_activation
+from .quantize_dequantize import quantize_dequantize
+from .rotary import rotary
+
+__all__ = [
+    "NAMESPACE",
+    "ONNX_DOMAIN",
+    "ONNX_VERSION",
+    "OPERATORS",
+    "Cost",
+    "Operator",
+    "attention",
+    "conv_packed",
+    "dequantize_weight",
+    "embedding_packed",
+    "gated",
+    "linear_packed",
+    "linear_packed_float",
+    "norm",
+    "norm_quantize",
+    "operator_of",
+    "quantize_activation",
+    "quantize_dequantize",
+    "rotary",
+]

@@ -1,0 +1,24 @@
+"""`isofold::dequantize_weight`: a float weight from integer codes, `scale * (codes - zero)` per group.
+
+It stands where a quantized weight was, before packing. Exact up to one rounding of the product.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .operator import Cost, operator, tensor_bytes
+from .packing import dequantize
+
+
+@operator(
+    onnx_name="DequantizeWeight",
+    schema="(Tensor codes, Tensor scale, Tensor? zero, int group_size) -> Tensor",
+    shape=lambda codes, scale, zero, group_size: scale.new_empty(codes.shape),
+    cost=lambda codes, scale, zero, group_size: Cost(
+        tensor_bytes(codes, scale, zero), int(codes.numel()) * scale.element_size(), 2 * int(codes.numel())
+    ),
+)
+def dequantize_weight(codes: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:
+    """codes int8 `[N, ...]`, scale `[N, G]`, zero int8 `[N, G]` or None → weight with the shape of codes."""
+    return dequantize(codes, scale, zero, group_size)

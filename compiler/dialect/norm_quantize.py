@@ -1,0 +1,47 @@
+"""`isofold::norm_quantize`: `norm`, then `quantize_activation` of its result, in one pass over the rows.
+
+The composition itself (BITWISE equal to the two operators in the reference; kernels may round sums in
+another order).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .norm import norm, norm_cost
+from .operator import operator
+from .packing import ceil_to
+from .quantize_activation import quantize_activation
+
+
+def _shape(x: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    align = rest[-1]
+    assert isinstance(align, int)
+    codes = x.new_empty([*x.shape[:-1], ceil_to(x.shape[-1], align)], dtype=torch.uint8)
+    pair = x.new_empty([2] if rest[3] is not None else [*x.shape[:-1], 2])
+    return torch.empty_like(x), torch.empty_like(x), codes, pair
+
+
+@operator(
+    onnx_name="NormQuantize",
+    schema=(
+        "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? params, float eps, str kind, "
+        "int align) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    shape=_shape,
+    cost=norm_cost,
+)
+def norm_quantize(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    params: Tensor | None,
+    eps: float,
+    kind: str,
+    align: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x `[..., K]` → (sum, y, u uint8 `[..., ceil(K, align)]`, params `[..., 2]` or `[2]`)."""
+    total, y = norm.reference(x, residual, weight, bias, eps, kind)
+    return (total, y, *quantize_activation.reference(y, params, align))

@@ -1,0 +1,222 @@
+"""Packed weight layouts: the one encoder and the one decoder for PyTorch, ONNX and TVM.
+
+The index formulas are those of docs/dialect.md. For a code matrix w `[N, K]` with `Np = ceil(N, 16)` and
+`Kp = ceil(K, max(32, group_size))`:
+
+    int8:  P[b, c, r, j] = w[16 b + r, 4 c + j]                               int8  [Np/16, Kp/4, 16, 4]
+    int4:  P[b, c, r, j] = low nibble  w[16 b + r, 8 c + j]                    uint8 [Np/16, Kp/8, 16, 4]
+                           high nibble w[16 b + r, 8 c + 4 + j]
+
+Example (int4, one row, K = 8, w = 0 1 2 3 -1 -2 -3 -4): c = 0, r = 0, bytes j = 0..3 are
+0xF0, 0xE1, 0xD2, 0xC3: low nibbles 0 1 2 3, high nibbles -1 -2 -3 -4 in two's complement.
+
+Rows >= N and columns >= K are zero codes with scale 0. Both directions are exact (BITWISE).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import InputError
+
+LANES = 16
+"""Output features that share one 64-byte vector of weights."""
+
+
+def ceil_to(a: int, b: int) -> int:
+    """`a` rounded up to a multiple of `b` (works on symbolic integers too)."""
+    return (a + b - 1) // b * b
+
+
+def alignment(group_size: int) -> int:
+    """Multiple to which K is padded: `max(32, group_size)`."""
+    return max(32, group_size)
+
+
+def code_range(bits: int, symmetric: bool) -> tuple[int, int]:
+    """Smallest and largest code. Symmetric int8 leaves out -128, so that a sign flip is always possible."""
+    if bits == 8:
+        return (-127, 127) if symmetric else (-128, 127)
+    if bits == 4:
+        return (-8, 7)
+    raise InputError("Unknown weight width", expected="4 or 8 bits", got=f"{bits} bits")
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """Tensors of one packed matrix, shaped as in docs/dialect.md, and what decoding them needs."""
+
+    weight: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    wsum: Tensor
+    n: int
+    k: int
+    bits: int
+    group_size: int
+    scale_multiplier: float
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        tensors = (self.weight, self.scale, self.zero, self.wsum)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def storable_scale(scale: Tensor, group_size: int) -> tuple[Tensor, float]:
+    """Round `scale` `[N, G]` to what the layout stores.
+
+    Returns the rounded values (float32, same shape) and the power-of-two multiplier. Per-channel scales
+    (group_size 0) are float32 and come back unchanged with multiplier 1. Quantizers call this before they
+    round codes, so that no error is added by storing the scale.
+    """
+    scale = scale.to(torch.float32)
+    if group_size == 0:
+        return scale, 1.0
+    largest = float(scale.abs().max())
+    multiplier = 2.0 ** math.frexp(largest)[1] if largest > 0 else 1.0
+    return (scale / multiplier).to(torch.float16).to(torch.float32) * multiplier, multiplier
+
+
+def pack_codes(codes: Tensor, bits: int, group_size: int) -> Tensor:
+    """Codes int8 `[N, K]` → packed weight (layout above)."""
+    low, high = code_range(bits, symmetric=False)
+    if codes.dtype != torch.int8 or codes.dim() != 2:
+        raise InputError(
+            "Codes to pack have the wrong type", expected="int8 [N, K]", got=f"{codes.dtype} {list(codes.shape)}"
+        )
+    if codes.numel() and not (low <= int(codes.min()) and int(codes.max()) <= high):
+        raise InputError(
+            f"Codes do not fit {bits} bits",
+            expected=f"{low}..{high}",
+            got=f"{int(codes.min())}..{int(codes.max())}",
+        )
+    n, k = codes.shape
+    padded = F.pad(codes, (0, ceil_to(k, alignment(group_size)) - k, 0, ceil_to(n, LANES) - n))
+    blocks, columns = padded.shape[0] // LANES, padded.shape[1]
+    if bits == 8:
+        return padded.reshape(blocks, LANES, columns // 4, 4).permute(0, 2, 1, 3).contiguous()
+    nibbles = (padded & 0x0F).to(torch.uint8).reshape(blocks, LANES, columns // 8, 2, 4).permute(0, 2, 3, 1, 4)
+    return (nibbles[:, :, 0] | (nibbles[:, :, 1] << 4)).contiguous()
+
+
+def unpack_codes(packed: Tensor, n: int, k: int, bits: int) -> Tensor:
+    """Packed weight → codes int8 `[n, k]`; inverse of `pack_codes`."""
+    blocks, steps = packed.shape[:2]
+    if bits == 8:
+        rows = packed.permute(0, 2, 1, 3).reshape(blocks * LANES, steps * 4)
+    else:
+        signed = [((nibble.to(torch.int8) ^ 8) - 8) for nibble in (packed & 0x0F, packed >> 4)]
+        rows = torch.stack(signed, dim=2).permute(0, 3, 1, 2, 4).reshape(blocks * LANES, steps * 8)
+    return rows[:n, :k].contiguous()
+
+
+def pack_groups(values: Tensor, k: int, group_size: int, dtype: torch.dtype) -> Tensor:
+    """Per-group values `[N, G]` → `[Np/16, Gp, 16]` with zero padding, `Gp` the groups of the padded K."""
+    n, g = values.shape
+    groups = ceil_to(k, alignment(group_size)) // group_size if group_size else 1
+    padded = F.pad(values, (0, groups - g, 0, ceil_to(n, LANES) - n))
+    return padded.reshape(-1, LANES, groups).permute(0, 2, 1).to(dtype).contiguous()
+
+
+def unpack_groups(packed: Tensor, n: int, k: int, group_size: int) -> Tensor:
+    """Inverse of `pack_groups`: `[Np/16, Gp, 16]` → `[n, ceil(k / group_size)]`."""
+    groups = -(-k // group_size) if group_size else 1
+    return packed.permute(0, 2, 1).reshape(-1, packed.shape[1])[:n, :groups].contiguous()
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:
+    """`scale * (codes - zero)` with groups along the last dimension of the flattened codes.
+
+    codes int8 `[N, K]` or `[O, C, ...]`; scale and zero `[N, G]`. Result has the dtype of scale.
+    """
+    flat = codes.flatten(1).to(scale.dtype)
+    k = flat.shape[1]
+    if group_size:
+        scale = scale.repeat_interleave(group_size, 1)[:, :k]
+        zero = None if zero is None else zero.repeat_interleave(group_size, 1)[:, :k]
+    centred = flat if zero is None else flat - zero.to(scale.dtype)
+    return (centred * scale).reshape(codes.shape)
+
+
+def pack_linear(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int) -> PackedLinear:
+    """Pack a quantized matrix: codes int8 `[N, K]`, scale `[N, G]`, zero int8 `[N, G]` or None.
+
+    The scales must already be storable (`storable_scale`), else packing would change the value.
+    """
+    n, k = codes.shape
+    stored, multiplier = storable_scale(scale, group_size)
+    if not torch.equal(stored, scale.to(torch.float32)):
+        raise InputError(
+            "Scales are not representable in the packed layout",
+            expected="float16 values times a power of two (packing.storable_scale)",
+            got=f"largest difference {float((stored - scale).abs().max()):.3g}",
+            hint="round scales with packing.storable_scale before rounding the codes",
+        )
+    wsum = dequantize(codes, scale.to(torch.float64), zero, group_size).sum(1)
+    return PackedLinear(
+        weight=pack_codes(codes, bits, group_size),
+        scale=pack_groups(stored / multiplier, k, group_size, torch.float16 if group_size else torch.float32),
+        zero=None if zero is None else pack_groups(zero, k, group_size, torch.int8),
+        wsum=F.pad(wsum, (0, ceil_to(n, LANES) - n)).to(torch.float32),
+        n=n,
+        k=k,
+        bits=bits,
+        group_size=group_size,
+        scale_multiplier=multiplier,
+    )
+
+
+def unpack_weight(
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    n: int,
+    k: int,
+    bits: int,
+    group_size: int,
+    scale_multiplier: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Decode a packed matrix to `[n, k]` of `dtype` (float32 or float64): the truth every kernel answers to."""
+    codes = unpack_codes(weight, n, k, bits)
+    scales = unpack_groups(scale, n, k, group_size).to(dtype) * scale_multiplier
+    zeros = None if zero is None else unpack_groups(zero, n, k, group_size)
+    return dequantize(codes, scales, zeros, group_size)
+
+
+def interleave_gated(gate: Tensor, up: Tensor) -> Tensor:
+    """Rows of a gated pair, interleaved in blocks of 16 after padding each half: `[N, ...] x 2 → [2 Np, ...]`.
+
+    Rows 32 i .. 32 i + 15 are gate, 32 i + 16 .. 32 i + 31 up, so that one tile holds both factors.
+    """
+    halves = [F.pad(t, [0, 0] * (t.dim() - 1) + [0, ceil_to(t.shape[0], LANES) - t.shape[0]]) for t in (gate, up)]
+    blocks = torch.stack([h.unflatten(0, (-1, LANES)) for h in halves], dim=1)
+    return blocks.flatten(0, 2)
+
+
+def split_gated(rows: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Inverse of `interleave_gated`: `[2 Np, ...]` → gate and up, each `[n, ...]`."""
+    blocks = rows.unflatten(0, (-1, 2, LANES))
+    return blocks[:, 0].flatten(0, 1)[:n], blocks[:, 1].flatten(0, 1)[:n]
+
+
+def pack_embedding_codes(codes: Tensor, bits: int) -> Tensor:
+    """Codes int8 `[V, D]` → int8 `[V, D]`, or for 4 bits uint8 `[V, ceil(D/2)]` with the even index in the low nibble."""
+    if bits == 8:
+        return codes.contiguous()
+    nibbles = (F.pad(codes, (0, codes.shape[1] % 2)) & 0x0F).to(torch.uint8)
+    return (nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)).contiguous()
+
+
+def unpack_embedding_codes(packed: Tensor, dim: int, bits: int) -> Tensor:
+    """Inverse of `pack_embedding_codes` on any leading shape: `[..., bytes]` → int8 `[..., dim]`."""
+    if bits == 8:
+        return packed
+    pair = torch.stack([((nibble.to(torch.int8) ^ 8) - 8) for nibble in (packed & 0x0F, packed >> 4)], dim=-1)
+    return pair.flatten(-2)[..., :dim]

@@ -1,0 +1,1 @@
+"""The ONNX backend: export, op library, artefacts. Importing it imports nothing heavy."""
