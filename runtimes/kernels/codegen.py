@@ -123,8 +123,8 @@ class Parameter:
         match = _PARAMETER.fullmatch(text.strip())
         if match is None or match[3] not in _TYPES:
             known = ", ".join(_TYPES)
-            raise ValueError(f"kernel parameter {text!r}: expected 'name: [const] type[*]', type one of
-            {known}")
+            expected = f"expected 'name: [const] type[*]', type one of {known}"
+            raise ValueError(f"kernel parameter {text!r}: {expected}")
         dtype, ctype = _TYPES[match[3]]
         qualifier = "const " if match[2] else ""
         return Parameter(match[1], dtype, f"{qualifier}{ctype}{match[4]}", bool(match[4]))
@@ -164,8 +164,9 @@ class Kernel:
             values = []
             for p, variable in zip(self.parameters, variables, strict=True):
                 whole = (_UNBOUNDED,)
-                values.append(T.decl_buffer(whole, p.dtype, data=variable, layout=None) if p.pointer else
-                variable)
+                values.append(
+                    T.decl_buffer(whole, p.dtype, data=variable, layout=None) if p.pointer else variable
+                )
             self.emit(isa, *values)
         return builder.get()
 
