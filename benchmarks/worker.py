@@ -1,0 +1,198 @@
+"""One competitor in a process of its own: loads a model once, then runs and times it when told.
+
+The harness starts this file with the interpreter of the environment that holds the engine, writes one JSON
+specification line and then commands to standard input, and reads one JSON line per answer. Needs numpy and the
+engine, nothing of isofold.
+
+Specification: ``engine`` (onnxruntime | openvino | read | vnni), ``threads``, and for models ``model``, ``inputs``
+(an .npz), optionally ``library`` (custom operators), ``optimize`` (onnxruntime's graph optimization level),
+``precision`` (OpenVINO's inference precision). Commands: ``time`` (n runs, seconds of each), ``outputs`` (write
+an .npz), ``memory`` (bytes of this process), ``profile`` (n runs, microseconds and count by operator type), ``quit``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+
+class OnnxRuntime:
+    """A session whose inputs and outputs are bound once, so that a run is the graph and nothing else."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        import onnxruntime
+
+        # The timings would include the writing of warnings that every constructed model triggers once.
+        onnxruntime.set_default_logger_severity(3)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = spec["threads"]
+        options.inter_op_num_threads = 1
+        if spec.get("optimize") is not None:
+            options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, spec["optimize"])
+        if spec.get("library"):
+            options.register_custom_ops_library(spec["library"])
+        if spec.get("profile"):
+            options.enable_profiling = True
+            options.profile_file_prefix = spec["profile"]
+        self.session = onnxruntime.InferenceSession(spec["model"], options, providers=["CPUExecutionProvider"])
+        self.names = [output.name for output in self.session.get_outputs()]
+        self.feeds: dict[str, Any] = {}
+        wanted = {node.name for node in self.session.get_inputs()}
+        if spec.get("inputs"):
+            with np.load(spec["inputs"]) as arrays:
+                self.feeds = {name: arrays[name] for name in arrays.files if name in wanted}
+        missing = wanted - set(self.feeds)
+        if missing:
+            raise ValueError(f"{spec['model']} wants inputs {sorted(missing)}, not in {spec.get('inputs')}")
+        self.binding = self.session.io_binding()
+        for name, value in self.feeds.items():
+            self.binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
+        # The first run allocates the outputs, the timed ones write into the same memory again.
+        for name in self.names:
+            self.binding.bind_output(name, "cpu")
+        self.session.run_with_iobinding(self.binding)
+        for name, value in zip(self.names, self.binding.get_outputs(), strict=True):
+            self.binding.bind_ortvalue_output(name, value)
+
+    def run(self) -> None:
+        self.session.run_with_iobinding(self.binding)
+
+    def outputs(self) -> list[Any]:
+        return [np.asarray(value) for value in self.session.run(self.names, self.feeds)]
+
+    def profile(self, runs: int) -> dict[str, list[float]]:
+        for _ in range(runs):
+            self.run()
+        path = self.session.end_profiling()
+        with open(path, encoding="utf-8") as stream:
+            events = json.load(stream)
+        os.unlink(path)
+        total: dict[str, list[float]] = {}
+        for event in events:
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                entry = total.setdefault(event["args"]["op_name"], [0.0, 0])
+                entry[0] += event["dur"]
+                entry[1] += 1
+        # The run that bound the outputs is in the same profile.
+        return {name: [value / (runs + 1), count / (runs + 1)] for name, (value, count) in total.items()}
+
+
+class OpenVino:
+    """A compiled model and one infer request, latency hint, inputs bound once."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        import openvino
+
+        core = openvino.Core()
+        model = core.read_model(spec["model"])
+        config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": spec["threads"]}
+        if spec.get("precision"):
+            config["INFERENCE_PRECISION_HINT"] = spec["precision"]
+        with np.load(spec["inputs"]) as arrays:
+            feeds = {name: arrays[name] for name in arrays.files}
+        names = {port.any_name for port in model.inputs}
+        model.reshape({name: openvino.PartialShape(list(feeds[name].shape)) for name in names})
+        self.request = core.compile_model(model, "CPU", config).create_infer_request()
+        for name in names:
+            self.request.set_tensor(name, openvino.Tensor(feeds[name]))
+
+    def run(self) -> None:
+        self.request.infer()
+
+    def outputs(self) -> list[Any]:
+        self.request.infer()
+        return [np.array(self.request.get_output_tensor(i).data) for i in range(len(self.request.model_outputs))]
+
+
+class Probe:
+    """The machine itself: reads an array far beyond the L3, or issues vpdpbusd; see probe.c."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        import ctypes
+        import mmap
+
+        library = ctypes.CDLL(spec["probe"])
+        library.probe_read.restype = ctypes.c_double
+        library.probe_read.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int]
+        library.probe_vnni.restype = ctypes.c_double
+        library.probe_vnni.argtypes = [ctypes.c_long, ctypes.c_int]
+        threads = spec["threads"]
+        self.measure: Callable[[], float]
+        if spec["engine"] == "vnni":
+            self.measure = lambda: library.probe_vnni(spec["rounds"], threads)
+            return
+        size = spec["bytes"]
+        # Weights in a mapped file lie in small pages; MADV_HUGEPAGE shows what the memory could do with large ones.
+        self.memory = mmap.mmap(-1, size + (4 << 20), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.memory.madvise(mmap.MADV_HUGEPAGE if spec.get("huge") else mmap.MADV_NOHUGEPAGE)
+        array = np.frombuffer(self.memory, np.uint8)
+        start = -array.ctypes.data % (2 << 20)
+        array[start : start + size] = 1
+        address = array.ctypes.data + start
+        streams = spec.get("streams", 1)
+        self.measure = lambda: library.probe_read(address, size, threads, streams)
+
+
+def memory() -> dict[str, int]:
+    """Bytes of this process by kind, from /proc/self/smaps_rollup and status."""
+    found: dict[str, int] = {}
+    for file in ("/proc/self/smaps_rollup", "/proc/self/status"):
+        with open(file, encoding="ascii") as stream:
+            for line in stream:
+                parts = line.split()
+                if len(parts) == 3 and parts[2] == "kB":
+                    found[parts[0].rstrip(":")] = int(parts[1]) * 1024
+    return found
+
+
+def serve(answers: Any) -> None:
+    """Read the specification and then commands until ``quit`` or the end of the input."""
+    spec = json.loads(sys.stdin.readline())
+    engine: Any = {"onnxruntime": OnnxRuntime, "openvino": OpenVino, "read": Probe, "vnni": Probe}[spec["engine"]](spec)
+
+    def answer(value: dict[str, Any]) -> None:
+        answers.write(json.dumps(value) + "\n")
+        answers.flush()
+
+    answer({"ready": True})
+    for line in sys.stdin:
+        command = json.loads(line)
+        if command["do"] == "quit":
+            return
+        if command["do"] == "time":
+            seconds = []
+            for _ in range(command["n"]):
+                if isinstance(engine, Probe):
+                    seconds.append(engine.measure())
+                    continue
+                start = time.perf_counter()
+                engine.run()
+                seconds.append(time.perf_counter() - start)
+            answer({"seconds": seconds})
+        elif command["do"] == "outputs":
+            np.savez(command["file"], *engine.outputs())
+            answer({"written": command["file"]})
+        elif command["do"] == "memory":
+            answer({"memory": memory()})
+        elif command["do"] == "profile":
+            answer({"operators": engine.profile(command["n"])})
+        else:
+            raise ValueError(f"unknown command {command['do']!r}")
+
+
+if __name__ == "__main__":
+    # Libraries print to descriptor 1; the protocol keeps its own copy and sends theirs to standard error.
+    own = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    try:
+        serve(own)
+    except Exception as error:  # noqa: BLE001: whatever stops an engine is reported to the harness as its answer
+        own.write(json.dumps({"error": f"{type(error).__name__}: {error}"}) + "\n")
+        own.flush()
+        sys.exit(1)
