@@ -1,0 +1,202 @@
+"""Capture: an `nn.Module`, an ExportedProgram or a `.pt2` file becomes a `Program`.
+
+torch.export traces the module, `run_decompositions({})` makes the graph functional while it keeps the
+operators that mean something (linear, layer_norm, scaled_dot_product_attention), and tensors that share
+storage (tied weights) become one entry.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import traceback
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+
+from .errors import CaptureError, InputError
+from .graph import fake_mode_of, value
+from .program import Program, load_pt2
+
+
+def capture(
+    model: nn.Module | ExportedProgram | Program | str | os.PathLike[str],
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+) -> Program:
+    """Capture `model` into a Program.
+
+    model: a module (set to eval mode for the trace and back), an ExportedProgram, or the path of a `.pt2` file.
+    args, kwargs: example inputs; needed for a module, taken from the file or program otherwise.
+    dynamic_shapes: as for torch.export.export; None keeps every size of the examples fixed.
+    Raises CaptureError with the user's source line where the model cannot be exported, and InputError where
+    examples are missing.
+    """
+    if isinstance(model, Program):
+        return model
+    if isinstance(model, (str, os.PathLike)):
+        return _from_exported(load_pt2(model), None)
+    if isinstance(model, ExportedProgram):
+        return _from_exported(model, dynamic_shapes)
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            "This cannot be captured",
+            expected="an nn.Module, an ExportedProgram, or the path of a .pt2 file",
+            got=type(model).__name__,
+        )
+    if args is None and kwargs is None:
+        raise InputError(
+            "A module needs example inputs to be captured",
+            where=type(model).__qualname__,
+            hint="pass args=(...) or kwargs={...}; an ExportedProgram, a .pt2 file or a transformers model brings its own",
+        )
+    return _from_exported(_export(model, tuple(args or ()), dict(kwargs or {}), dynamic_shapes), dynamic_shapes)
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+    except Exception as error:
+        raise _explain(error, model) from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _from_exported(exported: ExportedProgram, dynamic_shapes: Any) -> Program:
+    if exported.example_inputs is None:
+        raise InputError(
+            "The exported program carries no example inputs",
+            hint="export it again with torch.export.export(module, args), which keeps them",
+        )
+    args, kwargs = exported.example_inputs
+    if dynamic_shapes is None:
+        dynamic_shapes = _dynamic_shapes_of(exported)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = exported.run_decompositions({}).module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    tensors = _deduplicate(module)
+    _complete_values(module.graph, tensors)
+    return Program(module.graph, tensors, args, kwargs, dynamic_shapes)
+
+
+def _deduplicate(module: fx.GraphModule) -> dict[str, Any]:
+    """Point `get_attr` nodes that read the same memory in the same way at one name."""
+    tensors: dict[str, Any] = {}
+    names: dict[tuple[Any, ...], str] = {}
+    for node in module.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        found: Any = module
+        for part in str(node.target).split("."):
+            found = getattr(found, part)
+        if isinstance(found, Tensor):
+            key = (found.data_ptr(), found.dtype, tuple(found.shape), found.stride())
+            if found.numel() and found.data_ptr():
+                node.target = names.setdefault(key, str(node.target))
+            found = found.detach() if not isinstance(found, nn.Parameter) else found
+        tensors.setdefault(str(node.target), found)
+    _merge_reads(module.graph)
+    return tensors
+
+
+def _merge_reads(graph: fx.Graph) -> None:
+    """One `get_attr` node for each tensor."""
+    first: dict[str, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op == "get_attr":
+            kept = first.setdefault(str(node.target), node)
+            if kept is not node:
+                node.replace_all_uses_with(kept)
+                graph.erase_node(node)
+
+
+def _complete_values(graph: fx.Graph, tensors: Mapping[str, Any]) -> None:
+    mode = fake_mode_of(graph)
+    for node in graph.nodes:
+        held = tensors.get(str(node.target)) if node.op == "get_attr" else None
+        if isinstance(held, Tensor) and not isinstance(value(node), Tensor):
+            node.meta["val"] = mode.from_tensor(held, static_shapes=True)
+
+
+def _dynamic_shapes_of(exported: ExportedProgram) -> Any:
+    """Dynamic shapes of an exported program in the structure of its arguments: AUTO where a size is symbolic."""
+    by_name = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
+    user = [by_name[n] for n in exported.graph_signature.user_inputs if isinstance(n, str) and n in by_name]
+    leaves = []
+    for node in user:
+        fake = value(node)
+        symbolic = (
+            {i: Dim.AUTO for i, size in enumerate(fake.shape) if not isinstance(size, int)}
+            if isinstance(fake, Tensor)
+            else {}
+        )
+        leaves.append(symbolic or None)
+    if not any(leaves):
+        return None
+    args, kwargs = torch.utils._pytree.tree_unflatten(leaves, exported.call_spec.in_spec)
+    return (*args, *kwargs.values()) if not kwargs else _by_parameter(args, kwargs)
+
+
+def _by_parameter(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    # torch.export matches a sequence of specifications against args followed by the values of kwargs.
+    return (*args, *kwargs.values()) if args else dict(kwargs)
+
+
+def _explain(error: Exception, model: nn.Module) -> CaptureError:
+    text = str(error)
+    kind = type(error).__name__
+    where = _user_frame(error, text)
+    summary = next((line.strip() for line in text.splitlines() if line.strip()), kind)
+    if "GuardOnDataDependent" in kind or "data-dependent" in text.lower():
+        return CaptureError(
+            "The model's control flow or shapes depend on the values of tensors, which torch.export cannot trace",
+            where=where or type(model).__qualname__,
+            got=summary,
+            hint=(
+                "replace the Python branch or .item() by torch.where / torch.cond, bound the size with torch._check, "
+                "or split the model there and capture the halves"
+            ),
+        )
+    if "Constraints violated" in text or "ConstraintViolation" in kind:
+        fixes = re.search(r"Suggested fixes:\n((?:  .*\n?)+)", text)
+        found = re.findall(r"^  - (.*)", text, re.M)
+        return CaptureError(
+            "The declared dynamic shapes do not hold for this model",
+            where=type(model).__qualname__,
+            got=" | ".join(found) or summary,
+            hint=(
+                "in dynamic_shapes: " + "; ".join(f.strip() for f in fixes.group(1).splitlines())
+                if fixes
+                else "use torch.export.Dim.AUTO for sizes the model itself may restrict"
+            ),
+        )
+    return CaptureError(
+        "torch.export could not trace the model",
+        where=where or type(model).__qualname__,
+        got=f"{kind}: {summary}",
+        hint="run torch.export.draft_export(model, args) for a full list of what stands in the way",
+    )
+
+
+def _user_frame(error: BaseException, text: str) -> str | None:
+    """The innermost frame outside torch: from the text of the error, else from its traceback."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', text)
+    outside = [f"{file}:{line}" for file, line in frames if "/torch/" not in file and not file.startswith("<")]
+    if outside:
+        return outside[-1]
+    here = os.path.dirname(os.path.abspath(__file__))
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if "/torch/" not in frame.filename and not frame.filename.startswith((here, "<")):
+            return f"{frame.filename}:{frame.lineno}: {frame.line}"
+    return None

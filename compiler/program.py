@@ -1,0 +1,267 @@
+"""`Program`: a captured model as an FX graph of ATen and isofold operators, with its tensors.
+
+A program is a value: nothing changes it after it was made. Passes take one and return another
+(`Editor`), sharing every tensor they did not replace. It stays runnable (call it like the module),
+differentiable (`parameters`), and storable (`save`, `.pt2`).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from . import dialect as _dialect  # registers the operators that graphs and files may contain
+from .errors import ArtefactError, InputError
+from .graph import value
+
+_RECORD_FILE = "isofold.json"
+assert _dialect.OPERATORS
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class Program:
+    """A model as a graph.
+
+    graph: ATen and `isofold` operators; every `get_attr` node's target is a key of `tensors`, and no two
+    keys hold the same storage (tied weights are one entry).
+    example_args, example_kwargs: inputs that the graph runs on (also what verification uses).
+    dynamic_shapes: as torch.export takes them, or None for static shapes.
+    records: one JSON-like dictionary for each pass that made this program from the captured one.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        tensors: Mapping[str, Any],
+        example_args: Sequence[Any],
+        example_kwargs: Mapping[str, Any] | None = None,
+        dynamic_shapes: Any = None,
+        records: Iterable[Mapping[str, Any]] = (),
+    ) -> None:
+        self.graph = graph
+        used = {node.target for node in graph.nodes if node.op == "get_attr"}
+        self.tensors: dict[str, Any] = {name: t for name, t in tensors.items() if name in used}
+        self.example_args = tuple(example_args)
+        self.example_kwargs = dict(example_kwargs or {})
+        self.dynamic_shapes = dynamic_shapes
+        self.records = tuple(dict(r) for r in records)
+
+    @cached_property
+    def graph_module(self) -> fx.GraphModule:
+        """The program as a `torch.fx.GraphModule` that shares its tensors."""
+        module = fx.GraphModule(dict(self.tensors), self.graph, class_name="Program")
+        module.recompile()
+        return module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph; arguments and results are the captured module's."""
+        self.check_inputs(args, kwargs)
+        return self.graph_module(*args, **kwargs)
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """All tensors by name: the weights and buffers of the captured module and what passes made of them."""
+        return {name: t for name, t in self.tensors.items() if isinstance(t, Tensor)}
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        """Input nodes, in the order of the flattened arguments."""
+        return [node for node in self.graph.nodes if node.op == "placeholder"]
+
+    @property
+    def output_node(self) -> fx.Node:
+        """The node that returns the results."""
+        return next(node for node in reversed(self.graph.nodes) if node.op == "output")
+
+    @property
+    def outputs(self) -> list[fx.Node]:
+        """The nodes whose values are returned, flattened."""
+        return [node for node in pytree.tree_leaves(self.output_node.args[0]) if isinstance(node, fx.Node)]
+
+    @property
+    def operator_count(self) -> int:
+        """Nodes that compute something."""
+        return sum(node.op.startswith("call") for node in self.graph.nodes)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors the graph reads."""
+        return sum(t.numel() * t.element_size() for t in self.parameters.values())
+
+    def flatten_inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """Arguments as the flat list that the placeholders take, in order."""
+        codegen = self.graph._codegen
+        if isinstance(codegen, fx.graph._PyTreeCodeGen):
+            return list(codegen.process_inputs(*args, **kwargs))
+        return [*args, *kwargs.values()]
+
+    def unflatten_outputs(self, flat: Any) -> Any:
+        """Results of a flat run in the structure that the captured module returns."""
+        codegen = self.graph._codegen
+        return codegen.process_outputs(flat) if isinstance(codegen, fx.graph._PyTreeCodeGen) else flat
+
+    def check_inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Raise InputError, listing every input whose rank, static size or dtype does not fit."""
+        try:
+            flat = self.flatten_inputs(args, kwargs)
+        except (TypeError, ValueError, AssertionError) as error:
+            raise InputError(
+                "The arguments do not have the structure the program was captured with",
+                expected=f"{len(self.example_args)} positional, keywords {sorted(self.example_kwargs)}",
+                got=f"{len(args)} positional, keywords {sorted(kwargs)}",
+            ) from error
+        problems = []
+        for node, given in zip(self.placeholders, flat, strict=True):
+            fake = value(node)
+            if not isinstance(fake, Tensor):
+                continue
+            if not isinstance(given, Tensor):
+                problems.append(f"{node.name}: expected a tensor, got {type(given).__name__}")
+            elif given.dim() != fake.dim() or any(
+                isinstance(want, int) and want != have for want, have in zip(fake.shape, given.shape, strict=True)
+            ):
+                problems.append(f"{node.name}: expected shape {list(fake.shape)}, got {list(given.shape)}")
+            elif given.dtype != fake.dtype:
+                problems.append(f"{node.name}: expected {fake.dtype}, got {given.dtype}")
+        if problems:
+            raise InputError(
+                "Inputs do not fit the program",
+                got="; ".join(problems),
+                hint="sizes that should vary must be declared in dynamic_shapes when the model is captured",
+            )
+
+    def copy_graph(self) -> fx.Graph:
+        """A copy of the graph for editing (nodes keep names and metadata)."""
+        graph = fx.Graph()
+        mapping: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.nodes:
+            new = graph.node_copy(node, lambda n: mapping[n])
+            new.meta = copy.copy(node.meta)
+            mapping[node] = new
+        graph._codegen = copy.copy(self.graph._codegen)
+        return graph
+
+    def with_record(self, record: Mapping[str, Any]) -> Program:
+        """The same program with one more record."""
+        return Program(
+            self.graph, self.tensors, self.example_args, self.example_kwargs, self.dynamic_shapes, (*self.records, record)
+        )
+
+    def run_float64(self, args: Sequence[Any] | None = None, kwargs: Mapping[str, Any] | None = None) -> list[Any]:
+        """Flat results computed in float64 (weights cast one use at a time, so memory stays near one copy)."""
+        args = self.example_args if args is None else args
+        kwargs = self.example_kwargs if kwargs is None else kwargs
+        with torch.no_grad():
+            flat = _Float64Interpreter(self.graph_module).run(*self.flatten_inputs(args, kwargs), enable_io_processing=False)
+        return pytree.tree_leaves(flat)
+
+    def run_observed(
+        self, observe: Callable[[fx.Node, Any], None], args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run and call `observe(node, value)` after every node (calibration). Values die after their last use."""
+        with torch.no_grad():
+            flat = _Observer(self.graph_module, observe).run(
+                *self.flatten_inputs(args, kwargs or {}), enable_io_processing=False
+            )
+        return self.unflatten_outputs(flat)
+
+    def to_exported_program(self) -> ExportedProgram:
+        """The program as torch.export's own type, for `.pt2` files and other backends."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.export(
+                self.graph_module,
+                self.example_args,
+                self.example_kwargs,
+                dynamic_shapes=self.dynamic_shapes,
+                strict=False,
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a `.pt2` file that torch.export.load and `Program.load` read. Raises ArtefactError."""
+        path = Path(path)
+        exported = self.to_exported_program()
+        try:
+            handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".pt2")
+            os.close(handle)
+            try:
+                torch.export.save(exported, beside, extra_files={_RECORD_FILE: json.dumps({"records": self.records})})
+                os.replace(beside, path)
+            finally:
+                Path(beside).unlink(missing_ok=True)
+        except OSError as error:
+            raise ArtefactError(
+                "The program cannot be written", where=str(path), got=str(error), hint="choose a writable folder with room"
+            ) from error
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Program:
+        """Read a `.pt2` file written by `save` or by torch.export.save. Raises ArtefactError."""
+        from .capture import capture
+
+        extra = {_RECORD_FILE: ""}
+        program = capture(load_pt2(path, extra))
+        records = json.loads(extra[_RECORD_FILE])["records"] if extra[_RECORD_FILE] else []
+        return Program(
+            program.graph, program.tensors, program.example_args, program.example_kwargs, program.dynamic_shapes, records
+        )
+
+
+def load_pt2(path: str | os.PathLike[str], extra_files: dict[str, Any] | None = None) -> ExportedProgram:
+    """torch.export.load with isofold's operators registered and errors that name the file."""
+    if not Path(path).is_file():
+        raise ArtefactError("There is no such file", where=str(path), hint="give the path of a .pt2 file")
+    try:
+        return torch.export.load(path, extra_files=extra_files)
+    except Exception as error:
+        raise ArtefactError(
+            "The file is not a readable .pt2 archive",
+            where=str(path),
+            got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            hint="write it again with torch.export.save or Program.save, with this version of torch",
+        ) from error
+
+
+class _Observer(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, observe: Callable[[fx.Node, Any], None]) -> None:
+        super().__init__(module, garbage_collect_values=True)
+        self.observe = observe
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        self.observe(n, result)
+        return result
+
+
+class _Float64Interpreter(fx.Interpreter):
+    """Runs in float64: tensors are widened where a node reads them, and dtype arguments with them."""
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        if n.op != "call_function":
+            return args, kwargs
+        widened: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(_widen, (args, kwargs))
+        return widened
+
+    def output(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return pytree.tree_map(_widen, super().output(target, args, kwargs))
+
+
+def _widen(v: Any) -> Any:
+    if isinstance(v, Tensor) and v.dtype in _FLOATS:
+        return v.to(torch.float64)
+    if isinstance(v, torch.dtype) and v in _FLOATS:
+        return torch.float64
+    return v
