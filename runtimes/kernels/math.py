@@ -1,13 +1,14 @@
 """Elementary functions as TIR expressions over float32 vectors of any number of lanes.
 
-LLVM turns a vector `exp` into one libm call per lane, so every transcendental a kernel needs is a polynomial
-here. Each function takes and returns a TIR expression; the number of lanes is that of its argument. A value used
-more than once is bound with `let`: an expression tree would otherwise repeat the whole subtree at every use.
+LLVM turns a vector `exp` into one libm call per lane, so every transcendental a kernel needs is a
+polynomial here. Each function takes and returns a TIR expression; the number of lanes is that of its
+argument. A value used more than once is bound with `let`: an expression tree would otherwise repeat the
+whole subtree at every use.
 
-- `exp`: argument reduction by ln 2 in two parts, degree 6 (coefficients of Cephes' `expf`), 2 ulp; exactly 0 below
-  -87.33 (so -inf gives 0), saturated above 88.37.
-- `gelu`: exact form `x * Phi(x)` through erfc(z) = exp(-p(z)), p of degree 9 fitted on 0 <= z <= 5 for the smallest
-  error of the product; 1e-7 absolute.
+- `exp`: argument reduction by ln 2 in two parts, degree 6 (coefficients of Cephes' `expf`), 2 ulp;
+  exactly 0 below -87.33 (so -inf gives 0), saturated above 88.37.
+- `gelu`: exact form `x * Phi(x)` through erfc(z) = exp(-p(z)), p of degree 9 fitted on 0 <= z <= 5 for the
+  smallest error of the product; 1e-7 absolute.
 - `gelu_tanh`, `silu`: x * sigmoid(.).
 """
 
@@ -17,7 +18,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm import tirx
-from tvm.script import tirx as T
+
+from .codegen import T
 
 Expr = Any  # TIR expressions have no common public base class in tvm 0.27
 
@@ -26,8 +28,8 @@ ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 _ERFC = (-1.0802000360854436e-06, 2.1518178982660174e-05, -0.00016173925541806966, 0.0004231646889820695,
-         0.0017488287994638085, -0.020869802683591843, 0.10364419221878052, 0.6364004015922546, 1.1283997297286987,
-         0.0)  # fmt: skip
+         0.0017488287994638085, -0.020869802683591843, 0.10364419221878052, 0.6364004015922546,
+         1.1283997297286987, 0.0)  # fmt: skip
 
 
 def lanes_of(x: Expr) -> int:
@@ -80,7 +82,8 @@ def exp(x: Expr) -> Expr:
 
     def clamped(v: Expr) -> Expr:
         inside = T.min(T.max(v, splat(-87.33, v)), splat(88.37, v))
-        scaled = let(inside, lambda c: let(round_half_even(c * splat(1.4426950408889634, c)), lambda n: reduced(c, n)))
+        log2e = splat(1.4426950408889634, v)
+        scaled = let(inside, lambda c: let(round_half_even(c * log2e), lambda n: reduced(c, n)))
         return T.Select(v < splat(-87.33, v), splat(0.0, v), scaled)
 
     return let(x, clamped)
