@@ -1,0 +1,224 @@
+"""Recipes: what to do to which layers, as a typed object that reads from and writes to YAML.
+
+    name: w4a8-head8
+    weights: {bits: 4, group_size: 32, symmetric: true, range: mse}
+    activations: {mode: dynamic}
+    embeddings: {bits: 8}
+    convolutions: {bits: 8}
+    layers:
+      - match: ["lm_head", "model.layers.0.*"]
+        weights: {bits: 8, group_size: 0}
+      - match: "*.router"
+        weights: null            # keep in float
+
+`match` is a glob (or several) over module paths; later rules win. A glob that matches no layer is an error.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import RecipeError, near_misses
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WeightFormat(_Strict):
+    """How a weight matrix is stored.
+
+    bits: 4 or 8. group_size: inputs that share a scale (0: the whole row). symmetric: no zero points.
+    range: how the scale is found, `absmax` (largest magnitude) or `mse` (least squared error over a grid).
+    """
+
+    bits: Literal[4, 8] = 8
+    group_size: Literal[0, 32, 64, 128] = 0
+    symmetric: bool = True
+    range: Literal["absmax", "mse"] = "mse"
+
+
+class ActivationFormat(_Strict):
+    """How the inputs of quantized layers are stored.
+
+    mode: `float` (not quantized), `dynamic` (int8 per token, per sample for convolutions) or `static` (int8 per tensor, needs
+    calibration data). percentile: for static ranges, the share of values kept inside (100: all).
+    """
+
+    mode: Literal["float", "dynamic", "static"] = "dynamic"
+    percentile: float = Field(default=100.0, gt=50.0, le=100.0)
+
+
+class EmbeddingFormat(_Strict):
+    """How embedding tables are stored: bits 4 or 8, group_size along the row (0: the whole row)."""
+
+    bits: Literal[4, 8] = 8
+    group_size: Literal[0, 32, 64, 128] = 0
+    symmetric: bool = True
+
+
+class ConvolutionFormat(_Strict):
+    """How convolutions are stored: int8 per output channel, with int8 activations."""
+
+    bits: Literal[8] = 8
+    range: Literal["absmax", "mse"] = "mse"
+
+
+class LayerRule(_Strict):
+    """Formats for the layers whose module path matches; what is not given is inherited, null means float."""
+
+    match: str | list[str]
+    weights: WeightFormat | None = None
+    activations: ActivationFormat | None = None
+    embeddings: EmbeddingFormat | None = None
+    convolutions: ConvolutionFormat | None = None
+
+    @property
+    def patterns(self) -> list[str]:
+        """The globs as a list."""
+        return [self.match] if isinstance(self.match, str) else self.match
+
+
+class Recipe(_Strict):
+    """A whole recipe. `None` for weights, embeddings or convolutions leaves those in float.
+
+    fuse: whether to fuse operators (attention, norms, epilogues, shared inputs) for the runtimes' kernels.
+    """
+
+    name: str = "custom"
+    weights: WeightFormat | None = None
+    activations: ActivationFormat = ActivationFormat(mode="float")
+    embeddings: EmbeddingFormat | None = None
+    convolutions: ConvolutionFormat | None = None
+    fuse: bool = True
+    layers: list[LayerRule] = []
+
+    @model_validator(mode="after")
+    def _convolutions_need_activations(self) -> Recipe:
+        if self.convolutions is not None and self.activations.mode == "float":
+            raise ValueError("convolutions are quantized together with their inputs: activations.mode must not be float")
+        return self
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether some range must be measured on data."""
+        rules = [self.activations, *(r.activations for r in self.layers if r.activations is not None)]
+        return any(a.mode == "static" for a in rules)
+
+    def format_for(self, path: str, kind: Kind) -> Any:
+        """The format of `kind` for the layer at `path` after all rules, None where it stays float."""
+        chosen = getattr(self, kind)
+        for rule in self.layers:
+            if kind in rule.model_fields_set and any(fnmatch.fnmatchcase(path, p) for p in rule.patterns):
+                chosen = getattr(rule, kind)
+        return chosen
+
+    def check_matches(self, paths: Iterable[str]) -> None:
+        """Raise RecipeError that lists every glob that matches none of the layers' paths, with near misses."""
+        known = sorted(set(paths))
+        lost = [p for rule in self.layers for p in rule.patterns if not fnmatch.filter(known, p)]
+        if lost:
+            hints = [hint for p in lost if (hint := near_misses(p, known))]
+            raise RecipeError(
+                "Layer patterns of the recipe match no layer: " + ", ".join(repr(p) for p in lost),
+                where=f"recipe {self.name!r}, layers",
+                expected=f"globs over the {len(known)} layers of the model, such as {', '.join(map(repr, known[:3]))}",
+                hint="; ".join(hints) or "list the layers with: isofold inspect MODEL",
+            )
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, without the fields that a rule leaves to be inherited."""
+        data = self.model_dump(mode="json", exclude={"layers"})
+        if self.layers:
+            data["layers"] = [r.model_dump(mode="json", exclude_unset=True) for r in self.layers]
+        return yaml.safe_dump(data, sort_keys=False)
+
+    @staticmethod
+    def from_yaml(text: str, where: str = "recipe") -> Recipe:
+        """Parse YAML. Raises RecipeError that lists every problem with its field."""
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError("The recipe is not valid YAML", where=where, got=str(error)) from error
+        if not isinstance(data, dict):
+            raise RecipeError("The recipe is not a mapping", where=where, expected="name: value lines", got=type(data).__name__)
+        return _validate(Recipe, data, where)
+
+
+Kind = Literal["weights", "activations", "embeddings", "convolutions"]
+_Model = TypeVar("_Model", bound=BaseModel)
+
+_W8 = WeightFormat(bits=8)
+_W4 = WeightFormat(bits=4, group_size=32)
+_DYNAMIC = ActivationFormat(mode="dynamic")
+
+PRESETS: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(name="float32"),
+        Recipe(
+            name="w8a8", weights=_W8, activations=_DYNAMIC, embeddings=EmbeddingFormat(), convolutions=ConvolutionFormat()
+        ),
+        Recipe(
+            name="w8a8-static",
+            weights=_W8,
+            activations=ActivationFormat(mode="static"),
+            embeddings=EmbeddingFormat(),
+            convolutions=ConvolutionFormat(),
+        ),
+        Recipe(
+            name="w4a8", weights=_W4, activations=_DYNAMIC, embeddings=EmbeddingFormat(), convolutions=ConvolutionFormat()
+        ),
+        Recipe(name="w8a16", weights=_W8, embeddings=EmbeddingFormat()),
+        Recipe(name="w4a16", weights=_W4, embeddings=EmbeddingFormat()),
+    )
+}
+"""Named recipes. `w` is the width of weights, `a` that of activations (a16: float)."""
+
+
+def resolve(recipe: Recipe | str | os.PathLike[str] | dict[str, Any]) -> Recipe:
+    """A Recipe from a preset's name, the path of a YAML file, a mapping, or a Recipe. Raises RecipeError."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, dict):
+        return _validate(Recipe, recipe, "recipe")
+    text = os.fspath(recipe)
+    if text in PRESETS:
+        return PRESETS[text]
+    if Path(text).suffix in (".yaml", ".yml"):
+        try:
+            return Recipe.from_yaml(Path(text).read_text(), where=text)
+        except OSError as error:
+            raise RecipeError("The recipe file cannot be read", where=text, got=str(error)) from error
+    raise RecipeError(
+        f"Unknown recipe {text!r}",
+        expected=f"one of {', '.join(PRESETS)}, or the path of a .yaml file",
+        hint=near_misses(text, PRESETS),
+    )
+
+
+def _validate(model: type[_Model], data: dict[str, Any], where: str) -> _Model:
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        problems = []
+        for entry in error.errors():
+            path = ".".join(str(p) for p in entry["loc"]) or "recipe"
+            problem = f"{path}: {entry['msg']}, got {entry['input']!r}"
+            if entry["type"] == "extra_forbidden":
+                hint = near_misses(str(entry["loc"][-1]), _field_names())
+                problem = f"{path}: no such field" + (f" ({hint})" if hint else "")
+            problems.append(problem)
+        raise RecipeError("The recipe is not valid", where=where, got="; ".join(problems)) from error
+
+
+def _field_names() -> list[str]:
+    models = (Recipe, LayerRule, WeightFormat, ActivationFormat, EmbeddingFormat, ConvolutionFormat)
+    return sorted({name for model in models for name in model.model_fields})
