@@ -1,0 +1,94 @@
+"""Where passes and backends register themselves, so that the compiler needs to import neither.
+
+A distribution declares a module under the entry-point group `isofold.plugins`; importing it must call
+`register_pipeline` or `register_backend`. isofold's own passes and runtimes come in the same way. Nothing
+here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .errors import InputError, near_misses
+
+if TYPE_CHECKING:
+    from .driver import Step
+    from .program import Program
+    from .recipe import Recipe
+
+GROUP = "isofold.plugins"
+
+Pipeline = Callable[["Program", "Recipe", Any], Sequence["Step"]]
+"""(program, recipe, calibration batches or None) → the steps that the recipe means for this program."""
+
+
+class Backend(Protocol):
+    """A runtime that programs are lowered to."""
+
+    name: str
+    targets: tuple[str, ...]
+    """Values of `target=` that choose this backend."""
+
+    def write(
+        self, program: Program, folder: Path, *, report: dict[str, Any], progress: Callable[[str], None] | None = None, **options: Any
+    ) -> dict[str, Any]:
+        """Lower `program` into `folder` (empty, exists). Returns facts that are merged into the report."""
+
+    def open(self, folder: Path, **options: Any) -> Any:
+        """Open what `write` wrote: a callable with the module's signature. Must not import torch."""
+
+
+_backends: dict[str, Backend] = {}
+_pipelines: list[Pipeline] = []
+
+
+def register_backend(backend: Backend) -> None:
+    """Make a backend known under its name and targets."""
+    _backends[backend.name] = backend
+
+
+def register_pipeline(pipeline: Pipeline) -> None:
+    """Make known how recipes become steps. The last one registered is used."""
+    _pipelines.append(pipeline)
+
+
+@cache
+def _load(only: str | None = None) -> None:
+    for entry in entry_points(group=GROUP):
+        if only is None or entry.name == only:
+            import_module(entry.value)
+
+
+def backend_for(target: str) -> Backend:
+    """The backend whose targets contain `target` (or its part before a colon). Raises InputError."""
+    _load()
+    for backend in _backends.values():
+        if target in backend.targets or target.split(":")[0] in backend.targets:
+            return backend
+    known = [t for backend in _backends.values() for t in backend.targets]
+    raise InputError(
+        f"Unknown target {target!r}", expected=" | ".join(known) or "a registered backend", hint=near_misses(target, known)
+    )
+
+
+def backend_named(name: str) -> Backend:
+    """The backend called `name`, loading only its own plugin where possible. Raises InputError."""
+    _load(name)
+    if name not in _backends:
+        _load()
+    if name not in _backends:
+        raise InputError(f"No backend called {name!r} is installed", expected=" | ".join(_backends) or "a registered backend")
+    return _backends[name]
+
+
+def pipeline() -> Pipeline:
+    """The registered pipeline. Raises InputError where no passes are installed."""
+    _load()
+    if not _pipelines:
+        raise InputError("No passes are installed", hint=f"install a distribution with an entry point in {GROUP}")
+    return _pipelines[-1]
