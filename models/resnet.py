@@ -1,0 +1,30 @@
+"""ResNet: batch norm after every convolution, bottleneck blocks. `base` is ResNet-50."""
+
+from __future__ import annotations
+
+from torch.export import Dim
+
+from .case import BATCH, ModelCase, noise, reproducible, seeded
+from .image import HiddenOfPixels
+
+SIZES: dict[str, dict[str, object]] = {
+    "tiny": {"embedding_size": 16, "hidden_sizes": [32, 64], "depths": [1, 1], "layer_type": "bottleneck"},
+    "base": {},
+}
+
+
+def build(name: str, size: str, attention: str, seed: int) -> ModelCase:
+    """float32 `[batch, 3, height, width]`, multiples of 32, to `[batch, channels, rows, columns]`."""
+    from transformers import ResNetConfig, ResNetModel
+
+    with reproducible(seed):
+        model = ResNetModel(ResNetConfig(**SIZES[size]))
+    height, width = Dim("rows", min=1, max=64), Dim("columns", min=1, max=64)
+    return ModelCase(
+        name,
+        HiddenOfPixels(seeded(model, seed)).eval(),
+        (noise(2, 3, 64, 64),),
+        (noise(3, 3, 96, 64),),
+        ({0: BATCH, 2: 32 * height, 3: 32 * width},),
+        "height and width are multiples of 32",
+    )
