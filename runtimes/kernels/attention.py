@@ -1,11 +1,11 @@
-"""Attention in one pass: scores, scale, softcap, mask, softmax and values, of one head and a block of queries.
+"""Attention in one pass: scores, scale, softcap, mask, softmax, values; one head, a block of queries.
 
 Queries lie in the vector lanes. The scores of a block are computed transposed,
 S^T[t, s] = sum_d K[t, d] Q^T[d, s], and so are the values, O^T[d, s] = sum_t V[t, d] P^T[t, s]. In both
-products the left side is read one scalar at a time from the caller's own rows of K and V, and the right side is
-a vector of queries. So K and V are never repacked, the softmax over t is vertical (no maximum or sum across
-lanes anywhere), and both products are the same register tile. Only Q on the way in, O on the way out, and masks
-that differ between queries are transposed, 16 x 16 floats in registers.
+products the left side is read one scalar at a time from the caller's own rows of K and V, and the right side
+is a vector of queries. So K and V are never repacked, the softmax over t is vertical (no maximum or sum
+across lanes anywhere), and both products are the same register tile. Only Q on the way in, O on the way out,
+and masks that differ between queries are transposed, 16 x 16 floats in registers.
 
 Keys are visited in blocks of `KEY_BLOCK` with a running maximum and sum (online softmax), so that scores
 never leave the first-level cache. A query that sees no key (all logits -inf) gives 0.
@@ -18,12 +18,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from operator import add
 from typing import Any
 
 from tvm import tirx
 
 from .codegen import Isa, Kernel, T, bind, for_range, load, registers, store, when
-from .math import exp, tanh
+from .math import exp, reduce_lanes, shuffle, tanh
 
 KEY_BLOCK = 128
 LANES = 32
@@ -54,11 +55,6 @@ def _vector(value: float, lanes: int = 16) -> Any:
 
 def _i64(value: int) -> Any:
     return tirx.const(value, "int64")
-
-
-def shuffle(a: Any, b: Any, indices: list[int]) -> Any:
-    """Lanes of the concatenation of a and b."""
-    return tirx.Shuffle([a, b], [tirx.const(i, "int32") for i in indices])
 
 
 def transpose16(rows: list[Any]) -> list[Any]:
@@ -223,7 +219,7 @@ def _emit_block(
         references, corrections = [], []
         for j in range(nv):
             highest = bind(load(maxima, 16 * j))
-            # -inf - -inf would be NaN: where nothing was seen so far, subtract 0, and each weight is exp(-inf).
+            # -inf - -inf would be NaN: where nothing was seen so far, subtract 0; each weight is exp(-inf).
             references.append(bind(T.Select(highest == _vector(NEG_INF), _vector(0.0), highest)))
             corrections.append(bind(exp(running_max.load(16 * j) - references[j])))
             running_max.store(16 * j, highest)
@@ -265,17 +261,6 @@ def _emit_block(
             store(out, s * out_row + dim, T.float32(0.0), 1)
 
 
-def _sum_lanes(vector: Any) -> Any:
-    """The sum of 16 lanes, pairwise."""
-    width = 16
-    while width > 1:
-        width //= 2
-        low = tirx.Shuffle([vector], [tirx.const(i, "int32") for i in range(width)])
-        high = tirx.Shuffle([vector], [tirx.const(width + i, "int32") for i in range(width)])
-        vector = bind(low + high)
-    return vector
-
-
 def _row(
     isa: Isa,
     q: Any, k: Any, v: Any, mask_f: Any, mask_b: Any, out: Any, scratch: Any,
@@ -305,7 +290,7 @@ def _row(
                 product = load(q, dim, 1) * load(k, rows[i] + dim, 1)
                 store(parts, i, load(parts, i, 1) + product, 1)
         for i in range(together):
-            store(scratch, t0 + i, (_sum_lanes(load(acc, 16 * i)) + load(parts, i, 1)) * scale, 1)
+            store(scratch, t0 + i, (reduce_lanes(load(acc, 16 * i), add) + load(parts, i, 1)) * scale, 1)
 
     with when(softcap > T.float32(0.0)), for_range(0, padded // 16) as block:
         cap = T.broadcast(softcap, 16)
@@ -324,17 +309,14 @@ def _row(
     store(highest, 0, _vector(NEG_INF))
     with for_range(0, padded // 16) as block:
         store(highest, 0, tirx.max(load(highest, 0), load(scratch, block * 16)))
-    top = registers(1, "float32", 1)
-    store(top, 0, T.float32(NEG_INF), 1)
-    for lane in range(16):
-        store(top, 0, tirx.max(load(top, 0, 1), load(highest, lane, 1)), 1)
-    reference = bind(T.Select(load(top, 0, 1) == T.float32(NEG_INF), T.float32(0.0), load(top, 0, 1)))
+    top = bind(reduce_lanes(load(highest, 0), tirx.max))
+    reference = bind(T.Select(top == T.float32(NEG_INF), T.float32(0.0), top))
     store(total, 0, _vector(0.0))
     with for_range(0, padded // 16) as block:
         weight = bind(exp(load(scratch, block * 16) - T.broadcast(reference, 16)))
         store(scratch, block * 16, weight)
         store(total, 0, load(total, 0) + weight)
-    denominator = bind(_sum_lanes(load(total, 0)))
+    denominator = bind(reduce_lanes(load(total, 0), add))
     inverse = bind(T.Select(denominator > T.float32(0.0), T.float32(1.0) / denominator, T.float32(0.0)))
 
     def values(begin: Any, vectors: int) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from tvm import tirx
 
-from .codegen import T
+from .codegen import T, bind
 
 Expr = Any  # TIR expressions have no common public base class in tvm 0.27
 
@@ -133,3 +133,19 @@ def activate(x: Expr, activation: str) -> Expr:
     functions: dict[str, Callable[[Expr], Expr]] = {
         "none": lambda v: v, "relu": relu, "gelu": gelu, "gelu_tanh": gelu_tanh, "silu": silu}  # fmt: skip
     return functions[activation](x)
+
+
+def shuffle(a: Expr, b: Expr, indices: Sequence[int]) -> Expr:
+    """Lanes of the concatenation of a and b, by constant index."""
+    return tirx.Shuffle([a, b], [tirx.const(i, "int32") for i in indices])
+
+
+def reduce_lanes(vector: Expr, combine: Callable[[Expr, Expr], Expr]) -> Expr:
+    """Combine all lanes of a vector, pairwise, to a scalar (a statement per step)."""
+    width = lanes_of(vector)
+    while width > 1:
+        width //= 2
+        low = tirx.Shuffle([vector], [tirx.const(i, "int32") for i in range(width)])
+        high = tirx.Shuffle([vector], [tirx.const(width + i, "int32") for i in range(width)])
+        vector = bind(combine(low, high))
+    return vector
