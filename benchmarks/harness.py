@@ -1,10 +1,10 @@
 """What all benchmarks share: workers, interleaved measuring, rows with bars, the table and the JSON file.
 
 A row is ``{name, value, unit, bar, holds}`` and where it was sampled ``quartiles``; ``bar`` is a text such as
-``>= 1.1`` or None. Competitors run as processes of their own (worker.py) that are stopped with SIGSTOP whenever it
-is not their turn, so that a thread pool that spins while it waits cannot take time from the next one. Every round
-visits every competitor once; a ratio is formed inside a round and reported as median and quartiles over the rounds,
-because the machine changes its speed from minute to minute and never twice within a round.
+``>= 1.1`` or None. Competitors run as processes of their own (worker.py) that are stopped with SIGSTOP
+whenever it is not their turn, so that a thread pool that spins while it waits cannot take time from the next
+one. Every round visits every competitor once; a ratio is formed inside a round and reported as median and
+quartiles over the rounds, because the machine changes its speed from minute to minute.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from peers import PeerError, cache_folder
 from rich.console import Console
 from rich.table import Table
+
+from peers import PeerError, cache_folder
 
 HERE = Path(__file__).resolve().parent
 COMPARISONS: dict[str, Callable[[float, float], bool]] = {
@@ -70,7 +71,13 @@ class Results:
         quartiles: tuple[float, float] | None = None,
     ) -> None:
         """One row; its verdict follows from the bar."""
-        row = {"name": name, "value": value, "unit": unit, "bar": bar, "holds": holds(value, bar)}
+        row: dict[str, Any] = {
+            "name": name,
+            "value": value,
+            "unit": unit,
+            "bar": bar,
+            "holds": holds(value, bar),
+        }
         if quartiles is not None:
             row["quartiles"] = list(quartiles)
         self.rows.append(row)
@@ -102,10 +109,9 @@ class Results:
             beside.replace(target)
         console = Console(width=None if sys.stdout.isatty() else 150)
         table = Table(title=f"{self.benchmark}: {describe()}", title_justify="left")
-        for heading, justify in (("name", "left"), ("value", "right"), ("quartiles", "right"), ("unit", "left")):
-            table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]  # literals above
-        table.add_column("bar")
-        table.add_column("holds")
+        for heading in ("name", "value", "quartiles", "unit", "bar", "holds"):
+            right = heading in ("value", "quartiles")
+            table.add_column(heading, justify="right" if right else "left", overflow="fold")
         for row in self.rows:
             spread = " .. ".join(number(v) for v in row["quartiles"]) if "quartiles" in row else ""
             verdict = {None: "", True: "[green]yes[/]", False: "[red]NO[/]"}[row["holds"]]
@@ -131,11 +137,17 @@ def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def parse(description: str | None, extra: Callable[[argparse.ArgumentParser], None] | None = None) -> argparse.Namespace:
+def parse(
+    description: str | None, extra: Callable[[argparse.ArgumentParser], None] | None = None
+) -> argparse.Namespace:
     """The command line that all benchmarks have, plus what ``extra`` adds."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", metavar="FILE", help="write the rows to this file as well")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds and shapes: for a look, not for a record")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer rounds and shapes: for a look, not for a record"
+    )
     if extra is not None:
         extra(parser)
     return parser.parse_args()
@@ -152,19 +164,15 @@ def main(body: Callable[[], int]) -> None:
 
 def machine() -> dict[str, Any]:
     """Processor, caches, memory, system and the versions of what was measured."""
-    model, flags = platform.processor(), ""
+    facts: dict[str, str] = {}
     with open("/proc/cpuinfo", encoding="utf-8") as stream:
         for line in stream:
             key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                model = value.strip()
-            if key.strip() == "cpu family":
-                model += f", family {value.strip()}"
-            if key.strip() == "model":
-                model += f", model {value.strip()}"
-            if key.strip() == "flags":
-                flags = value
-                break
+            facts.setdefault(key.strip(), value.strip())
+    flags = facts.get("flags", "").split()
+    # Hypervisors shorten the name to "AMD EPYC"; family and model say which generation it is.
+    name = facts.get("model name", platform.machine())
+    cpu = f"{name} (family {facts.get('cpu family')}, model {facts.get('model')})"
     wanted = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
     versions = {}
     for package in ("isofold", "onnxruntime", "onnx", "torch", "transformers", "numpy", "apache-tvm"):
@@ -174,9 +182,9 @@ def machine() -> dict[str, Any]:
             continue
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
-        "cpu": model,
+        "cpu": cpu,
         "cores": os.cpu_count(),
-        "simd": [flag for flag in wanted if flag in flags.split()],
+        "simd": [flag for flag in wanted if flag in flags],
         "l3_bytes": last_level_cache(),
         "memory_bytes": pages,
         "system": platform.platform(),
@@ -238,7 +246,7 @@ class Worker:
     def __init__(self, name: str, spec: dict[str, Any], python: Path | str = sys.executable) -> None:
         self.name = name
         environment = dict(os.environ, OMP_NUM_THREADS=str(spec["threads"]), PYTHONUNBUFFERED="1")
-        self.log = tempfile.TemporaryFile("w+")
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # lives as long as the process; close() ends both
         self.process = subprocess.Popen(
             [str(python), str(HERE / "worker.py")],
             stdin=subprocess.PIPE,
@@ -253,7 +261,8 @@ class Worker:
 
     def ask(self, message: dict[str, Any]) -> dict[str, Any]:
         """Send one line, wait for its answer. BenchmarkError carries the worker's own words."""
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         if self.stopped:
             self.process.send_signal(signal.SIGCONT)
             self.stopped = False
@@ -303,8 +312,11 @@ class Worker:
         self.close()
 
 
-def interleave(workers: Sequence[Worker], rounds: int, runs: int | dict[str, int] = 5) -> dict[str, list[list[float]]]:
-    """Every round gives every worker one turn, in an order that rotates; seconds[name][round] are its runs."""
+def interleave(
+    workers: Sequence[Worker], rounds: int, runs: int | dict[str, int] = 5
+) -> dict[str, list[list[float]]]:
+    """Every round gives every worker one turn, in an order that rotates; seconds[name][round] are its
+    runs."""
     seconds: dict[str, list[list[float]]] = {worker.name: [] for worker in workers}
     for index in range(rounds):
         shift = index % len(workers)
@@ -328,8 +340,8 @@ READ_BYTES_MINIMUM = 96 << 20
 
 
 def read_workers(threads: int) -> list[Worker]:
-    """Readers to sample beside a measurement: 4 KiB pages (where mapped weights lie) in one and in four streams, and
-    four streams over large pages."""
+    """Readers to sample beside a measurement: 4 KiB pages (where mapped weights lie) in one and in four
+    streams, and four streams over large pages."""
     spec = {
         "engine": "read",
         "probe": str(probe_library()),
@@ -349,7 +361,8 @@ def read_bytes() -> int:
 
 
 def bandwidth_by_round(seconds: dict[str, list[list[float]]]) -> list[float]:
-    """Bytes per second in each round: the better of one and four streams over 4 KiB pages, each at its median."""
+    """Bytes per second in each round: the better of one and four streams over 4 KiB pages, each at its
+    median."""
     one = per_round(seconds["read 4 KiB pages, 1 stream"])
     four = per_round(seconds["read 4 KiB pages, 4 streams"])
     return [read_bytes() / min(a, b) for a, b in zip(one, four, strict=True)]

@@ -2,8 +2,8 @@
 
     python nncf_quantize.py MODEL.onnx INPUTS.npz OUT.xml
 
-Post-training quantization with NNCF's preset for transformers, calibrated on token ids drawn uniformly (the weights
-are random: only speed is compared).
+Post-training quantization with NNCF's preset for transformers, calibrated on token ids drawn uniformly (the
+weights are random: only speed is compared).
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-# Every peer resolves against the torch that isofold itself is measured with, so that none drags in another one.
+# Every peer resolves against the torch that isofold itself is measured with, so that none drags in another
+# one.
 CONSTRAINTS = ("torch==2.13.0",)
 
 
@@ -139,7 +140,9 @@ def install(name: str) -> Path:
 
 def main() -> int:
     """Command line; exit code 1 and one message where a peer is unknown or does not install."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="the known peers and whether they are installed")
     for command in ("install", "python"):

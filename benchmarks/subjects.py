@@ -1,7 +1,7 @@
 """Models that several benchmarks measure, built once into the cache: seeded random weights, so speed only.
 
-The file name carries a hash of the configuration and of the versions that shape the export, so a changed library
-never reuses an old file.
+The file name carries a hash of the configuration and of the versions that shape the export, so a changed
+library never reuses an old file.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import os
 import warnings
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+
 from peers import cache_folder
 
 if TYPE_CHECKING:
@@ -25,59 +26,50 @@ SEED = 20261122
 
 def subject_folder(*key: object) -> Path:
     """A folder of the cache for this subject and these versions."""
-    versions = [f"{name}={metadata.version(name)}" for name in ("torch", "transformers", "onnx", "onnxruntime")]
+    versions = [
+        f"{name}={metadata.version(name)}" for name in ("torch", "transformers", "onnx", "onnxruntime")
+    ]
     digest = hashlib.sha256("\n".join([*map(str, key), *versions]).encode()).hexdigest()[:12]
     folder = cache_folder() / "benchmarks" / f"{key[0]}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def bert_base(layers: int = 12) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """BERT-base (768 wide, 12 heads, 110 M parameters) without the pooler, and its inputs: batch 1, sequence 128."""
+def bert_base() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """BERT-base (768 wide, 12 heads, no pooler) and its inputs by name: batch 1, sequence 128, nothing
+    padded."""
     import torch
-    from transformers import BertConfig, BertModel
+    from isofold.models import registry
 
-    torch.manual_seed(SEED)
-    model = BertModel(BertConfig(num_hidden_layers=layers), add_pooling_layer=False).eval()
+    case = registry.get("bert", "base", seed=SEED)
     generator = torch.Generator().manual_seed(SEED)
-    ids = torch.randint(0, model.config.vocab_size, (1, SEQUENCE), generator=generator)
-    return model, {"input_ids": ids, "attention_mask": torch.ones(1, SEQUENCE, dtype=torch.int64)}
+    ids = torch.randint(3, 30000, (1, SEQUENCE), generator=generator)
+    return case.module, {"input_ids": ids, "attention_mask": torch.ones(1, SEQUENCE, dtype=torch.int64)}
 
 
-class FirstOutput:
-    """The hidden states alone, as a plain module: what every competitor computes."""
-
-    def __new__(cls, model: torch.nn.Module) -> torch.nn.Module:
-        import torch
-
-        class Encoder(torch.nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.model = model
-
-            def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-                result: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask)[0]
-                return result
-
-        return Encoder().eval()
-
-
-def bert_onnx(layers: int = 12) -> tuple[Path, Path]:
-    """BERT-base as float32 ONNX by torch.onnx alone (nothing of isofold), static shapes, and its inputs (.npz)."""
+def bert_onnx() -> tuple[Path, Path]:
+    """BERT-base as float32 ONNX by torch.onnx alone (nothing of isofold), static shapes, and its inputs
+    (.npz)."""
     import onnx
     import torch
 
-    folder = subject_folder("bert-base", layers, SEQUENCE, SEED)
+    folder = subject_folder("bert-base", SEQUENCE, SEED)
     path, inputs = folder / "float32.onnx", folder / "inputs.npz"
     if path.exists() and inputs.exists():
         return path, inputs
-    model, feeds = bert_base(layers)
+    model, feeds = bert_base()
     np.savez(inputs, **{name: value.numpy() for name, value in feeds.items()})
     with warnings.catch_warnings(), torch.no_grad():
         # The exporter deprecates parts of itself aloud.
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            FirstOutput(model), (), kwargs=feeds, dynamo=True, opset_version=20, output_names=["hidden"], verbose=False
+            model,
+            (),
+            kwargs=feeds,
+            dynamo=True,
+            opset_version=20,
+            output_names=["hidden"],
+            verbose=False,
         )
     assert program is not None
     beside = path.with_suffix(f".{os.getpid()}.tmp")
@@ -105,7 +97,8 @@ def onnxruntime_dynamic_int8(float32: Path) -> Path:
 
 
 def openvino_int8(python: Path, float32: Path, inputs: Path) -> Path:
-    """OpenVINO IR quantized after training by NNCF, written by the peer's own interpreter (nncf_quantize.py)."""
+    """OpenVINO IR quantized after training by NNCF, written by the peer's own interpreter
+    (nncf_quantize.py)."""
     import subprocess
 
     from harness import BenchmarkError
@@ -115,7 +108,10 @@ def openvino_int8(python: Path, float32: Path, inputs: Path) -> Path:
         return target
     script = Path(__file__).resolve().parent / "nncf_quantize.py"
     done = subprocess.run(
-        [str(python), str(script), str(float32), str(inputs), str(target)], capture_output=True, text=True, check=False
+        [str(python), str(script), str(float32), str(inputs), str(target)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode or not target.exists():
         tail = "\n".join((done.stdout + done.stderr).splitlines()[-8:])

@@ -1,13 +1,14 @@
 """One competitor in a process of its own: loads a model once, then runs and times it when told.
 
 The harness starts this file with the interpreter of the environment that holds the engine, writes one JSON
-specification line and then commands to standard input, and reads one JSON line per answer. Needs numpy and the
-engine, nothing of isofold.
+specification line and then commands to standard input, and reads one JSON line per answer. Needs numpy and
+the engine, nothing of isofold.
 
-Specification: ``engine`` (onnxruntime | openvino | read | vnni), ``threads``, and for models ``model``, ``inputs``
-(an .npz), optionally ``library`` (custom operators), ``optimize`` (onnxruntime's graph optimization level),
-``precision`` (OpenVINO's inference precision). Commands: ``time`` (n runs, seconds of each), ``outputs`` (write
-an .npz), ``memory`` (bytes of this process), ``profile`` (n runs, microseconds and count by operator type), ``quit``.
+Specification: ``engine`` (onnxruntime | openvino | read | vnni), ``threads``, and for models ``model``,
+``inputs`` (an .npz), optionally ``library`` (custom operators), ``optimize`` (onnxruntime's graph
+optimization level), ``precision`` (OpenVINO's inference precision). Commands: ``time`` (n runs, seconds of
+each), ``outputs`` (write an .npz), ``memory`` (bytes of this process), ``profile`` (n runs, microseconds and
+count by operator type), ``quit``.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class OnnxRuntime:
         if spec.get("profile"):
             options.enable_profiling = True
             options.profile_file_prefix = spec["profile"]
-        self.session = onnxruntime.InferenceSession(spec["model"], options, providers=["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(
+            spec["model"], options, providers=["CPUExecutionProvider"]
+        )
         self.names = [output.name for output in self.session.get_outputs()]
         self.feeds: dict[str, Any] = {}
         wanted = {node.name for node in self.session.get_inputs()}
@@ -107,7 +110,9 @@ class OpenVino:
 
     def outputs(self) -> list[Any]:
         self.request.infer()
-        return [np.array(self.request.get_output_tensor(i).data) for i in range(len(self.request.model_outputs))]
+        return [
+            np.array(self.request.get_output_tensor(i).data) for i in range(len(self.request.model_outputs))
+        ]
 
 
 class Probe:
@@ -128,7 +133,8 @@ class Probe:
             self.measure = lambda: library.probe_vnni(spec["rounds"], threads)
             return
         size = spec["bytes"]
-        # Weights in a mapped file lie in small pages; MADV_HUGEPAGE shows what the memory could do with large ones.
+        # Weights in a mapped file lie in small pages; MADV_HUGEPAGE shows what the memory could do with large
+        # ones.
         self.memory = mmap.mmap(-1, size + (4 << 20), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.memory.madvise(mmap.MADV_HUGEPAGE if spec.get("huge") else mmap.MADV_NOHUGEPAGE)
         array = np.frombuffer(self.memory, np.uint8)
@@ -154,7 +160,9 @@ def memory() -> dict[str, int]:
 def serve(answers: Any) -> None:
     """Read the specification and then commands until ``quit`` or the end of the input."""
     spec = json.loads(sys.stdin.readline())
-    engine: Any = {"onnxruntime": OnnxRuntime, "openvino": OpenVino, "read": Probe, "vnni": Probe}[spec["engine"]](spec)
+    engine: Any = {"onnxruntime": OnnxRuntime, "openvino": OpenVino, "read": Probe, "vnni": Probe}[
+        spec["engine"]
+    ](spec)
 
     def answer(value: dict[str, Any]) -> None:
         answers.write(json.dumps(value) + "\n")
@@ -192,7 +200,7 @@ if __name__ == "__main__":
     os.dup2(2, 1)
     try:
         serve(own)
-    except Exception as error:  # noqa: BLE001: whatever stops an engine is reported to the harness as its answer
+    except Exception as error:  # whatever stops an engine is its answer to the harness
         own.write(json.dumps({"error": f"{type(error).__name__}: {error}"}) + "\n")
         own.flush()
         sys.exit(1)

@@ -1,0 +1,62 @@
+"""The one place where the benchmarks call isofold: compile a model, save the artefact, say how a worker opens
+it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A saved artefact and what came of compiling it."""
+
+    folder: Path
+    model: Path
+    compiled: Any
+
+    def spec(self, threads: int, inputs: Path, library: bool = True) -> dict[str, Any]:
+        """How a worker opens it, with our op library or as stock ONNX Runtime would."""
+        return {
+            "engine": "onnxruntime",
+            "model": str(self.model),
+            "library": op_library() if library else None,
+            "threads": threads,
+            "inputs": str(inputs),
+        }
+
+
+def op_library() -> str:
+    """The op library for this machine, built when it is not there yet."""
+    from isofold.runtimes.onnx.oplib.build import library_path
+
+    return str(library_path())
+
+
+def compile_to(
+    folder: Path,
+    module: torch.nn.Module,
+    recipe: str,
+    args: Sequence[Any] = (),
+    kwargs: dict[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    calibration: Sequence[Any] | None = None,
+) -> Artefact:
+    """Compile with a preset and save into ``folder``, which is made."""
+    import isofold
+
+    compiled = isofold.compile(
+        module,
+        recipe=recipe,
+        args=tuple(args),
+        kwargs=kwargs or {},
+        dynamic_shapes=dynamic_shapes,
+        calibration=calibration,
+    )
+    compiled.save(folder)
+    return Artefact(folder, folder / "model.onnx", compiled)

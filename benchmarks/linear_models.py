@@ -1,0 +1,192 @@
+"""ONNX models of many equal linears, for linears.py: one float input, one output per layer, weights beyond
+the L3.
+
+Every layer has weights of its own and quantizes its own activations, as ONNX Runtime's operators do inside
+themselves; the graph optimizer is off while measuring, so that equal quantizers are not merged. All quantized
+kinds of one shape use the same codes and scales, so their outputs can be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+PAGE = 4096
+SEED = 7
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One way to compute a linear: its name in the table and what it is made of."""
+
+    name: str
+    operator: str
+    bits: int
+    group: int = 0
+    accuracy: int = 0
+    float_activations: bool = False
+    shared_quantizer: bool = False
+
+    @property
+    def ours(self) -> bool:
+        return self.operator == "isofold"
+
+
+class ExternalData:
+    """A file of raw tensors next to a model, each at a page boundary, and the initializers that point into
+    it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.stream = path.open("wb")
+        self.initializers: list[TensorProto] = []
+        self.tensor_bytes = 0
+
+    def add(self, name: str, array: NDArray[np.generic]) -> str:
+        """Append one tensor; returns its name."""
+        self.stream.write(b"\0" * (-self.stream.tell() % PAGE))
+        offset = self.stream.tell()
+        self.stream.write(np.ascontiguousarray(array).tobytes())
+        tensor = TensorProto(
+            name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape
+        )
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", self.path.name), ("offset", offset), ("length", array.nbytes)):
+            tensor.external_data.add(key=key, value=str(value))
+        self.initializers.append(tensor)
+        self.tensor_bytes += array.nbytes
+        return name
+
+
+def codes_and_scales(
+    n: int, k: int, bits: int, group: int, layer: int
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Codes `[N, K]` and scales `[N, G]` of a layer; scales are float16 values, codes about normal.
+
+    Layers are rotations of one drawn matrix: different bytes in different memory, without drawing each anew.
+    """
+    generator = np.random.default_rng([SEED, n, k, bits, group])
+    limit = 7 if bits == 4 else 127
+    drawn = generator.standard_normal((n, k), np.float32) * (limit / 3)
+    codes = np.clip(np.rint(drawn), -limit - (bits == 4), limit).astype(np.int8)
+    groups = k // group if group else 1
+    spread = 3 / limit / np.sqrt(k)
+    scales = (spread * generator.uniform(0.5, 1.0, (n, groups))).astype(np.float16).astype(np.float32)
+    return np.roll(codes, layer, 0), np.roll(scales, layer, 0)
+
+
+def reference(x: NDArray[np.float32], kind: Kind, n: int, k: int, layer: int) -> NDArray[np.float64]:
+    """x times the dequantized weight of a layer, in float64."""
+    codes, scales = codes_and_scales(n, k, kind.bits, kind.group, layer)
+    weight = codes * np.repeat(scales, k // scales.shape[1], axis=1).astype(np.float64)
+    result: NDArray[np.float64] = x.astype(np.float64) @ weight.T
+    return result
+
+
+def _isofold_nodes(
+    kind: Kind, data: ExternalData, n: int, k: int, layer: int, source: str, target: str
+) -> Iterator[onnx.NodeProto]:
+    import torch
+    from isofold.compiler.dialect import packing
+
+    codes, scales = codes_and_scales(n, k, kind.bits, kind.group, layer)
+    stored, _ = packing.storable_scale(torch.from_numpy(scales), kind.group)
+    packed = packing.pack_linear(torch.from_numpy(codes), stored, None, kind.bits, kind.group)
+    weight = data.add(f"weight{layer}", packed.weight.numpy())
+    scale = data.add(f"scale{layer}", packed.scale.numpy())
+    attributes: dict[str, Any] = {
+        "n": n,
+        "k": k,
+        "bits": kind.bits,
+        "group_size": kind.group,
+        "scale_multiplier": float(packed.scale_multiplier),
+        "activation": "none",
+        "gated": 0,
+        "domain": "ai.isofold",
+    }
+    if kind.float_activations:
+        yield helper.make_node("PackedLinearFloat", [source, weight, scale], [target], **attributes)
+        return
+    suffix = "" if kind.shared_quantizer else str(layer)
+    if not kind.shared_quantizer or layer == 0:
+        yield helper.make_node(
+            "QuantizeActivation",
+            [source],
+            [f"u{suffix}", f"params{suffix}"],
+            domain="ai.isofold",
+            align=packing.alignment(kind.group),
+        )
+    wsum = data.add(f"wsum{layer}", packed.wsum.numpy())
+    inputs = [f"u{suffix}", f"params{suffix}", weight, scale, "", wsum]
+    yield helper.make_node("PackedLinear", inputs, [target], **attributes)
+
+
+def _peer_nodes(
+    kind: Kind, data: ExternalData, n: int, k: int, layer: int, source: str, target: str
+) -> Iterator[onnx.NodeProto]:
+    codes, scales = codes_and_scales(n, k, kind.bits, kind.group, layer)
+    if kind.operator == "MatMulNBits":
+        unsigned: NDArray[np.uint8] = (codes.astype(np.int16) + (1 << (kind.bits - 1))).astype(np.uint8)
+        if kind.bits == 4:
+            unsigned = unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
+        blocks = unsigned.reshape(n, k // kind.group, -1)
+        yield helper.make_node(
+            "MatMulNBits",
+            [source, data.add(f"weight{layer}", blocks), data.add(f"scale{layer}", scales.reshape(-1))],
+            [target],
+            domain="com.microsoft",
+            K=k,
+            N=n,
+            bits=kind.bits,
+            block_size=kind.group,
+            accuracy_level=kind.accuracy,
+        )
+    elif kind.operator == "DynamicQuantizeMatMul":
+        inputs = [source, data.add(f"weight{layer}", codes.T), data.add(f"scale{layer}", scales[:, 0])]
+        yield helper.make_node("DynamicQuantizeMatMul", inputs, [target], domain="com.microsoft")
+    else:
+        weight = (codes * np.repeat(scales, k // scales.shape[1], axis=1)).T
+        yield helper.make_node("MatMul", [source, data.add(f"weight{layer}", weight)], [target])
+
+
+def write(kind: Kind, m: int, n: int, k: int, layers: int, folder: Path) -> tuple[Path, int]:
+    """Write the model of ``layers`` linears and return it with the bytes of weights and scales it holds.
+
+    An existing file of the same name is taken as it is: the name says all that determines it.
+    """
+    stem = f"{kind.name.replace(' ', '-')}-m{m}-n{n}-k{k}-x{layers}"
+    path, external = folder / f"{stem}.onnx", folder / f"{stem}.bin"
+    size = folder / f"{stem}.bytes"
+    if path.exists() and size.exists():
+        return path, int(size.read_text())
+    data = ExternalData(external)
+    nodes: list[onnx.NodeProto] = []
+    outputs = [f"y{layer}" for layer in range(layers)]
+    make = _isofold_nodes if kind.ours else _peer_nodes
+    for layer, output in enumerate(outputs):
+        nodes.extend(make(kind, data, n, k, layer, "x", output))
+    graph = helper.make_graph(
+        nodes,
+        stem,
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [m, k])],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [m, n]) for name in outputs],
+        data.initializers,
+    )
+    data.stream.close()
+    opsets = [
+        helper.make_opsetid("", 20),
+        helper.make_opsetid("com.microsoft", 1),
+        helper.make_opsetid("ai.isofold", 1),
+    ]
+    beside = path.with_suffix(".tmp")
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), str(beside))
+    size.write_text(str(data.tensor_bytes))
+    beside.replace(path)
+    return path, data.tensor_bytes
