@@ -27,7 +27,8 @@ FORMAT_VERSION = 1
 def publishing(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     """A temporary folder that becomes `folder` when the block ends well, and vanishes when it does not.
 
-    An existing artefact is replaced only with `overwrite`; anything else that exists is never touched. Raises ArtefactError.
+    An existing artefact is replaced only with `overwrite`; anything else that exists is never touched.
+    Raises ArtefactError.
     """
     folder = folder.absolute()
     if folder.exists() and not (overwrite and _replaceable(folder)):
@@ -35,7 +36,11 @@ def publishing(folder: Path, *, overwrite: bool) -> Iterator[Path]:
             "The output folder exists already",
             where=str(folder),
             hint="choose another folder"
-            + (", or allow overwriting" if _replaceable(folder) else "; it holds something that is not an isofold artefact"),
+            + (
+                ", or allow overwriting"
+                if _replaceable(folder)
+                else "; it holds something that is not an isofold artefact"
+            ),
         )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +104,10 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
         version = int(manifest["format_version"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtefactError(
-            "The artefact's manifest is damaged", where=str(path), got=f"{type(error).__name__}: {error}", hint="compile it again"
+            "The artefact's manifest is damaged",
+            where=str(path),
+            got=f"{type(error).__name__}: {error}",
+            hint="compile it again",
         ) from error
     if version > FORMAT_VERSION:
         raise ArtefactError(

@@ -53,12 +53,16 @@ def capture(
         raise InputError(
             "A module needs example inputs to be captured",
             where=type(model).__qualname__,
-            hint="pass args=(...) or kwargs={...}; an ExportedProgram, a .pt2 file or a transformers model brings its own",
+            hint="pass args=(...) or kwargs={...}; an ExportedProgram, a .pt2 file or a transformers model brings them",
         )
-    return _from_exported(_export(model, tuple(args or ()), dict(kwargs or {}), dynamic_shapes), dynamic_shapes)
+    return _from_exported(
+        _export(model, tuple(args or ()), dict(kwargs or {}), dynamic_shapes), dynamic_shapes
+    )
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> ExportedProgram:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -192,7 +196,9 @@ def _explain(error: Exception, model: nn.Module) -> CaptureError:
 def _user_frame(error: BaseException, text: str) -> str | None:
     """The innermost frame outside torch: from the text of the error, else from its traceback."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', text)
-    outside = [f"{file}:{line}" for file, line in frames if "/torch/" not in file and not file.startswith("<")]
+    outside = [
+        f"{file}:{line}" for file, line in frames if "/torch/" not in file and not file.startswith("<")
+    ]
     if outside:
         return outside[-1]
     here = os.path.dirname(os.path.abspath(__file__))

@@ -77,7 +77,10 @@ def run_steps(
 
 
 def relative_error(expected: list[Any], got: list[Any]) -> float:
-    """Largest difference over the largest expected magnitude, over all tensors; inf where shapes or finiteness differ."""
+    """Largest difference over the largest expected magnitude, over all tensors.
+
+    inf where shapes or finiteness differ.
+    """
     worst = 0.0
     for a, b in zip(expected, got, strict=True):
         if not isinstance(a, Tensor):
@@ -102,7 +105,9 @@ def _check(report: PassReport, earlier: list[str]) -> None:
         raise VerificationError(
             f"The pass {report.name} changed the program by more than it guarantees",
             where="; ".join(str(a.place) for a in report.applied[:5]),
-            expected=f"{report.guarantee.value}: relative error at most {bound}" if bound is not None else "finite results",
+            expected=f"{report.guarantee.value}: relative error at most {bound}"
+            if bound is not None
+            else "finite results",
             got=f"relative error {error:.3g} (passes before it: {', '.join(earlier) or 'none'})",
             hint="this is a defect of the pass: please report it with the model; leave the pass out to go on",
         )

@@ -60,7 +60,9 @@ class Editor:
         """The dotted name of the constant that a `get_attr` node reads."""
         return str(node.target)
 
-    def call(self, target: Any, *args: Any, like: fx.Node, before: fx.Node | None = None, **kwargs: Any) -> fx.Node:
+    def call(
+        self, target: Any, *args: Any, like: fx.Node, before: fx.Node | None = None, **kwargs: Any
+    ) -> fx.Node:
         """Insert a call before `before` (default: `like`), with the place of `like`, and compute its fake value."""
         with self.graph.inserting_before(before or like):
             node = self.graph.call_function(target, args, kwargs)
@@ -103,5 +105,10 @@ class Editor:
         self.graph.lint()
         source = self.program
         return Program(
-            self.graph, self.tensors, source.example_args, source.example_kwargs, source.dynamic_shapes, source.records
+            self.graph,
+            self.tensors,
+            source.example_args,
+            source.example_kwargs,
+            source.dynamic_shapes,
+            source.records,
         )

@@ -130,7 +130,8 @@ class Program:
             if not isinstance(given, Tensor):
                 problems.append(f"{node.name}: expected a tensor, got {type(given).__name__}")
             elif given.dim() != fake.dim() or any(
-                isinstance(want, int) and want != have for want, have in zip(fake.shape, given.shape, strict=True)
+                isinstance(want, int) and want != have
+                for want, have in zip(fake.shape, given.shape, strict=True)
             ):
                 problems.append(f"{node.name}: expected shape {list(fake.shape)}, got {list(given.shape)}")
             elif given.dtype != fake.dtype:
@@ -156,19 +157,31 @@ class Program:
     def with_record(self, record: Mapping[str, Any]) -> Program:
         """The same program with one more record."""
         return Program(
-            self.graph, self.tensors, self.example_args, self.example_kwargs, self.dynamic_shapes, (*self.records, record)
+            self.graph,
+            self.tensors,
+            self.example_args,
+            self.example_kwargs,
+            self.dynamic_shapes,
+            (*self.records, record),
         )
 
-    def run_float64(self, args: Sequence[Any] | None = None, kwargs: Mapping[str, Any] | None = None) -> list[Any]:
+    def run_float64(
+        self, args: Sequence[Any] | None = None, kwargs: Mapping[str, Any] | None = None
+    ) -> list[Any]:
         """Flat results computed in float64 (weights cast one use at a time, so memory stays near one copy)."""
         args = self.example_args if args is None else args
         kwargs = self.example_kwargs if kwargs is None else kwargs
         with torch.no_grad():
-            flat = _Float64Interpreter(self.graph_module).run(*self.flatten_inputs(args, kwargs), enable_io_processing=False)
+            flat = _Float64Interpreter(self.graph_module).run(
+                *self.flatten_inputs(args, kwargs), enable_io_processing=False
+            )
         return pytree.tree_leaves(flat)
 
     def run_observed(
-        self, observe: Callable[[fx.Node, Any], None], args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
+        self,
+        observe: Callable[[fx.Node, Any], None],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Run and call `observe(node, value)` after every node (calibration). Values die after their last use."""
         with torch.no_grad():
@@ -197,13 +210,18 @@ class Program:
             handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".pt2")
             os.close(handle)
             try:
-                torch.export.save(exported, beside, extra_files={_RECORD_FILE: json.dumps({"records": self.records})})
+                torch.export.save(
+                    exported, beside, extra_files={_RECORD_FILE: json.dumps({"records": self.records})}
+                )
                 os.replace(beside, path)
             finally:
                 Path(beside).unlink(missing_ok=True)
         except OSError as error:
             raise ArtefactError(
-                "The program cannot be written", where=str(path), got=str(error), hint="choose a writable folder with room"
+                "The program cannot be written",
+                where=str(path),
+                got=str(error),
+                hint="choose a writable folder with room",
             ) from error
 
     @staticmethod
@@ -215,7 +233,12 @@ class Program:
         program = capture(load_pt2(path, extra))
         records = json.loads(extra[_RECORD_FILE])["records"] if extra[_RECORD_FILE] else []
         return Program(
-            program.graph, program.tensors, program.example_args, program.example_kwargs, program.dynamic_shapes, records
+            program.graph,
+            program.tensors,
+            program.example_args,
+            program.example_kwargs,
+            program.dynamic_shapes,
+            records,
         )
 
 

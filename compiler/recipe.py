@@ -48,8 +48,8 @@ class WeightFormat(_Strict):
 class ActivationFormat(_Strict):
     """How the inputs of quantized layers are stored.
 
-    mode: `float` (not quantized), `dynamic` (int8 per token, per sample for convolutions) or `static` (int8 per tensor, needs
-    calibration data). percentile: for static ranges, the share of values kept inside (100: all).
+    mode: `float` (not quantized), `dynamic` (int8 per token, per sample for convolutions) or `static` (int8 per
+    tensor, needs calibration data). percentile: for static ranges, the share of values kept inside (100: all).
     """
 
     mode: Literal["float", "dynamic", "static"] = "dynamic"
@@ -103,7 +103,9 @@ class Recipe(_Strict):
     @model_validator(mode="after")
     def _convolutions_need_activations(self) -> Recipe:
         if self.convolutions is not None and self.activations.mode == "float":
-            raise ValueError("convolutions are quantized together with their inputs: activations.mode must not be float")
+            raise ValueError(
+                "convolutions are quantized together with their inputs: activations.mode must not be float"
+            )
         return self
 
     @property
@@ -148,7 +150,12 @@ class Recipe(_Strict):
         except yaml.YAMLError as error:
             raise RecipeError("The recipe is not valid YAML", where=where, got=str(error)) from error
         if not isinstance(data, dict):
-            raise RecipeError("The recipe is not a mapping", where=where, expected="name: value lines", got=type(data).__name__)
+            raise RecipeError(
+                "The recipe is not a mapping",
+                where=where,
+                expected="name: value lines",
+                got=type(data).__name__,
+            )
         return _validate(Recipe, data, where)
 
 
@@ -164,7 +171,11 @@ PRESETS: dict[str, Recipe] = {
     for recipe in (
         Recipe(name="float32"),
         Recipe(
-            name="w8a8", weights=_W8, activations=_DYNAMIC, embeddings=EmbeddingFormat(), convolutions=ConvolutionFormat()
+            name="w8a8",
+            weights=_W8,
+            activations=_DYNAMIC,
+            embeddings=EmbeddingFormat(),
+            convolutions=ConvolutionFormat(),
         ),
         Recipe(
             name="w8a8-static",
@@ -174,7 +185,11 @@ PRESETS: dict[str, Recipe] = {
             convolutions=ConvolutionFormat(),
         ),
         Recipe(
-            name="w4a8", weights=_W4, activations=_DYNAMIC, embeddings=EmbeddingFormat(), convolutions=ConvolutionFormat()
+            name="w4a8",
+            weights=_W4,
+            activations=_DYNAMIC,
+            embeddings=EmbeddingFormat(),
+            convolutions=ConvolutionFormat(),
         ),
         Recipe(name="w8a16", weights=_W8, embeddings=EmbeddingFormat()),
         Recipe(name="w4a16", weights=_W4, embeddings=EmbeddingFormat()),

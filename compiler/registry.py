@@ -34,10 +34,33 @@ class Backend(Protocol):
     targets: tuple[str, ...]
     """Values of `target=` that choose this backend."""
 
+    suffix: str
+    """Suffix of the single file that `write_file` writes, such as ".onnx"."""
+
     def write(
-        self, program: Program, folder: Path, *, report: dict[str, Any], progress: Callable[[str], None] | None = None, **options: Any
+        self,
+        program: Program,
+        folder: Path,
+        *,
+        report: dict[str, Any],
+        progress: Callable[[str], None] | None = None,
+        **options: Any,
     ) -> dict[str, Any]:
         """Lower `program` into `folder` (empty, exists). Returns facts that are merged into the report."""
+
+    def write_file(
+        self,
+        program: Program,
+        path: Path,
+        *,
+        report: dict[str, Any],
+        progress: Callable[[str], None] | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """Lower `program` to one file (data may stand beside it), replacing existing ones at the end."""
+
+    def prepare(self, progress: Callable[[str], None] | None = None, force: bool = False) -> Path | None:
+        """Build what the backend needs once per machine (`isofold build`). Returns its path."""
 
     def open(self, folder: Path, **options: Any) -> Any:
         """Open what `write` wrote: a callable with the module's signature. Must not import torch."""
@@ -72,7 +95,9 @@ def backend_for(target: str) -> Backend:
             return backend
     known = [t for backend in _backends.values() for t in backend.targets]
     raise InputError(
-        f"Unknown target {target!r}", expected=" | ".join(known) or "a registered backend", hint=near_misses(target, known)
+        f"Unknown target {target!r}",
+        expected=" | ".join(known) or "a registered backend",
+        hint=near_misses(target, known),
     )
 
 
@@ -82,7 +107,10 @@ def backend_named(name: str) -> Backend:
     if name not in _backends:
         _load()
     if name not in _backends:
-        raise InputError(f"No backend called {name!r} is installed", expected=" | ".join(_backends) or "a registered backend")
+        raise InputError(
+            f"No backend called {name!r} is installed",
+            expected=" | ".join(_backends) or "a registered backend",
+        )
     return _backends[name]
 
 
@@ -90,5 +118,7 @@ def pipeline() -> Pipeline:
     """The registered pipeline. Raises InputError where no passes are installed."""
     _load()
     if not _pipelines:
-        raise InputError("No passes are installed", hint=f"install a distribution with an entry point in {GROUP}")
+        raise InputError(
+            "No passes are installed", hint=f"install a distribution with an entry point in {GROUP}"
+        )
     return _pipelines[-1]

@@ -22,6 +22,8 @@ def activate(x: Tensor, activation: str) -> Tensor:
     """Apply the named activation elementwise."""
     if activation not in ACTIVATIONS:
         raise UnsupportedError(
-            "Unknown activation in an operator attribute", expected=" | ".join(ACTIVATIONS), got=repr(activation)
+            "Unknown activation in an operator attribute",
+            expected=" | ".join(ACTIVATIONS),
+            got=repr(activation),
         )
     return ACTIVATIONS[activation](x)

@@ -1,6 +1,7 @@
 """`isofold::attention`: scores, scale, logit cap, mask, softmax and values in one operator, heads last-but-one.
 
-    y[b, s, h] = softmax_t( cap(scale q[b, s, h] . k[b, t, g]) + mask[b, h, s, t] ) v[b, t, g],   g = h // (heads / kv_heads)
+    y[b, s, h] = softmax_t( cap(scale q[b, s, h] . k[b, t, g]) + mask[b, h, s, t] ) v[b, t, g]
+    g = h // (heads / kv_heads)
 
 Reading `[B, S, H, D]` directly removes the transposes around `scaled_dot_product_attention`, and head
 offsets let q, k and v be views of one fused linear. A row with nothing to attend to is 0. Equal over the

@@ -30,11 +30,23 @@ def _shape(x: Tensor, params: Tensor | None, *rest: object) -> Tensor:
     return x.new_empty([x.shape[0], n, *((i + 2 * p - d * (k - 1) - 1) // s + 1 for i, k, s, p, d in sizes)])
 
 
-def _cost(x: Tensor, params: Tensor | None, weight: Tensor, scale: Tensor, wsum: Tensor, bias: Tensor | None, *rest: object) -> Cost:
+def _cost(
+    x: Tensor,
+    params: Tensor | None,
+    weight: Tensor,
+    scale: Tensor,
+    wsum: Tensor,
+    bias: Tensor | None,
+    *rest: object,
+) -> Cost:
     out = int(_shape(x, params, weight, scale, wsum, bias, *rest).numel())
     kernel = rest[0]
     assert isinstance(kernel, (list, tuple))
-    return Cost(tensor_bytes(weight, scale, wsum, bias), tensor_bytes(x) + 4 * out, 2 * out * int(x.shape[1]) * math.prod(kernel))
+    return Cost(
+        tensor_bytes(weight, scale, wsum, bias),
+        tensor_bytes(x) + 4 * out,
+        2 * out * int(x.shape[1]) * math.prod(kernel),
+    )
 
 
 @operator(

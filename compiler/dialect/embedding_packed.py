@@ -13,7 +13,11 @@ def _cost(
     ids: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, dim: int, bits: int, group_size: int
 ) -> Cost:
     count = int(ids.numel())
-    return Cost(tensor_bytes(weight, scale, zero), tensor_bytes(ids) + count * dim * (bits // 4 + 8) // 2, 2 * count * dim)
+    return Cost(
+        tensor_bytes(weight, scale, zero),
+        tensor_bytes(ids) + count * dim * (bits // 4 + 8) // 2,
+        2 * count * dim,
+    )
 
 
 @operator(

@@ -29,7 +29,9 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
     return y if bias is None else y + bias
 
 
-def norm_cost(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, *rest: object) -> Cost:
+def norm_cost(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, *rest: object
+) -> Cost:
     """Reads x and the residual once, writes the sum and the result."""
     return Cost(tensor_bytes(weight, bias), tensor_bytes(x, residual, x, x), 8 * int(x.numel()))
 

@@ -79,7 +79,10 @@ def _differentiable(overload: torch._ops.OpOverload, reference: Callable[..., An
         result: list[Tensor | None] = [None] * len(inputs)
         if pairs and wanted_at:
             found = torch.autograd.grad(
-                [o for o, _ in pairs], [inputs[i] for i in wanted_at], [g for _, g in pairs], allow_unused=True
+                [o for o, _ in pairs],
+                [inputs[i] for i in wanted_at],
+                [g for _, g in pairs],
+                allow_unused=True,
             )
             for position, gradient in zip(wanted_at, found, strict=True):
                 result[position] = gradient

@@ -88,7 +88,9 @@ def pack_codes(codes: Tensor, bits: int, group_size: int) -> Tensor:
     low, high = code_range(bits, symmetric=False)
     if codes.dtype != torch.int8 or codes.dim() != 2:
         raise InputError(
-            "Codes to pack have the wrong type", expected="int8 [N, K]", got=f"{codes.dtype} {list(codes.shape)}"
+            "Codes to pack have the wrong type",
+            expected="int8 [N, K]",
+            got=f"{codes.dtype} {list(codes.shape)}",
         )
     if codes.numel() and not (low <= int(codes.min()) and int(codes.max()) <= high):
         raise InputError(
@@ -101,7 +103,9 @@ def pack_codes(codes: Tensor, bits: int, group_size: int) -> Tensor:
     blocks, columns = padded.shape[0] // LANES, padded.shape[1]
     if bits == 8:
         return padded.reshape(blocks, LANES, columns // 4, 4).permute(0, 2, 1, 3).contiguous()
-    nibbles = (padded & 0x0F).to(torch.uint8).reshape(blocks, LANES, columns // 8, 2, 4).permute(0, 2, 3, 1, 4)
+    nibbles = (
+        (padded & 0x0F).to(torch.uint8).reshape(blocks, LANES, columns // 8, 2, 4).permute(0, 2, 3, 1, 4)
+    )
     return (nibbles[:, :, 0] | (nibbles[:, :, 1] << 4)).contiguous()
 
 
@@ -144,7 +148,9 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, group_size: in
     return (centred * scale).reshape(codes.shape)
 
 
-def pack_linear(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int) -> PackedLinear:
+def pack_linear(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int
+) -> PackedLinear:
     """Pack a quantized matrix: codes int8 `[N, K]`, scale `[N, G]`, zero int8 `[N, G]` or None.
 
     The scales must already be storable (`storable_scale`), else packing would change the value.
@@ -195,7 +201,9 @@ def interleave_gated(gate: Tensor, up: Tensor) -> Tensor:
 
     Rows 32 i .. 32 i + 15 are gate, 32 i + 16 .. 32 i + 31 up, so that one tile holds both factors.
     """
-    halves = [F.pad(t, [0, 0] * (t.dim() - 1) + [0, ceil_to(t.shape[0], LANES) - t.shape[0]]) for t in (gate, up)]
+    halves = [
+        F.pad(t, [0, 0] * (t.dim() - 1) + [0, ceil_to(t.shape[0], LANES) - t.shape[0]]) for t in (gate, up)
+    ]
     blocks = torch.stack([h.unflatten(0, (-1, LANES)) for h in halves], dim=1)
     return blocks.flatten(0, 2)
 
@@ -207,7 +215,7 @@ def split_gated(rows: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 
 def pack_embedding_codes(codes: Tensor, bits: int) -> Tensor:
-    """Codes int8 `[V, D]` → int8 `[V, D]`, or for 4 bits uint8 `[V, ceil(D/2)]` with the even index in the low nibble."""
+    """Codes int8 `[V, D]` → int8 `[V, D]`, or for 4 bits uint8 `[V, ceil(D/2)]`, even indices in low nibbles."""
     if bits == 8:
         return codes.contiguous()
     nibbles = (F.pad(codes, (0, codes.shape[1] % 2)) & 0x0F).to(torch.uint8)
