@@ -91,6 +91,7 @@ def _from_exported(exported: ExportedProgram, dynamic_shapes: Any) -> Program:
     assert isinstance(module, fx.GraphModule)
     tensors = _deduplicate(module)
     _complete_values(module.graph, tensors)
+    _views_to_reshapes(module.graph)
     return Program(module.graph, tensors, args, kwargs, dynamic_shapes)
 
 
@@ -131,6 +132,12 @@ def _complete_values(graph: fx.Graph, tensors: Mapping[str, Any]) -> None:
         held = tensors.get(str(node.target)) if node.op == "get_attr" else None
         if isinstance(held, Tensor) and not isinstance(value(node), Tensor):
             node.meta["val"] = mode.from_tensor(held, static_shapes=True)
+
+
+def _views_to_reshapes(graph: fx.Graph) -> None:
+    """Whether a reshape is a view depends on strides, and the traced ones hold for the example sizes only."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default
 
 
 def _dynamic_shapes_of(exported: ExportedProgram) -> Any:
