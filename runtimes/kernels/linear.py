@@ -1,0 +1,427 @@
+"""Packed linears on quantized activations: integer tiles, and the epilogue that turns them into float outputs.
+
+Identity (docs/dialect.md)::
+
+    y[m, n] = s[m] * (multiplier * sum_g scale[n, g] * (sum_{k in g} u[m, k] w[n, k] - zero[n, g] * usum[m, g]) - z[m] wsum[n]) + bias[n]
+
+Two kernels share it. A *tile* computes the sums over k for a few rows and one or two panels (a panel is 16 output features,
+contiguous over K) into a small scratch ``t`` that stays in the first-level cache; the *epilogue* applies everything else and is
+the only one that knows about N, so that tiles never meet a ragged edge (weights are padded to 16 rows and to Kp columns).
+
+======================  ===============================================================================================
+``tile_pc_RxC``         per channel: ``t`` is int32, the sum of u w; scale, zero and multiplier are the epilogue's work
+``tile_g_RxC``          groups: ``t`` is float32, the sum over groups of scale * sum
+``tile_gz_RxC``         the same with zero points; needs the sums of u over each group (``row_sums``) as float32
+``gemv4_*_R``           the same three on packed int4, unpacked in registers: for few rows, where memory is the limit
+``unpack_int4``         int4 panel to int8 panel: for many rows, paid once for all of them, then ``tile_*`` runs on the result
+``row_sums``            sums of u over each group, for zero points
+``epilogue_*``          scale, zero, bias, activation, residual; gated: panel 0 is the gate, panel 1 the factor
+======================  ===============================================================================================
+
+Tiles *add* to ``t`` when ``accumulate`` is set, so that K can be cut into chunks (int4 panels are unpacked a chunk at a time).
+
+Tile shape. v4: 8 rows x 2 panels, 16 accumulators; a step of 4 inputs costs 2 weight loads and 8 broadcasts for 16
+``vpdpbusd``: 10 loads for 16 cycles on a machine with one 512-bit dot and one 512-bit load a cycle (Zen 4), 5 for 8 with two of each.
+Registers: 16 accumulators + 2 weights + 1 broadcast of 32. Shapes from 4x4 to 9x3 all measure 97 % of the peak on Zen 4 with
+everything in the second-level cache, so 8x2 was chosen for what it divides: M = 128 without a remainder, N in steps of 32
+which is also the gate/up pair. Groups keep the same tile: their float sums are in ``t``, one convert, one multiply-add with a
+memory operand and one store per vector and group, because 16 + 16 accumulators do not fit; the bound is 8 / 9 of the peak
+at groups of 32, 32 / 33 at 128. v3: the 8x2 tile is walked in 4x1 sub-tiles (two 256-bit vectors wide).
+
+The integer sums are exact on both instruction sets while they fit int32: K <= 32768 with zero points, twice that without.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from tvm import tirx
+
+from .codegen import Isa, Kernel, T, bind, for_range, load, registers, store, when
+from .dot import (
+    int4_unit,
+    lanes,
+    ones,
+    split_activation,
+    split_weight,
+    unpack_int4,
+    vpdpbusd,
+    vpmaddubsw,
+    vpmaddwd,
+)
+from .math import ACTIVATIONS, activate
+
+ROWS = (8, 4, 2, 1)
+"""Rows of the tiles; the driver covers M with them, largest first."""
+
+GEMV_ROWS = (4, 3, 2, 1)
+"""Rows of the int4 kernels that unpack in registers."""
+
+STEPS = 8
+"""Steps of 4 inputs that are unrolled: 32 inputs, the unit of Kp and the smallest group."""
+
+PREFETCH = 1024
+"""Bytes ahead of the weight stream that the kernels for few rows prefetch."""
+
+_TILE = "u: const i32*, ldu: i64, w: const i8*, ldw: i64, inputs: i64"
+_GROUPS = ", group: i64, scale: const f16*, lds: i64"
+_ZERO = ", zero: const i8*, usum: const f32*, ldusum: i64"
+_AHEAD = ", ahead: const i8*, stride: i64"
+
+
+def _splat(value: float, dtype: str, count: int) -> Any:
+    return T.broadcast(tirx.const(value, dtype), count)
+
+
+def prefetch(buffer: Any, offset: Any, level: int) -> None:
+    """Prefetch for reading; level 3 is the first-level cache, 2 the second."""
+    address = T.address_of(load(buffer, offset, 1))
+    arguments = (T.int32(0), T.int32(level), T.int32(1))
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", address, *arguments))
+
+
+class _Tile:
+    """Accumulators of one sub-tile and how they are advanced by one step of 4 inputs.
+
+    Vector v of row r is ``acc[(r * vectors + v) * lanes]``; ``flush`` moves 16-bit sums (v3, small weights) to int32.
+    """
+
+    def __init__(self, isa: Isa, rows: int, vectors: int, small: bool) -> None:
+        self.isa, self.rows, self.vectors, self.lanes = isa, rows, vectors, lanes(isa)
+        self.small = small and not isa.vnni
+        self.acc = registers(rows * vectors, "int32", self.lanes)
+        self.partial = registers(rows * vectors, "int16", 16) if self.small else None
+
+    def clear(self) -> None:
+        for i in range(self.rows * self.vectors):
+            store(self.acc, i * self.lanes, _splat(0, "int32", self.lanes), self.lanes)
+
+    def begin(self) -> None:
+        """Start a run of at most STEPS steps."""
+        if self.partial is not None:
+            for i in range(self.rows * self.vectors):
+                store(self.partial, i * 16, _splat(0, "int16", 16), 16)
+
+    def step(self, words: list[Any], weights: list[Any]) -> None:
+        """Add the products of one 32-bit word of activations per row with every weight vector."""
+        n = self.lanes
+        split = not self.isa.vnni and not self.small
+        pairs = [split_weight(w) for w in weights] if split else []
+        for r, word in enumerate(words):
+            u = bind(T.broadcast(word, n))
+            odd_even = split_activation(u) if split else None
+            for v, weight in enumerate(weights):
+                i = (r * self.vectors + v) * n
+                if self.isa.vnni:
+                    store(self.acc, i, vpdpbusd(load(self.acc, i, n), u, weight), n)
+                elif self.partial is not None:
+                    i *= 2
+                    store(self.partial, i, load(self.partial, i, 16) + vpmaddubsw(u, weight), 16)
+                else:
+                    assert odd_even is not None
+                    products = [vpmaddwd(a, b) for a, b in zip(odd_even, pairs[v], strict=True)]
+                    store(self.acc, i, load(self.acc, i, n) + products[0] + products[1], n)
+
+    def end(self) -> None:
+        """Finish a run."""
+        if self.partial is not None:
+            for i in range(self.rows * self.vectors):
+                widened = vpmaddwd(load(self.partial, i * 16, 16), ones())
+                store(self.acc, i * 8, load(self.acc, i * 8, 8) + widened, 8)
+
+    def value(self, row: int, vector: int) -> Any:
+        return load(self.acc, (row * self.vectors + vector) * self.lanes, self.lanes)
+
+
+def _sub_tiles(isa: Isa, rows: int, panels: int) -> list[tuple[int, int, int, int]]:
+    """(first row, rows, first vector, vectors) of the sub-tiles that fit the registers."""
+    vectors = panels * 16 // lanes(isa)
+    high, wide = (rows, vectors) if isa.vnni else (min(rows, 4), 2)
+    return [(r, min(high, rows - r), v, wide) for v in range(0, vectors, wide) for r in range(0, rows, high)]
+
+
+def _scale_vector(scale: Any, offset: Any, n: int) -> Any:
+    return T.cast(load(scale, offset, n), f"float32x{n}")
+
+
+def _add_group(isa: Isa, tile: _Tile, where: Any, t: Any, ldt: Any, group: Any, arrays: dict[str, Any]) -> None:
+    """t += scale * (sum - zero * usum) for every accumulator of a sub-tile and one group."""
+    row0, vector0 = where
+    n = tile.lanes
+    unit = float(arrays.get("unit", 1))
+    for v in range(tile.vectors):
+        column = (vector0 + v) * n
+        panel, inside = divmod(column, 16)
+        offset = bind(arrays["lds"] * panel + group * 16 + inside)
+        scale = bind(_scale_vector(arrays["scale"], offset, n))
+        zero = None
+        if "zero" in arrays:
+            zero = T.cast(load(arrays["zero"], offset, n), f"float32x{n}") * _splat(-unit, "float32", n)
+            zero = bind(zero)
+        for r in range(tile.rows):
+            value = T.cast(tile.value(r, v), f"float32x{n}")
+            if zero is not None:
+                usum = load(arrays["usum"], arrays["ldusum"] * (row0 + r) + group, 1)
+                value = T.fma(zero, T.broadcast(usum, n), value)
+            at = ldt * (row0 + r) + column
+            store(t, at, T.fma(value, scale, load(t, at, n)), n)
+
+
+def _clear(t: Any, ldt: Any, rows: int, panels: int, dtype: str) -> None:
+    for r in range(rows):
+        for p in range(panels):
+            store(t, ldt * r + p * 16, _splat(0, dtype, 16))
+
+
+def _tile(mode: str, rows: int, panels: int, small: bool, isa: Isa, *arguments: Any) -> None:
+    """Emit one tile kernel: int8 panels against ``rows`` rows of activations."""
+    u, ldu, w, ldw, inputs, *rest = arguments
+    arrays: dict[str, Any] = {"unit": int4_unit(isa) if small else 1}
+    group = None
+    if mode != "pc":
+        group, arrays["scale"], arrays["lds"], *rest = rest
+    if mode == "gz":
+        arrays["zero"], arrays["usum"], arrays["ldusum"], *rest = rest
+    ahead, stride, accumulate, t, ldt = rest
+    n = lanes(isa)
+    with when(accumulate == T.int32(0)):
+        _clear(t, ldt, rows, panels, "int32" if mode == "pc" else "float32")
+    for row0, r_count, vector0, v_count in _sub_tiles(isa, rows, panels):
+        tile = _Tile(isa, r_count, v_count, small)
+        first = row0 == 0 and vector0 == 0
+
+        def run(block: Any, row0: int = row0, vector0: int = vector0, tile: _Tile = tile, first: bool = first) -> None:
+            """STEPS steps from step ``block * STEPS``."""
+            tile.begin()
+            for k in range(STEPS):
+                step = block * STEPS + k
+                weights = []
+                for v in range(tile.vectors):
+                    panel, inside = divmod((vector0 + v) * n, 16)
+                    weights.append(bind(load(w, ldw * panel + step * 64 + inside * 4, 4 * n)))
+                tile.step([load(u, ldu * (row0 + r) + step, 1) for r in range(tile.rows)], weights)
+                if first and k in (2, 6):
+                    prefetch(ahead, block * stride + (64 if k == 6 else 0), 2)
+            tile.end()
+
+        if mode == "pc":
+            tile.clear()
+            with for_range(0, inputs // (4 * STEPS)) as block:
+                run(block)
+            for r in range(tile.rows):
+                for v in range(tile.vectors):
+                    at = ldt * (row0 + r) + (vector0 + v) * n
+                    store(t, at, load(t, at, n) + tile.value(r, v), n)
+        else:
+            blocks = bind(group // (4 * STEPS))
+            with for_range(0, inputs // group) as g:
+                tile.clear()
+                with for_range(0, blocks) as b:
+                    run(g * blocks + b)
+                _add_group(isa, tile, (row0, vector0), t, ldt, g, arrays)
+
+
+def _gemv4(mode: str, rows: int, isa: Isa, *arguments: Any) -> None:
+    """Emit one int4 kernel for few rows: one panel, unpacked in registers, two accumulators a row."""
+    u, ldu, w, inputs, *rest = arguments
+    arrays: dict[str, Any] = {"unit": int4_unit(isa), "lds": 0}
+    group = None
+    if mode != "pc":
+        group, arrays["scale"], *rest = rest
+    if mode == "gz":
+        arrays["zero"], arrays["usum"], arrays["ldusum"], *rest = rest
+    t, ldt = rest
+    n = lanes(isa)
+    _clear(t, ldt, rows, 1, "int32" if mode == "pc" else "float32")
+    for vector in range(16 // n):
+        tile = _Tile(isa, rows, 2, True)  # vector 0: low nibbles, vector 1: high nibbles of the same features
+
+        def run(block: Any, vector: int = vector, tile: _Tile = tile) -> None:
+            tile.begin()
+            for k in range(STEPS // 2):
+                step = block * (STEPS // 2) + k
+                halves = unpack_int4(isa, bind(load(w, step * 64 + vector * n * 4, 4 * n)))
+                if vector == 0:
+                    prefetch(w, step * 64 + PREFETCH, 3)
+                for h, weight in enumerate(halves):
+                    words = [load(u, ldu * r + step * 2 + h, 1) for r in range(rows)]
+                    _step_column(tile, words, weight, h)
+            tile.end()
+
+        def total(r: int, tile: _Tile = tile) -> Any:
+            return tile.value(r, 0) + tile.value(r, 1)
+
+        if mode == "pc":
+            tile.clear()
+            with for_range(0, inputs // (4 * STEPS)) as block:
+                run(block)
+            for r in range(rows):
+                store(t, ldt * r + vector * n, total(r), n)
+        else:
+            sums = registers(rows, "float32", n)
+            for r in range(rows):
+                store(sums, r * n, _splat(0, "float32", n), n)
+            blocks = bind(group // (4 * STEPS))
+            with for_range(0, inputs // group) as g:
+                tile.clear()
+                with for_range(0, blocks) as b:
+                    run(g * blocks + b)
+                offset = bind(g * 16 + vector * n)
+                scale = bind(_scale_vector(arrays["scale"], offset, n))
+                zero = None
+                if mode == "gz":
+                    zero = T.cast(load(arrays["zero"], offset, n), f"float32x{n}")
+                    zero = bind(zero * _splat(-float(int4_unit(isa)), "float32", n))
+                for r in range(rows):
+                    value = T.cast(total(r), f"float32x{n}")
+                    if zero is not None:
+                        usum = load(arrays["usum"], arrays["ldusum"] * r + g, 1)
+                        value = T.fma(zero, T.broadcast(usum, n), value)
+                    store(sums, r * n, T.fma(value, scale, load(sums, r * n, n)), n)
+            for r in range(rows):
+                store(t, ldt * r + vector * n, load(sums, r * n, n), n)
+
+
+def _step_column(tile: _Tile, words: list[Any], weight: Any, column: int) -> None:
+    """One step into one column of accumulators."""
+    n = tile.lanes
+    for r, word in enumerate(words):
+        i = (r * tile.vectors + column) * n
+        u = bind(T.broadcast(word, n))
+        if tile.partial is not None:
+            store(tile.partial, 2 * i, load(tile.partial, 2 * i, 16) + vpmaddubsw(u, weight), 16)
+        else:
+            store(tile.acc, i, vpdpbusd(load(tile.acc, i, n), u, weight), n)
+
+
+def _unpack(isa: Isa, packed: Any, vectors: Any, out: Any) -> None:
+    """int4 panel bytes (``vectors`` vectors of 64) to the int8 layout, codes times :func:`int4_unit`."""
+    n = lanes(isa)
+    with for_range(0, vectors) as i:
+        for part in range(16 // n):
+            halves = unpack_int4(isa, bind(load(packed, i * 64 + part * n * 4, 4 * n)))
+            for h, half in enumerate(halves):
+                store(out, i * 128 + h * 64 + part * n * 4, half, 4 * n)
+
+
+def _row_sums(isa: Isa, u: Any, ldu: Any, rows: Any, groups: Any, group: Any, as_int: Any, as_float: Any) -> None:
+    """Sums of u over groups of ``group`` inputs: exact, as int32 and as float32 (exact below 2**24)."""
+    with for_range(0, rows) as m, for_range(0, groups) as g:
+        acc = registers(1, "int32", 16)
+        store(acc, 0, _splat(0, "int32", 16))
+        with for_range(0, group // 16) as i:
+            store(acc, 0, load(acc, 0) + T.cast(load(u, ldu * m + g * group + i * 16), "int32x16"))
+        total = registers(1, "int32", 1)
+        store(total, 0, T.int32(0), 1)
+        for i in range(16):
+            store(total, 0, load(total, 0, 1) + load(acc, i, 1), 1)
+        store(as_int, m * groups + g, load(total, 0, 1), 1)
+        store(as_float, m * groups + g, T.cast(load(total, 0, 1), "float32"), 1)
+
+
+HAS_BIAS, HAS_RESIDUAL, HAS_ZERO = 1, 2, 4
+
+
+def _epilogue(activation: str, mode: str, gated: bool, isa: Isa, *arguments: Any) -> None:
+    """Emit one epilogue over ``rows`` rows and ``columns`` valid columns (at most 32; gated: at most 16)."""
+    t, ldt, *rest = arguments
+    scale = zero = usum = unit = None
+    if mode == "pc":
+        scale, zero, usum, unit, *rest = rest
+    params, ldparams, wsum, bias, residual, y, ldy, rows, columns, multiplier, flags = rest
+    outputs = 1 if gated else 2
+    panels = 2
+    padded = registers(panels, "float32", 16)
+    spill = registers(1, "float32", 16)
+
+    def flag(bit: int) -> Any:
+        return (flags & T.int32(bit)) != T.int32(0)
+
+    for p in range(panels):
+        store(padded, p * 16, _splat(0, "float32", 16))
+    with when(flag(HAS_BIAS)):
+        if gated:
+            for p in range(panels):
+                store(padded, p * 16, load(bias, p * 16))
+        else:
+            with for_range(0, columns) as j:
+                store(padded, j, load(bias, j, 1), 1)
+
+    def linear(m: Any, p: int) -> Any:
+        at = ldt * m + p * 16
+        if mode == "pc":
+            total = registers(1, "int32", 16)
+            store(total, 0, load(t, at))
+            with when(flag(HAS_ZERO)):
+                points = T.cast(load(zero, p * 16), "int32x16")
+                store(total, 0, load(total, 0) - points * T.broadcast(load(usum, m, 1) * unit, 16))
+            value = T.cast(load(total, 0), "float32x16") * load(scale, p * 16)
+        else:
+            value = load(t, at)
+        s = load(params, ldparams * m, 1)
+        z = load(params, ldparams * m + 1, 1)
+        centred = value * T.broadcast(multiplier, 16) - T.broadcast(z, 16) * load(wsum, p * 16)
+        return bind(T.fma(T.broadcast(s, 16), centred, load(padded, p * 16)))
+
+    def finish(m: Any, p: int) -> None:
+        value = activate(linear(m, p), activation)
+        if gated:
+            value = value * linear(m, 1)
+        value = bind(value)
+        at = bind(ldy * m + p * 16)
+        whole = columns >= T.int64(16 * (p + 1))
+        with T.If(whole):
+            with T.Then(), T.If(flag(HAS_RESIDUAL)):
+                with T.Then():
+                    store(y, at, value + load(residual, at))
+                with T.Else():
+                    store(y, at, value)
+            with T.Else():
+                store(spill, 0, value)
+                with for_range(0, columns - T.int64(16 * p)) as j, T.If(flag(HAS_RESIDUAL)):
+                    with T.Then():
+                        store(y, at + j, load(spill, j, 1) + load(residual, at + j, 1), 1)
+                    with T.Else():
+                        store(y, at + j, load(spill, j, 1), 1)
+
+    for p in range(outputs):
+        with when(columns > T.int64(16 * p)), for_range(0, rows) as m:
+            finish(m, p)
+
+
+def _kernels() -> list[Kernel]:
+    kernels = []
+    tails = {"pc": "", "g": _GROUPS, "gz": _GROUPS + _ZERO}
+    for mode, extra in tails.items():
+        t = "t: i32*" if mode == "pc" else "t: f32*"
+        for rows in ROWS:
+            for panels in (1, 2):
+                for small in (False, True):
+                    name = f"tile{4 if small else 8}_{mode}_{rows}x{panels}"
+                    signature = f"{_TILE}{extra}{_AHEAD}, accumulate: i32, {t}, ldt: i64"
+                    emit = partial(_tile, mode, rows, panels, small)
+                    kernels.append(Kernel(name, signature, emit, f"linear_{mode}"))
+        for rows in GEMV_ROWS:
+            signature = f"u: const i32*, ldu: i64, w: const u8*, inputs: i64{extra.replace(', lds: i64', '')}"
+            signature += f", {t}, ldt: i64"
+            kernels.append(Kernel(f"gemv4_{mode}_{rows}", signature, partial(_gemv4, mode, rows), "linear_gemv"))
+    unpack = "packed: const u8*, vectors: i64, out: i8*"
+    kernels.append(Kernel("unpack_int4", unpack, _unpack, "linear_gemv"))
+    sums = "u: const u8*, ldu: i64, rows: i64, groups: i64, group: i64, as_int: i32*, as_float: f32*"
+    kernels.append(Kernel("row_sums", sums, _row_sums, "linear_gemv"))
+    tail = ", params: const f32*, ldparams: i64, wsum: const f32*, bias: const f32*, residual: const f32*"
+    tail += ", y: f32*, ldy: i64, rows: i64, columns: i64, multiplier: f32, flags: i32"
+    heads = {
+        "pc": "t: const i32*, ldt: i64, scale: const f32*, zero: const i8*, usum: const i32*, unit: i32",
+        "g": "t: const f32*, ldt: i64",
+    }
+    for mode, head in heads.items():
+        for gated in (False, True):
+            for activation in ACTIVATIONS:
+                name = f"epilogue_{mode}_{activation}{'_gated' if gated else ''}"
+                kernels.append(Kernel(name, head + tail, partial(_epilogue, activation, mode, gated), "linear_end"))
+    return kernels
+
+
+KERNELS = _kernels()

@@ -1,0 +1,271 @@
+// Drives the kernels of linear.py over a range of tasks: which tile covers what, where scratch lies, what is prefetched.
+// Included after the generated kernels.h; C99 and C++. No allocation, no locks, no state: a task may run on any thread.
+//
+// A linear is cut into tasks of 2 panels (32 output features; gated: 16) x up to 128 rows, numbered with the panels running
+// fastest, so that a range of tasks streams through the weights once per block of rows while those rows stay in the
+// second-level cache. Give each thread one range of consecutive tasks (the prefetches assume it):
+//
+//   int64_t tasks = isofold_linear_tasks(&linear, m);
+//   scratch = isofold_linear_scratch_bytes(&linear, m) bytes (0 unless there are zero points), then
+//   isofold_linear_prepare(...) once before the tasks;
+//   isofold_linear_run(kernels, isa, &linear, &call, begin, end) for ranges that cover 0..tasks, in parallel.
+#ifndef ISOFOLD_LINEAR_DRIVER_H
+#define ISOFOLD_LINEAR_DRIVER_H
+
+#include <stdint.h>
+#include <string.h>
+
+enum isofold_isa { ISOFOLD_V3 = 3, ISOFOLD_V4 = 4 };
+// The order of ACTIVATIONS in math.py.
+enum isofold_activation { ISOFOLD_NONE, ISOFOLD_RELU, ISOFOLD_GELU, ISOFOLD_GELU_TANH, ISOFOLD_SILU };
+
+// A packed linear, as docs/dialect.md lays it out. Constant for the life of a session.
+struct isofold_linear {
+  const void* weight;      // int8 [panels, kp / 4, 16, 4] or int4 [panels, kp / 8, 16, 4]
+  const void* scale;       // float32 [panels, 1, 16] (group_size 0) or float16 [panels, groups, 16]
+  const int8_t* zero;      // [panels, groups, 16] or null
+  const float* wsum;       // [16 * panels]
+  const float* bias;       // [n], gated: [16 * panels]; or null
+  int64_t n;               // output features; gated: panels = 2 * ceil(n / 16), else ceil(n / 16)
+  int64_t kp;              // padded inputs, a multiple of 32 and of group_size
+  int32_t bits;            // 8 or 4
+  int64_t group_size;      // 0: per channel; else a multiple of 32 (only 32, 64, 128 are specified)
+  float scale_multiplier;  // power of two
+  int32_t activation;      // enum isofold_activation
+  int32_t gated;
+};
+
+// One call of it.
+struct isofold_linear_call {
+  const uint8_t* u;       // [m, kp]
+  const float* params;    // [m, 2], or [2] when static_params
+  const float* residual;  // [m, n] or null; may not overlap y
+  float* y;               // [m, n]
+  int64_t m;
+  int32_t static_params;
+  void* scratch;          // isofold_linear_scratch_bytes bytes, 64-byte aligned
+};
+
+enum {
+  ISOFOLD_ROW_BLOCK = 128,    // rows of a task: 16 tiles of 8
+  ISOFOLD_UNPACK = 4096,      // inputs of int4 weights unpacked at a time: 128 KB of the second-level cache
+  ISOFOLD_GEMV_ROWS = 4       // up to here int4 weights are unpacked in registers
+};
+
+static inline int64_t isofold_min(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t isofold_ceildiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+static inline int64_t isofold_linear_panels(const struct isofold_linear* l) {
+  return (l->gated ? 2 : 1) * isofold_ceildiv(l->n, 16);
+}
+
+static inline int64_t isofold_linear_groups(const struct isofold_linear* l) {
+  return l->group_size ? l->kp / l->group_size : 1;
+}
+
+// Rows of a task: fewer than ISOFOLD_ROW_BLOCK only where there would be too few tasks to share out.
+static inline int64_t isofold_linear_row_block(const struct isofold_linear* l, int64_t m) {
+  int64_t blocks = isofold_ceildiv(isofold_linear_panels(l), 2), rows = ISOFOLD_ROW_BLOCK;
+  while (rows > 16 && blocks * isofold_ceildiv(m, rows) < 16) rows /= 2;
+  return rows;
+}
+
+static inline int64_t isofold_linear_tasks(const struct isofold_linear* l, int64_t m) {
+  int64_t blocks = isofold_ceildiv(isofold_linear_panels(l), 2);
+  return m == 0 ? 0 : blocks * isofold_ceildiv(m, isofold_linear_row_block(l, m));
+}
+
+static inline int64_t isofold_linear_scratch_bytes(const struct isofold_linear* l, int64_t m) {
+  return l->zero ? m * isofold_linear_groups(l) * 8 + 64 : 0;
+}
+
+// Sums of the activations over each group, for rows begin..end; needed only where scratch_bytes is not 0.
+static inline void isofold_linear_prepare(const struct isofold_kernels* k, const struct isofold_linear* l,
+                                          const struct isofold_linear_call* c, int64_t begin, int64_t end) {
+  int64_t groups = isofold_linear_groups(l);
+  int32_t* sums = (int32_t*)c->scratch;
+  float* floats = (float*)(sums + c->m * groups);
+  if (l->zero)
+    k->row_sums(c->u + begin * l->kp, l->kp, end - begin, groups, l->kp / groups, sums + begin * groups,
+                floats + begin * groups);
+}
+
+// Everything one block of panels needs, resolved once.
+struct isofold_linear_block {
+  const struct isofold_kernels* k;
+  const struct isofold_linear* l;
+  const struct isofold_linear_call* c;
+  int64_t panel, panels;  // first panel of the block, 1 or 2 panels
+  int64_t groups;
+  const float* usum;      // [m, groups] or null
+  const int32_t* usum_int;
+  int32_t unit;           // the kernels' codes are unit * w
+};
+
+static inline int isofold_row_index(int64_t rows) { return rows >= 8 ? 0 : rows >= 4 ? 1 : rows >= 2 ? 2 : 3; }
+
+#define ISOFOLD_TILES(K, P, M) \
+  {{K->P##_##M##_8x1, K->P##_##M##_8x2}, {K->P##_##M##_4x1, K->P##_##M##_4x2}, \
+   {K->P##_##M##_2x1, K->P##_##M##_2x2}, {K->P##_##M##_1x1, K->P##_##M##_1x2}}
+
+// One tile: rows m..m+rows (rows one of 8, 4, 2, 1), inputs k0..k0+inputs, int8 panels at w, sums into t [rows, 32].
+static inline void isofold_linear_tile(const struct isofold_linear_block* b, int64_t m, int64_t rows, int64_t k0,
+                                       int64_t inputs, const int8_t* w, int64_t ldw, const int8_t* ahead,
+                                       int64_t stride, void* t) {
+  const struct isofold_kernels* k = b->k;
+  const struct isofold_linear* l = b->l;
+  const int32_t* u = (const int32_t*)(b->c->u + m * l->kp + k0);
+  int r = isofold_row_index(rows), p = (int)b->panels - 1;
+  int32_t accumulate = k0 != 0;
+  if (l->group_size == 0) {
+    void (*const t8[4][2])(const int32_t*, int64_t, const int8_t*, int64_t, int64_t, const int8_t*, int64_t, int32_t,
+                           int32_t*, int64_t) = ISOFOLD_TILES(k, tile8, pc);
+    void (*const t4[4][2])(const int32_t*, int64_t, const int8_t*, int64_t, int64_t, const int8_t*, int64_t, int32_t,
+                           int32_t*, int64_t) = ISOFOLD_TILES(k, tile4, pc);
+    (l->bits == 4 ? t4 : t8)[r][p](u, l->kp / 4, w, ldw, inputs, ahead, stride, accumulate, (int32_t*)t, 32);
+    return;
+  }
+  int64_t lds = b->groups * 16, at = b->panel * lds + k0 / l->group_size * 16;
+  const uint16_t* scale = (const uint16_t*)l->scale + at;
+  if (!l->zero) {
+    void (*const t8[4][2])(const int32_t*, int64_t, const int8_t*, int64_t, int64_t, int64_t, const uint16_t*, int64_t,
+                           const int8_t*, int64_t, int32_t, float*, int64_t) = ISOFOLD_TILES(k, tile8, g);
+    void (*const t4[4][2])(const int32_t*, int64_t, const int8_t*, int64_t, int64_t, int64_t, const uint16_t*, int64_t,
+                           const int8_t*, int64_t, int32_t, float*, int64_t) = ISOFOLD_TILES(k, tile4, g);
+    (l->bits == 4 ? t4 : t8)[r][p](u, l->kp / 4, w, ldw, inputs, l->group_size, scale, lds, ahead, stride, accumulate,
+                                   (float*)t, 32);
+    return;
+  }
+  const float* usum = b->usum + m * b->groups + k0 / l->group_size;
+  void (*const t8[4][2])(const int32_t*, int64_t, const int8_t*, int64_t, int64_t, int64_t, const uint16_t*, int64_t,
+                         const int8_t*, const float*, int64_t, const int8_t*, int64_t, int32_t, float*, int64_t) =
+      ISOFOLD_TILES(k, tile8, gz);
+  void (*const t4[4][2])(const int32_t*, int64_t, const int8_t*, int64_t, int64_t, int64_t, const uint16_t*, int64_t,
+                         const int8_t*, const float*, int64_t, const int8_t*, int64_t, int32_t, float*, int64_t) =
+      ISOFOLD_TILES(k, tile4, gz);
+  (l->bits == 4 ? t4 : t8)[r][p](u, l->kp / 4, w, ldw, inputs, l->group_size, scale, lds, l->zero + at, usum,
+                                 b->groups, ahead, stride, accumulate, (float*)t, 32);
+}
+
+// The int4 kernels for up to 4 rows: all rows of the call, one panel, sums into t [rows, 32].
+static inline void isofold_linear_gemv4(const struct isofold_linear_block* b, int64_t m, int64_t rows, int64_t panel,
+                                        void* t) {
+  const struct isofold_kernels* k = b->k;
+  const struct isofold_linear* l = b->l;
+  const int32_t* u = (const int32_t*)(b->c->u + m * l->kp);
+  const uint8_t* w = (const uint8_t*)l->weight + panel * l->kp * 8;
+  int64_t at = panel * b->groups * 16;
+  const uint16_t* scale = (const uint16_t*)l->scale + at;
+  int64_t ldu = l->kp / 4;
+  if (l->group_size == 0) {
+    void (*const f[4])(const int32_t*, int64_t, const uint8_t*, int64_t, int32_t*, int64_t) = {
+        k->gemv4_pc_1, k->gemv4_pc_2, k->gemv4_pc_3, k->gemv4_pc_4};
+    f[rows - 1](u, ldu, w, l->kp, (int32_t*)t, 32);
+  } else if (!l->zero) {
+    void (*const f[4])(const int32_t*, int64_t, const uint8_t*, int64_t, int64_t, const uint16_t*, float*, int64_t) = {
+        k->gemv4_g_1, k->gemv4_g_2, k->gemv4_g_3, k->gemv4_g_4};
+    f[rows - 1](u, ldu, w, l->kp, l->group_size, scale, (float*)t, 32);
+  } else {
+    void (*const f[4])(const int32_t*, int64_t, const uint8_t*, int64_t, int64_t, const uint16_t*, const int8_t*,
+                       const float*, int64_t, float*, int64_t) = {k->gemv4_gz_1, k->gemv4_gz_2, k->gemv4_gz_3,
+                                                                 k->gemv4_gz_4};
+    f[rows - 1](u, ldu, w, l->kp, l->group_size, scale, l->zero + at, b->usum + m * b->groups, b->groups, (float*)t, 32);
+  }
+}
+
+#define ISOFOLD_EPILOGUES(K, M, G) \
+  {K->epilogue_##M##_none##G, K->epilogue_##M##_relu##G, K->epilogue_##M##_gelu##G, K->epilogue_##M##_gelu_tanh##G, \
+   K->epilogue_##M##_silu##G}
+
+// Scratch sums t [rows, 32] of rows m..m+rows to outputs.
+static inline void isofold_linear_finish(const struct isofold_linear_block* b, int64_t m, int64_t rows, const void* t) {
+  const struct isofold_kernels* k = b->k;
+  const struct isofold_linear* l = b->l;
+  const struct isofold_linear_call* c = b->c;
+  int64_t from = b->panel * 16, column = l->gated ? from / 2 : from, width = l->gated ? 16 : 16 * b->panels;
+  int64_t columns = isofold_min(width, l->n - column), at = m * l->n + column;
+  const float* params = c->static_params ? c->params : c->params + 2 * m;
+  const float* bias = l->bias ? l->bias + (l->gated ? from : column) : l->wsum;
+  const float* residual = c->residual ? c->residual + at : l->wsum;
+  int64_t ldparams = c->static_params ? 0 : 2;
+  int32_t flags = (l->bias ? 1 : 0) | (c->residual ? 2 : 0) | (l->zero ? 4 : 0);
+  float multiplier = l->scale_multiplier / (float)b->unit;
+  if (l->group_size == 0) {
+    void (*const f[2][5])(const int32_t*, int64_t, const float*, const int8_t*, const int32_t*, int32_t, const float*,
+                          int64_t, const float*, const float*, const float*, float*, int64_t, int64_t, int64_t, float,
+                          int32_t) = {ISOFOLD_EPILOGUES(k, pc, ), ISOFOLD_EPILOGUES(k, pc, _gated)};
+    f[l->gated != 0][l->activation]((const int32_t*)t, 32, (const float*)l->scale + from,
+                                    l->zero ? l->zero + from : (const int8_t*)l->wsum,
+                                    l->zero ? b->usum_int + m : (const int32_t*)l->wsum, b->unit, params, ldparams,
+                                    l->wsum + from, bias, residual, c->y + at, l->n, rows, columns, multiplier, flags);
+  } else {
+    void (*const f[2][5])(const float*, int64_t, const float*, int64_t, const float*, const float*, const float*,
+                          float*, int64_t, int64_t, int64_t, float, int32_t) = {ISOFOLD_EPILOGUES(k, g, ),
+                                                                               ISOFOLD_EPILOGUES(k, g, _gated)};
+    f[l->gated != 0][l->activation]((const float*)t, 32, params, ldparams, l->wsum + from, bias, residual, c->y + at,
+                                    l->n, rows, columns, multiplier, flags);
+  }
+}
+
+static inline int64_t isofold_tile_rows(int64_t rows) { return rows >= 8 ? 8 : rows >= 4 ? 4 : rows >= 2 ? 2 : 1; }
+
+// Tasks begin..end.
+static inline void isofold_linear_run(const struct isofold_kernels* k, enum isofold_isa isa,
+                                      const struct isofold_linear* l, const struct isofold_linear_call* c,
+                                      int64_t begin, int64_t end) {
+#ifdef __cplusplus
+  alignas(64) int8_t unpacked[2 * ISOFOLD_UNPACK * 16];
+  alignas(64) float t[ISOFOLD_ROW_BLOCK * 32];
+#else
+  _Alignas(64) int8_t unpacked[2 * ISOFOLD_UNPACK * 16];
+  _Alignas(64) float t[ISOFOLD_ROW_BLOCK * 32];
+#endif
+  int64_t all = isofold_linear_panels(l), blocks = isofold_ceildiv(all, 2), height = isofold_linear_row_block(l, c->m);
+  int64_t bytes = l->bits == 8 ? 16 * l->kp : 8 * l->kp;  // of a panel
+  struct isofold_linear_block b;
+  b.k = k;
+  b.l = l;
+  b.c = c;
+  b.groups = isofold_linear_groups(l);
+  b.usum_int = (const int32_t*)c->scratch;
+  b.usum = (const float*)(b.usum_int + (b.usum_int ? c->m * b.groups : 0));
+  b.unit = l->bits == 4 && isa == ISOFOLD_V4 ? 16 : 1;
+  for (int64_t task = begin; task < end; ++task) {
+    int64_t m0 = task / blocks * height, m1 = isofold_min(m0 + height, c->m);
+    b.panel = task % blocks * 2;
+    b.panels = isofold_min(2, all - b.panel);
+    const int8_t* w = (const int8_t*)l->weight + b.panel * bytes;
+    const int8_t* next = w + 2 * bytes;
+    int64_t tiles = isofold_ceildiv(m1 - m0, 8);
+    if (l->bits == 8) {
+      // 2 panels are kp / 2 lines, fetched while `tiles` tiles of kp / 32 steps run: 16 / tiles lines a step, at most 2.
+      int64_t stride = tiles >= 16 ? 64 : 128;
+      for (int64_t m = m0; m < m1;) {
+        int64_t rows = isofold_tile_rows(m1 - m);
+        const int8_t* ahead = next + isofold_min((m - m0) / 8 * (l->kp / 32) * stride, 2 * bytes);
+        isofold_linear_tile(&b, m, rows, 0, l->kp, w, bytes, ahead, stride, t);
+        isofold_linear_finish(&b, m, rows, t);
+        m += rows;
+      }
+    } else if (m1 - m0 <= ISOFOLD_GEMV_ROWS) {
+      for (int64_t p = 0; p < b.panels; ++p) isofold_linear_gemv4(&b, m0, m1 - m0, b.panel + p, t + 16 * p);
+      isofold_linear_finish(&b, m0, m1 - m0, t);
+    } else {
+      int64_t stride = tiles >= 8 ? 64 : 128;
+      for (int64_t k0 = 0; k0 < l->kp; k0 += ISOFOLD_UNPACK) {
+        int64_t inputs = isofold_min(ISOFOLD_UNPACK, l->kp - k0);
+        for (int64_t p = 0; p < b.panels; ++p)
+          k->unpack_int4((const uint8_t*)w + p * bytes + k0 * 8, inputs / 8, unpacked + p * inputs * 16);
+        for (int64_t m = m0; m < m1;) {
+          int64_t rows = isofold_tile_rows(m1 - m);
+          const int8_t* ahead = next + isofold_min(((m - m0) / 8 * (l->kp / 32) + k0 / 32) * stride, 2 * bytes);
+          isofold_linear_tile(&b, m, rows, k0, inputs, unpacked, inputs * 16, ahead, stride, t + (m - m0) * 32);
+          m += rows;
+        }
+      }
+      isofold_linear_finish(&b, m0, m1 - m0, t);
+    }
+  }
+}
+
+#endif  // ISOFOLD_LINEAR_DRIVER_H
