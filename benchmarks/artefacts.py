@@ -52,11 +52,11 @@ def compile_to(
 
     compiled = isofold.compile(
         module,
+        args,
+        kwargs,
         recipe=recipe,
-        args=tuple(args),
-        kwargs=kwargs or {},
         dynamic_shapes=dynamic_shapes,
         calibration=calibration,
+        output=folder,
     )
-    compiled.save(folder)
     return Artefact(folder, folder / "model.onnx", compiled)
