@@ -7,11 +7,14 @@ storage (tied weights) become one entry.
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import re
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -60,14 +63,27 @@ def capture(
     )
 
 
+@contextmanager
+def quiet_torch() -> Iterator[None]:
+    """No warnings or log lines while torch traces: what matters of them comes back in our own errors."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
 def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> ExportedProgram:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
+        # torch.export prints the graph it had so far when it fails.
+        with quiet_torch(), redirect_stderr(io.StringIO()), torch.no_grad():
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
         raise _explain(error, model) from error
@@ -85,8 +101,7 @@ def _from_exported(exported: ExportedProgram, dynamic_shapes: Any) -> Program:
     args, kwargs = exported.example_inputs
     if dynamic_shapes is None:
         dynamic_shapes = _dynamic_shapes_of(exported)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet_torch():
         module = exported.run_decompositions({}).module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     tensors = _deduplicate(module)
