@@ -40,6 +40,16 @@ COMPARISONS: dict[str, Callable[[float, float], bool]] = {
 }
 
 
+# On a busy machine the best sample is the one that was disturbed least. A ratio has none: its best is luck.
+BEST: dict[str, Callable[[Sequence[float]], float]] = {
+    "us": min,
+    "ms": min,
+    "s": min,
+    "GB/s": max,
+    "GOPS": max,
+}
+
+
 class BenchmarkError(RuntimeError):
     """A benchmark cannot run here; the message says why and what to do."""
 
@@ -83,9 +93,11 @@ class Results:
         self.rows.append(row)
 
     def sampled(self, name: str, samples: Sequence[float], unit: str, bar: str | None = None) -> None:
-        """A row from samples: the median is the value."""
+        """A row from samples: the median is the value; times and rates also keep their best sample."""
         low, middle, high = quartiles(samples)
         self.add(name, middle, unit, bar, (low, high))
+        if unit in BEST:
+            self.rows[-1]["best"] = BEST[unit](samples)
 
     def note(self, text: str) -> None:
         """A sentence under the table: what was left out and why."""
@@ -109,13 +121,15 @@ class Results:
             beside.replace(target)
         console = Console(width=None if sys.stdout.isatty() else 150)
         table = Table(title=f"{self.benchmark}: {describe()}", title_justify="left")
-        for heading in ("name", "value", "quartiles", "unit", "bar", "holds"):
-            right = heading in ("value", "quartiles")
+        for heading in ("name", "value", "quartiles", "best", "unit", "bar", "holds"):
+            right = heading in ("value", "quartiles", "best")
             table.add_column(heading, justify="right" if right else "left", overflow="fold")
         for row in self.rows:
             spread = " .. ".join(number(v) for v in row["quartiles"]) if "quartiles" in row else ""
             verdict = {None: "", True: "[green]yes[/]", False: "[red]NO[/]"}[row["holds"]]
-            table.add_row(row["name"], number(row["value"]), spread, row["unit"], row["bar"] or "", verdict)
+            best = number(row["best"]) if "best" in row else ""
+            value = number(row["value"])
+            table.add_row(row["name"], value, spread, best, row["unit"], row["bar"] or "", verdict)
         for text in self.notes:
             console.print(f"note: {text}", markup=False)
         console.print(table)
