@@ -50,18 +50,21 @@ class ActivationFormat(_Strict):
 
     mode: `float` (not quantized), `dynamic` (int8 per token, per sample for convolutions) or `static` (int8 per
     tensor, needs calibration data). percentile: for static ranges, the share of values kept inside (100: all).
+    range: how static ranges are found within that, `minmax` (all of it) or `mse` (least expected squared error).
     """
 
     mode: Literal["float", "dynamic", "static"] = "dynamic"
     percentile: float = Field(default=100.0, gt=50.0, le=100.0)
+    range: Literal["minmax", "mse"] = "minmax"
 
 
 class EmbeddingFormat(_Strict):
-    """How embedding tables are stored: bits 4 or 8, group_size along the row (0: the whole row)."""
+    """How embedding tables are stored: bits, group_size along the row (0: the whole row) and range as for weights."""
 
     bits: Literal[4, 8] = 8
     group_size: Literal[0, 32, 64, 128] = 0
     symmetric: bool = True
+    range: Literal["absmax", "mse"] = "mse"
 
 
 class ConvolutionFormat(_Strict):

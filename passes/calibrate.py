@@ -1,0 +1,193 @@
+"""Calibration: ranges of activations, measured by running the program on batches of data, once, as a stream.
+
+Each observed value gets a histogram whose bins are multiples of a power of two. When a larger value arrives
+the bins double in width and merge in pairs, so counts stay exact, whatever the order of the batches, and
+nothing but the counts is kept. Ranges are then read off: least and largest, percentiles, or the range with
+the least expected squared error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..compiler.dialect.quantization import LEVELS
+from ..compiler.errors import InputError
+from ..compiler.program import Program
+
+BINS = 4096
+"""Bins on each side of zero."""
+
+_SHRINK = torch.tensor([1.0, 0.98, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3], dtype=torch.float64)
+
+
+class Histogram:
+    """Counts of values in bins `[i, i + 1) * width`, i in -BINS..BINS-1, and the exact least and largest value."""
+
+    def __init__(self) -> None:
+        self.width = 0.0
+        self.counts = torch.zeros(2 * BINS, dtype=torch.float64)
+        self.low, self.high = math.inf, -math.inf
+
+    def add(self, values: Tensor) -> None:
+        """Count finite float values of any shape."""
+        if values.numel() == 0:
+            return
+        flat = values.detach().flatten().to(torch.float32)
+        self.low, self.high = min(self.low, float(flat.min())), max(self.high, float(flat.max()))
+        largest = max(-self.low, self.high)
+        if largest == 0:
+            self.width = self.width or 2.0**-100
+        needed = math.ldexp(1.0, math.frexp(largest)[1] + 1 - BINS.bit_length()) if largest else self.width
+        # One more doubling where the largest value sits on the end of the last bin.
+        while not self._fits(needed):
+            needed *= 2
+        if self.width == 0:
+            self.width = needed
+        while self.width < needed:
+            self._double()
+        index = torch.floor(flat / self.width).to(torch.int64).add_(BINS).clamp_(0, 2 * BINS - 1)
+        self.counts += torch.bincount(index, minlength=2 * BINS)
+
+    def _fits(self, width: float) -> bool:
+        return self.low >= -BINS * width and self.high < BINS * width
+
+    def _double(self) -> None:
+        pairs = self.counts.reshape(-1, 2).sum(1)
+        self.counts = torch.zeros_like(self.counts)
+        self.counts[BINS // 2 : BINS // 2 + BINS] = pairs
+        self.width *= 2
+
+    def range(self, percentile: float = 100.0, search: str = "minmax") -> tuple[float, float]:
+        """A range that contains 0: by percentile (the share of values inside), or `mse`."""
+        low, high = min(self.low, 0.0), max(self.high, 0.0)
+        if percentile < 100:
+            share = self.counts.cumsum(0) / self.counts.sum()
+            tail = (1 - percentile / 100) / 2
+            first = int(torch.searchsorted(share, torch.tensor(tail, dtype=torch.float64), right=True))
+            last = int(torch.searchsorted(share, torch.tensor(1 - tail, dtype=torch.float64)))
+            low = min(max(low, (first - BINS) * self.width), 0.0)
+            high = max(min(high, (last + 1 - BINS) * self.width), 0.0)
+        return self._least_error(low, high) if search == "mse" else (low, high)
+
+    def _least_error(self, low: float, high: float) -> tuple[float, float]:
+        """Minimum over shrunken ends of: in range step^2 / 12, outside the squared distance to the end."""
+        used = self.counts > 0
+        centre = (torch.arange(-BINS, BINS, dtype=torch.float64)[used] + 0.5) * self.width
+        count = self.counts[used]
+        ends_low, ends_high = low * _SHRINK, high * _SHRINK
+        below = (ends_low[:, None] - centre).clamp(min=0)
+        above = (centre - ends_high[:, None]).clamp(min=0)
+        outside = (below.square() @ count)[:, None] + (above.square() @ count)[None, :]
+        inside = (
+            count.sum() - ((below > 0).double() @ count)[:, None] - ((above > 0).double() @ count)[None, :]
+        )
+        step = (ends_high[None, :] - ends_low[:, None]) / LEVELS
+        best = int((outside + inside * step.square() / 12).argmin())
+        return float(ends_low[best // len(_SHRINK)]), float(ends_high[best % len(_SHRINK)])
+
+
+def static_params(low: float, high: float) -> Tensor:
+    """Scale and zero point, float32 `[2]`, for codes 0..255 over a range that contains 0 (docs/dialect.md)."""
+    scale = torch.tensor((high - low) / LEVELS if high > low else 1.0, dtype=torch.float32)
+    zero = torch.round(torch.tensor(-low, dtype=torch.float32) / scale).clamp(0, LEVELS)
+    return torch.stack([scale, zero])
+
+
+def calibrate(
+    program: Program,
+    nodes: Iterable[str],
+    batches: Iterable[Any],
+    progress: Callable[[int, int | None], None] | None = None,
+) -> dict[str, Histogram]:
+    """Histograms of the values of the named nodes over all batches.
+
+    batches: an iterable, read once. A batch is a tuple or list of arguments, a mapping of keyword arguments (or of
+    parameter names), or a single tensor. progress is called with (batches done, batches in all or None).
+    Raises InputError that names the batch and the input: NaN or infinity, a wrong structure, shape or dtype, a
+    batch that the model cannot run, values that leave the float range, or no batches at all.
+    """
+    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+        raise InputError(
+            "Calibration data must be several batches",
+            expected="an iterable of tuples of arguments, of dictionaries, or of single tensors",
+            got=type(batches).__name__,
+            hint="wrap a single batch in a list",
+        )
+    total = len(batches) if isinstance(batches, Sequence) else None
+    histograms = {name: Histogram() for name in nodes}
+    done = 0
+    for index, batch in enumerate(batches):
+        args, kwargs = _arguments(program, batch, index)
+
+        def observe(node: fx.Node, found: Any, index: int = index) -> None:
+            if node.name not in histograms:
+                return
+            if not torch.isfinite(found).all():
+                raise InputError(
+                    "The model computes NaN or infinity on calibration data",
+                    where=f"batch {index}, value {node.name!r}",
+                )
+            histograms[node.name].add(found)
+
+        try:
+            program.run_observed(observe, args, kwargs)
+        except (RuntimeError, IndexError, ValueError, TypeError) as error:
+            raise InputError(
+                "The model cannot run on the calibration data",
+                where=f"batch {index}",
+                got=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+                hint="check ids against the vocabulary, and sizes against those the model was captured with",
+            ) from error
+        done = index + 1
+        if progress is not None:
+            progress(done, total)
+    if not done:
+        raise InputError(
+            "There are no calibration batches",
+            expected="at least one",
+            hint="a generator can be read only once",
+        )
+    return histograms
+
+
+def _arguments(program: Program, batch: Any, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The batch as checked args and kwargs of the program."""
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(batch, Mapping):
+        kwargs = {str(name): v for name, v in batch.items()}
+        names = _parameter_names(program)
+        if not program.example_kwargs and set(names) == set(kwargs):
+            args, kwargs = tuple(kwargs[name] for name in names), {}
+    else:
+        args = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+    try:
+        program.check_inputs(args, kwargs)
+    except InputError as error:
+        raise InputError(
+            "Calibration data does not fit the model",
+            where=f"batch {index}",
+            expected=error.expected,
+            got=f"{error.what}: {error.got}",
+            hint=error.hint,
+        ) from error
+    for node, given in zip(program.placeholders, program.flatten_inputs(args, kwargs), strict=True):
+        if isinstance(given, Tensor) and given.is_floating_point() and not torch.isfinite(given).all():
+            count = int((~torch.isfinite(given)).sum())
+            raise InputError(
+                "Calibration data holds NaN or infinity",
+                where=f"batch {index}, input {node.name!r}",
+                got=f"{count} of {given.numel()} values",
+                hint="remove the samples, or replace the values, before calibrating",
+            )
+    return args, kwargs
+
+
+def _parameter_names(program: Program) -> list[str]:
+    codegen = program.graph._codegen
+    return list(codegen.pytree_info.orig_args) if isinstance(codegen, fx.graph._PyTreeCodeGen) else []

@@ -1,0 +1,292 @@
+"""Which layers of a graph can be quantized, and which the recipe chooses: shared by all `quantize_*` passes.
+
+A layer is a call of an operator with a packed form and the constant weight that it reads. Layers are found
+by operator and edges; module paths only serve the recipe's globs and the report.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..compiler.dialect import dequantize_weight, quantize_dequantize
+from ..compiler.dialect.packing import LANES, alignment, ceil_to
+from ..compiler.editor import Editor
+from ..compiler.errors import InputError, RecipeError
+from ..compiler.graph import argument, dtype, module_path, place_of, shape
+from ..compiler.passes import Guarantee, define_pass
+from ..compiler.recipe import Kind, Recipe
+
+aten = torch.ops.aten
+
+OPERATORS: dict[object, Kind] = {
+    aten.linear.default: "weights",
+    aten.embedding.default: "embeddings",
+    aten.conv1d.default: "convolutions",
+    aten.conv1d.padding: "convolutions",
+    aten.conv2d.default: "convolutions",
+    aten.conv2d.padding: "convolutions",
+    aten.conv3d.default: "convolutions",
+    aten.conv_transpose1d.default: "convolutions",
+    aten.conv_transpose2d.input: "convolutions",
+    aten.convolution.default: "convolutions",
+}
+_TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One call with a packed form. `weight` is the node of its weight, `path` its module path."""
+
+    kind: Kind
+    node: fx.Node
+    weight: fx.Node
+    path: str
+
+    @property
+    def input(self) -> fx.Node:
+        """The activation (for an embedding: the ids) that the layer reads."""
+        name = "indices" if self.kind == "embeddings" else "input"
+        found = argument(self.node, name)
+        assert isinstance(found, fx.Node)
+        return found
+
+
+def layers(editor: Editor) -> Iterator[Layer]:
+    """All layers in graph order, with weights in float or already quantized."""
+    for node in editor.calls(*OPERATORS):
+        yield Layer(OPERATORS[node.target], node, argument(node, "weight"), module_path(node))
+
+
+def is_call_of(node: object, overload: object) -> bool:
+    """Whether `node` is a call of `overload`."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target == overload
+
+
+def quantized_weight(layer: Layer) -> fx.Node | None:
+    """The `dequantize_weight` call that the layer reads its weight from, or None."""
+    return layer.weight if is_call_of(layer.weight, dequantize_weight.overload) else None
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """The constants behind a `dequantize_weight`: codes int8, scale `[N, G]`, zero int8 or None.
+
+    node: the `get_attr` node of the codes.
+    """
+
+    node: fx.Node
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    group_size: int
+
+
+def codes_of(editor: Editor, layer: Layer) -> QuantizedWeight | str | None:
+    """The layer's quantized weight; None where it is in float, a reason where it cannot be packed."""
+    call = quantized_weight(layer)
+    if call is None:
+        return None
+    node, scale_node, zero_node, group_size = call.args
+    codes, scale, zero = (editor.tensor(n) for n in (node, scale_node, zero_node))
+    if (
+        not isinstance(node, fx.Node)
+        or codes is None
+        or scale is None
+        or (zero_node is not None and zero is None)
+    ):
+        return "its codes are computed in the graph, not constants"
+    if dtype(layer.node) != torch.float32:
+        return f"its result is {dtype(layer.node)}, not float32"
+    assert isinstance(group_size, int)
+    return QuantizedWeight(node, codes, scale, zero, group_size)
+
+
+def fits_four_bits(codes: Tensor) -> bool:
+    """Whether the codes lie in -8..7 (decided by the codes, so that fused weights need no second record)."""
+    return bool((codes >= -8).all() and (codes <= 7).all())
+
+
+def selected(editor: Editor, recipe: Recipe, kind: Kind) -> Iterator[tuple[Layer, Any, str | None]]:
+    """(layer, format, reason) for every layer of `kind` still in float whose format is not None.
+
+    reason is None where the layer can be quantized, else says why not.
+    """
+    for layer in layers(editor):
+        if layer.kind == kind and quantized_weight(layer) is None:
+            chosen = recipe.format_for(layer.path, kind)
+            if chosen is not None:
+                yield layer, chosen, _reason_against(editor, recipe, layer, chosen)
+
+
+def _reason_against(editor: Editor, recipe: Recipe, layer: Layer, chosen: Any) -> str | None:
+    weight = editor.tensor(layer.weight)
+    if weight is None:
+        return "its weight is computed in the graph, not a constant"
+    if weight.dtype != torch.float32:
+        return f"its weight is {weight.dtype}; kernels quantize float32 models: capture model.float()"
+    if dtype(layer.node) != torch.float32:
+        return f"its result is {dtype(layer.node)}, not float32"
+    if layer.kind == "convolutions":
+        against = _reason_against_convolution(recipe, layer)
+    else:
+        against = None if weight.dim() == 2 else f"its weight has {weight.dim()} dimensions, not 2"
+    return against or _other_readers(layer) or _too_small(layer, weight, chosen)
+
+
+def _reason_against_convolution(recipe: Recipe, layer: Layer) -> str | None:
+    node = layer.node
+    if node.target in _TRANSPOSED or (
+        node.target == aten.convolution.default and argument(node, "transposed")
+    ):
+        return "transposed convolutions have no packed form"
+    spatial = len(shape(layer.weight) or ()) - 2
+    if spatial not in (1, 2):
+        return f"convolutions over {spatial} dimensions have no packed form (1 or 2 do)"
+    groups = argument(node, "groups")
+    if groups != 1:
+        return f"grouped convolutions (groups = {groups}) have no packed form"
+    if len(shape(layer.input) or ()) != spatial + 2:
+        return "its input has no batch dimension"
+    padding = argument(node, "padding")
+    dilation = _spread(argument(node, "dilation"), spatial)
+    kernel = (shape(layer.weight) or ())[2:]
+    if padding == "same" and any((d * (k - 1)) % 2 for k, d in zip(kernel, dilation, strict=True)):
+        return "padding='same' with an even kernel pads unevenly, which has no packed form"
+    if recipe.format_for(layer.path, "activations").mode == "float":
+        return "its activations stay float by the recipe, and convolutions are quantized together with their inputs"
+    return None
+
+
+def _other_readers(layer: Layer) -> str | None:
+    others = [
+        user
+        for user in layer.weight.users
+        if user.op != "call_function"
+        or user.target not in OPERATORS
+        or argument(user, "weight") is not layer.weight
+    ]
+    if not others:
+        return None
+    named = ", ".join(f"{called(user)} ({place_of(user)})" for user in others[:3])
+    return f"its weight is also read in float by {named}, so quantizing it would add bytes"
+
+
+def called(node: fx.Node) -> str:
+    """What a node calls, in words."""
+    return str(node.target) if node.op == "call_function" else f"the {node.op}"
+
+
+def group_size_for(sizes: tuple[int, ...], chosen: Any) -> int:
+    """Group size of a format on a weight of these sizes: 0 where one group would hold the whole row."""
+    group_size = int(getattr(chosen, "group_size", 0))
+    return group_size if group_size < math.prod(sizes[1:]) else 0
+
+
+def set_argument(node: fx.Node, name: str, new: fx.Node) -> None:
+    """Let a call read `new` as the argument called `name` in its schema."""
+    if name in node.kwargs:
+        node.update_kwarg(name, new)
+        return
+    assert isinstance(node.target, torch._ops.OpOverload)
+    node.update_arg([a.name for a in node.target._schema.arguments].index(name), new)
+
+
+def packed_bytes(kind: Kind, sizes: tuple[int, ...], chosen: Any) -> int:
+    """Bytes of a layer's tensors in the packed layout of docs/dialect.md, without its bias."""
+    n, k = sizes[0], math.prod(sizes[1:])
+    bits, group_size = chosen.bits, group_size_for(sizes, chosen)
+    zeros = not getattr(chosen, "symmetric", True)
+    if kind == "embeddings":
+        groups = -(-k // group_size) if group_size else 1
+        return n * (ceil_to(k, 2) * bits // 8 + groups * (4 + zeros))
+    rows, columns = ceil_to(n, LANES), ceil_to(k, alignment(group_size))
+    groups = columns // group_size if group_size else 1
+    return rows * (columns * bits // 8 + groups * ((2 if group_size else 4) + zeros) + 4)
+
+
+def _too_small(layer: Layer, weight: Tensor, chosen: Any) -> str | None:
+    packed, plain = packed_bytes(layer.kind, tuple(weight.shape), chosen), 4 * weight.numel()
+    if packed >= plain:
+        return f"too small: its weight {list(weight.shape)} takes {plain} bytes in float and {packed} packed"
+    return None
+
+
+def _spread(sizes: Any, spatial: int) -> list[int]:
+    values = [sizes] if isinstance(sizes, int) else list(sizes)
+    return values * spatial if len(values) == 1 else values
+
+
+def convolution_sizes(layer: Layer) -> dict[str, list[int]]:
+    """Kernel, stride, padding and dilation of a convolution, one number for each spatial dimension."""
+    kernel = [int(s) for s in (shape(layer.weight) or ())[2:]]
+    spatial = len(kernel)
+    stride, dilation = (_spread(argument(layer.node, name), spatial) for name in ("stride", "dilation"))
+    padding = argument(layer.node, "padding")
+    if padding == "valid":
+        padding = 0
+    elif padding == "same":
+        padding = [d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True)]
+    return {"kernel": kernel, "stride": stride, "padding": _spread(padding, spatial), "dilation": dilation}
+
+
+def check_finite(editor: Editor, chosen: list[Layer]) -> None:
+    """Raise InputError that names every layer whose weight holds NaN or infinity."""
+    bad = []
+    for layer in chosen:
+        weight = editor.tensor(layer.weight)
+        if weight is not None and not torch.isfinite(weight).all():
+            count = int((~torch.isfinite(weight)).sum())
+            name = editor.name_of(layer.weight)
+            bad.append(f"{place_of(layer.node)}: {count} of {weight.numel()} values of {name!r}")
+    if bad:
+        raise InputError(
+            "Weights hold NaN or infinity and cannot be quantized",
+            where="; ".join(bad),
+            hint="check the checkpoint and how it was loaded; a recipe rule can leave a layer in float (weights: null)",
+        )
+
+
+def constant_name(editor: Editor, weight: fx.Node, part: str) -> str:
+    """A name for a constant made from `weight`: `a.b.weight` → `a.b.part`.
+
+    Nothing is nested below the name of a tensor, as a module tree cannot hold both.
+    """
+    name = editor.name_of(weight)
+    for ending in (".weight", ".codes"):
+        if name.endswith(ending):
+            return f"{name.removesuffix(ending)}.{part}"
+    return f"{name.removesuffix('_codes')}_{part}"
+
+
+@define_pass(Guarantee.BITWISE)
+def check_recipe(editor: Editor, *, recipe: Recipe) -> None:
+    """Raise RecipeError where a glob of the recipe matches no layer, or the recipe quantizes none at all.
+
+    Changes nothing. It runs on the canonical form, where layers that were written out (a matmul and an add)
+    are layers.
+    """
+    found = list(layers(editor))
+    recipe.check_matches(layer.path for layer in found)
+    kinds: tuple[Kind, ...] = ("weights", "embeddings", "convolutions")
+    asked = [
+        kind for kind in kinds if getattr(recipe, kind) or any(getattr(rule, kind) for rule in recipe.layers)
+    ]
+    done = any(
+        is_call_of(node, overload)
+        for node in editor.graph.nodes
+        for overload in (dequantize_weight.overload, quantize_dequantize.overload)
+    )
+    if asked and not done and not any(x.kind in asked and recipe.format_for(x.path, x.kind) for x in found):
+        raise RecipeError(
+            "The recipe quantizes nothing in this model",
+            where=f"recipe {recipe.name!r}: {', '.join(asked)}",
+            expected="at least one layer of these kinds (linears, embeddings, convolutions)",
+            got=f"{len(found)} layers: " + (", ".join(sorted({x.kind for x in found})) or "none"),
+            hint="use the recipe 'float32' to compile without compression",
+        )

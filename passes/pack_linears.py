@@ -1,0 +1,123 @@
+"""Quantized linears become packed ones, in the layout that kernels read.
+
+    linear(quantize_dequantize(x), dequantize_weight(w)) + b → linear_packed(quantize_activation(x), pack(w), b)
+    linear(x, dequantize_weight(w)) + b                      → linear_packed_float(x, pack(w), b)
+
+REAL: codes and scales are kept bit for bit (`packing.pack_linear` refuses scales that it cannot store); the
+sums are the same ones multiplied out, so only the order of roundings differs. Linears that read one value
+share one quantized activation, with `align` the largest that they need, as long as they agree on the padded
+number of inputs; otherwise each group of readers has its own. Linears with one dequantized weight share the
+packed bytes.
+"""
+
+from __future__ import annotations
+
+import operator
+
+from torch import fx
+
+from ..compiler.dialect import linear_packed, linear_packed_float, quantize_activation, quantize_dequantize
+from ..compiler.dialect.packing import PackedLinear, alignment, ceil_to, pack_linear
+from ..compiler.editor import Editor
+from ..compiler.graph import argument
+from ..compiler.passes import Guarantee, define_pass
+from .layers import Layer, QuantizedWeight, codes_of, constant_name, fits_four_bits, is_call_of, layers
+
+
+@define_pass(Guarantee.REAL)
+def pack_linears(editor: Editor) -> None:
+    """Pack all linears whose weight is a `dequantize_weight` of constants."""
+    packable: list[tuple[Layer, QuantizedWeight]] = []
+    for layer in layers(editor):
+        quantized = codes_of(editor, layer) if layer.kind == "weights" else None
+        if quantized is None:
+            continue
+        reason = quantized if isinstance(quantized, str) else _reason_against(layer)
+        if isinstance(quantized, str) or reason is not None:
+            editor.refused(layer.node, reason or "")
+        else:
+            packable.append((layer, quantized))
+    activations = _quantize_activations(editor, packable)
+    packed: dict[fx.Node, tuple[PackedLinear, dict[str, fx.Node]]] = {}
+    for layer, quantized in packable:
+        if layer.weight not in packed:
+            packed[layer.weight] = _pack(editor, quantized)
+        matrix, nodes = packed[layer.weight]
+        bias = argument(layer.node, "bias")
+        weights: tuple[fx.Node | None, ...] = (
+            nodes["packed"],
+            nodes["packed_scale"],
+            nodes.get("packed_zero"),
+        )
+        attributes = (
+            matrix.n,
+            matrix.k,
+            matrix.bits,
+            matrix.group_size,
+            matrix.scale_multiplier,
+            "none",
+            False,
+        )
+        rest = (bias, None, *attributes)
+        if layer.node in activations:
+            u, params = activations[layer.node]
+            weights = (*weights, nodes["packed_wsum"])
+            new = editor.call(linear_packed.overload, u, params, *weights, *rest, like=layer.node)
+        else:
+            new = editor.call(linear_packed_float.overload, layer.input, *weights, *rest, like=layer.node)
+        editor.replace(layer.node, new)
+        editor.applied(
+            new,
+            f"int{matrix.bits} {matrix.n} x {matrix.k} packed",
+            bits=matrix.bits,
+            group_size=matrix.group_size,
+            bytes_after=matrix.nbytes,
+            activations="uint8" if layer.node in activations else "float",
+        )
+
+
+def _reason_against(layer: Layer) -> str | None:
+    if is_call_of(layer.input, quantize_dequantize.overload):
+        _, params, granularity = layer.input.args
+        if params is None and granularity != "token":
+            return f"its input is quantized per {granularity}; packed linears take a pair per token or one for all"
+    return None
+
+
+def _quantize_activations(
+    editor: Editor, packable: list[tuple[Layer, QuantizedWeight]]
+) -> dict[fx.Node, tuple[fx.Node, fx.Node]]:
+    """For each linear on a quantized input: the nodes of its codes and of their pairs."""
+    groups: dict[tuple[fx.Node, int], list[tuple[Layer, int]]] = {}
+    for layer, quantized in packable:
+        if is_call_of(layer.input, quantize_dequantize.overload):
+            align = alignment(quantized.group_size)
+            groups.setdefault((layer.input, ceil_to(quantized.codes.shape[1], align)), []).append(
+                (layer, align)
+            )
+    result: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+    for (rounded, _), readers in groups.items():
+        x, params, _ = rounded.args
+        both = editor.call(
+            quantize_activation.overload, x, params, max(align for _, align in readers), like=rounded
+        )
+        u, pair = (editor.call(operator.getitem, both, i, like=rounded, before=rounded) for i in (0, 1))
+        result.update({layer.node: (u, pair) for layer, _ in readers})
+    return result
+
+
+def _pack(editor: Editor, quantized: QuantizedWeight) -> tuple[PackedLinear, dict[str, fx.Node]]:
+    bits = 4 if fits_four_bits(quantized.codes) else 8
+    matrix = pack_linear(quantized.codes, quantized.scale, quantized.zero, bits, quantized.group_size)
+    tensors = {
+        "packed": matrix.weight,
+        "packed_scale": matrix.scale,
+        "packed_zero": matrix.zero,
+        "packed_wsum": matrix.wsum,
+    }
+    nodes = {
+        part: editor.constant(tensor, constant_name(editor, quantized.node, part))
+        for part, tensor in tensors.items()
+        if tensor is not None
+    }
+    return matrix, nodes

@@ -1,0 +1,148 @@
+"""Linears read a weight rounded to 4 or 8 bits: `W → dequantize_weight(codes, scale, zero)`.
+
+    y = x W^T + b   →   y = x (scale (w - zero))^T + b
+
+LOSSY: each weight moves by at most half a step, or further where the range search clips (`ranges.py`); the
+relative error of each layer is reported. Linears that share one weight and one format share its codes; a
+weight tied to an embedding gets codes of its own here, as the two are packed differently.
+
+Refused: weights that are computed, not two-dimensional, not float32, also read in float by another operator,
+or so small that the padded layout would be larger. Constants that no packed operator can read are listed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+from ..compiler.dialect import dequantize_weight
+from ..compiler.editor import Editor
+from ..compiler.graph import place_of
+from ..compiler.passes import Guarantee, define_pass
+from ..compiler.recipe import Kind, Recipe
+from .layers import (
+    OPERATORS,
+    Layer,
+    called,
+    check_finite,
+    constant_name,
+    group_size_for,
+    packed_bytes,
+    selected,
+    set_argument,
+)
+from .ranges import quantize_matrix
+
+Progress = Callable[[int, int], None]
+"""Called with (layers done, layers in all)."""
+
+REPORTED_ELEMENTS = 1024
+"""Constants of at least this many elements are listed where nothing can pack them."""
+
+
+@define_pass(Guarantee.LOSSY)
+def quantize_weights(editor: Editor, *, recipe: Recipe, progress: Progress | None = None) -> None:
+    """Quantize the weights of linears as the recipe says. Raises InputError for NaN or infinite weights."""
+    quantize_kind(editor, recipe, "weights", storable=True, progress=progress)
+    _list_unpackable(editor, recipe)
+
+
+def quantize_kind(
+    editor: Editor, recipe: Recipe, kind: Kind, *, storable: bool, progress: Progress | None = None
+) -> None:
+    """Replace the weights of all selected layers of `kind` by codes (shared with embeddings and convolutions)."""
+    chosen: list[tuple[Layer, Any]] = []
+    for layer, chosen_format, reason in selected(editor, recipe, kind):
+        if reason is None:
+            chosen.append((layer, chosen_format))
+        else:
+            editor.refused(layer.node, reason)
+    check_finite(editor, [layer for layer, _ in chosen])
+    made: dict[tuple[fx.Node, Any], tuple[fx.Node, dict[str, Any]]] = {}
+    for done, (layer, chosen_format) in enumerate(chosen):
+        key = (layer.weight, chosen_format)
+        shared = key in made
+        if not shared:
+            made[key] = _quantize(editor, layer, chosen_format, storable)
+        call, facts = made[key]
+        tied = [user for user in layer.weight.users if OPERATORS.get(user.target) not in (None, kind)]
+        set_argument(layer.node, "weight", call)
+        if shared:
+            nothing = {"bytes_before": 0, "bytes_after": 0}
+            editor.applied(
+                layer.node, "shares the codes of a layer with the same weight", **{**facts, **nothing}
+            )
+            continue
+        note = (
+            f"; tied with {place_of(tied[0]).module or tied[0].name}, which keeps its own copy"
+            if tied
+            else ""
+        )
+        editor.applied(layer.node, _describe(chosen_format, facts) + note, **facts)
+        if progress is not None:
+            progress(done + 1, len(chosen))
+
+
+def _quantize(editor: Editor, layer: Layer, chosen: Any, storable: bool) -> tuple[fx.Node, dict[str, Any]]:
+    weight = editor.tensor(layer.weight)
+    assert weight is not None
+    group_size, symmetric = group_size_for(tuple(weight.shape), chosen), getattr(chosen, "symmetric", True)
+    found = quantize_matrix(
+        weight,
+        bits=chosen.bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        search=chosen.range,
+        storable=storable,
+    )
+    parts = {
+        part: editor.constant(tensor, constant_name(editor, layer.weight, part))
+        for part, tensor in (("codes", found.codes), ("scale", found.scale), ("zero", found.zero))
+        if tensor is not None
+    }
+    call = editor.call(
+        dequantize_weight.overload,
+        parts["codes"],
+        parts["scale"],
+        parts.get("zero"),
+        group_size,
+        like=layer.node,
+    )
+    facts = {
+        "kind": layer.kind,
+        "shape": list(weight.shape),
+        "bits": chosen.bits,
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "range": chosen.range,
+        "bytes_before": weight.numel() * weight.element_size(),
+        "bytes_after": packed_bytes(layer.kind, tuple(weight.shape), chosen),
+        "weight_error": found.error,
+    }
+    return call, facts
+
+
+def _describe(chosen: Any, facts: dict[str, Any]) -> str:
+    per = f"groups of {facts['group_size']}" if facts["group_size"] else "one scale a row"
+    form = "symmetric" if facts["symmetric"] else "asymmetric"
+    return f"weight to int{chosen.bits}, {form}, {per}, relative error {facts['weight_error']:.2e}"
+
+
+def _list_unpackable(editor: Editor, recipe: Recipe) -> None:
+    if recipe.weights is None:
+        return
+    for node in editor.graph.nodes:
+        held = editor.tensor(node)
+        if held is None or not held.is_floating_point() or held.dim() < 2 or held.numel() < REPORTED_ELEMENTS:
+            continue
+        if any(OPERATORS.get(user.target) for user in node.users) or not node.users:
+            continue
+        if any(
+            user.op == "call_function" and user.target == dequantize_weight.overload for user in node.users
+        ):
+            continue
+        reader = next(iter(node.users))
+        name = f"{editor.name_of(node)!r} {list(held.shape)}"
+        editor.refused(reader, f"the constant {name} is read by {called(reader)}, which has no packed form")
