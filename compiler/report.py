@@ -1,0 +1,249 @@
+"""The report of a compilation: a JSON-like dictionary that says what was done to which layer, and what was not.
+
+    model          class and inputs that were captured
+    recipe, target, environment, seconds
+    totals         bytes, operators and parameters, before and after
+    passes         every `PassReport.to_json()`, in order
+    layers         one row for each quantized weight (see `layer_rows`)
+    refused        places left alone, grouped by pass and reason
+    blocks         the model as a graph of blocks, and one repeated block operator by operator (`block_graph`)
+    histograms     weights of the worst layers before and after
+
+`add_profile` puts in what ONNX Runtime measured; `html_report.render_html` draws the page. Times and bytes are
+measured or counted, never estimated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+from .block_graph import block_graph
+from .dialect.operator import operator_of
+from .graph import argument, module_path, value
+from .passes import PassReport
+from .program import Program
+from .weight_histograms import decoded, weight_inside, worst_histograms
+
+WORST = 6
+"""Layers whose weights are drawn."""
+
+
+def build_report(
+    *,
+    captured: Program,
+    program: Program,
+    passes: Sequence[PassReport],
+    recipe: Mapping[str, Any],
+    target: str,
+    environment: Mapping[str, Any],
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """The report of `program`, compiled from `captured`. `seconds` is kept by reference, so later entries show."""
+    records = [report.to_json() for report in passes]
+    layers = layer_rows(captured, program, records)
+    return {
+        "isofold": environment.get("isofold"),
+        "model": _model(captured),
+        "recipe": dict(recipe),
+        "target": target,
+        "environment": dict(environment),
+        "seconds": seconds,
+        "totals": _totals(captured, program, layers),
+        "passes": records,
+        "layers": layers,
+        "refused": refused_groups(records),
+        "blocks": block_graph(captured, program),
+        "histograms": worst_histograms(captured, program, layers, WORST),
+    }
+
+
+def layer_rows(
+    captured: Program, program: Program, records: Iterable[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """One row for each weight that a `quantize_*` pass changed, in the order of the passes.
+
+    module, node, source, kind, weight (name of the captured tensor), shape, bits, group_size, symmetric, error
+    (relative root mean square of the change), bytes_before, bytes_after, packed (node of the final program that
+    computes it), operator, share (of that node's rows), microseconds (None until `add_profile`).
+    """
+    rows = [_layer_row(captured, entry) for entry in _quantized_entries(records)]
+    _attach_packed(captured, program, rows)
+    return rows
+
+
+def refused_groups(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Refusals grouped by pass and reason: `{pass, reason, places: [{module, node, source}]}`, largest group first."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in records:
+        for entry in record["refused"]:
+            place = {key: entry[key] for key in ("module", "node", "source")}
+            groups.setdefault((record["pass"], entry["reason"]), []).append(place)
+    ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
+    return [{"pass": name, "reason": reason, "places": places} for (name, reason), places in ordered]
+
+
+def add_profile(report: dict[str, Any], profile: Iterable[Mapping[str, Any]]) -> None:
+    """Put measured times into `report`: `profile` has `{name, op, microseconds}` for each node that ran.
+
+    A layer gets the time of the node that computes it; a node that computes several layers (a shared q/k/v linear) is
+    split by their outputs. Also fills `report["profile"]` with times by operator type.
+    """
+    nodes = [dict(entry) for entry in profile]
+    by_name: dict[str, float] = {}
+    by_type: dict[str, list[float]] = {}
+    for entry in nodes:
+        by_name[entry["name"]] = by_name.get(entry["name"], 0.0) + entry["microseconds"]
+        by_type.setdefault(entry["op"], []).append(entry["microseconds"])
+    for row in report["layers"]:
+        spent = by_name.get(row["packed"]) if row["packed"] else None
+        row["microseconds"] = None if spent is None else spent * row["share"]
+    report["profile"] = {
+        "total_microseconds": sum(sum(times) for times in by_type.values()),
+        "by_type": [
+            {"op": op, "nodes": len(times), "microseconds": sum(times)}
+            for op, times in sorted(by_type.items(), key=lambda item: -sum(item[1]))
+        ],
+        "nodes": nodes,
+    }
+
+
+def _quantized_entries(records: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
+    for record in records:
+        if record["pass"].startswith("quantize_"):
+            yield from (entry for entry in record["applied"] if "bytes_before" in entry)
+
+
+def _layer_row(captured: Program, entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **{key: entry[key] for key in ("module", "node", "source", "bits", "bytes_before", "bytes_after")},
+        "kind": entry.get("kind"),
+        "weight": _weight_name(captured, entry),
+        "shape": list(entry.get("shape", [])),
+        "group_size": entry.get("group_size", 0),
+        "symmetric": entry.get("symmetric", True),
+        "error": entry.get("weight_error"),
+        "packed": None,
+        "operator": None,
+        "share": 1.0,
+        "microseconds": None,
+    }
+
+
+def _weight_name(captured: Program, entry: Mapping[str, Any]) -> str | None:
+    """The captured tensor that an entry is about: read by its node, else the one of its shape in its module."""
+    sizes = tuple(entry.get("shape", ()))
+    for node in captured.graph.nodes:
+        if node.name == entry["node"] or module_path(node) == entry["module"]:
+            for source in node.all_input_nodes:
+                held = captured.tensors.get(str(source.target)) if source.op == "get_attr" else None
+                if isinstance(held, Tensor) and tuple(held.shape) == sizes:
+                    return str(source.target)
+    return None
+
+
+def packed_nodes(program: Program) -> list[fx.Node]:
+    """Nodes of the program that compute with a packed weight."""
+    found = []
+    for node in program.graph.nodes:
+        declared = operator_of(node.target) if node.op == "call_function" else None
+        if declared is not None and declared.packed_argument is not None:
+            found.append(node)
+    return found
+
+
+def packed_bytes(program: Program, node: fx.Node) -> int:
+    """Bytes of the constants that a packed operator reads, its bias left out."""
+    declared = operator_of(node.target)
+    assert declared is not None
+    names = [
+        a.name for a in declared.overload._schema.arguments if a.name in ("weight", "scale", "zero", "wsum")
+    ]
+    read = [argument(node, name) for name in names]
+    held = [program.tensors[str(n.target)] for n in read if isinstance(n, fx.Node) and n.op == "get_attr"]
+    return sum(t.numel() * t.element_size() for t in held)
+
+
+def _attach_packed(captured: Program, program: Program, rows: list[dict[str, Any]]) -> None:
+    """Name the node that computes each row; a layer merged into a wider one is found by its weights' values."""
+    free = {node: packed_bytes(program, node) for node in packed_nodes(program)}
+    lost: list[dict[str, Any]] = []
+    for row in rows:
+        alike = [n for n in free if module_path(n) == row["module"] and _outputs(n) == _rows(row)]
+        if len(alike) == 1:
+            _attach(row, alike[0], 1.0, free.pop(alike[0]))
+        else:
+            lost.append(row)
+    matrices = {node: decoded(program, node) for node in free} if lost else {}
+    for row in lost:
+        weight = captured.tensors.get(str(row["weight"]))
+        if not isinstance(weight, Tensor):
+            continue
+        flat = weight.detach().flatten(1).float()
+        for node, matrix in matrices.items():
+            if weight_inside(matrix, flat) is not None:
+                share = flat.shape[0] / matrix.shape[0]
+                _attach(row, node, share, round(free[node] * share))
+                break
+
+
+def _attach(row: dict[str, Any], node: fx.Node, share: float, size: int) -> None:
+    declared = operator_of(node.target)
+    assert declared is not None
+    row.update(packed=node.name, operator=declared.name, share=share, bytes_after=size)
+
+
+def _rows(row: Mapping[str, Any]) -> int | None:
+    return row["shape"][0] if row["shape"] else None
+
+
+def _outputs(node: fx.Node) -> int | None:
+    """Rows of the matrix that a packed node reads; None where it holds two (gated)."""
+    declared = operator_of(node.target)
+    assert declared is not None
+    names = [a.name for a in declared.overload._schema.arguments]
+    if "n" in names:
+        return None if "gated" in names and argument(node, "gated") else int(argument(node, "n"))
+    fake = value(argument(node, "weight"))
+    return int(fake.shape[0])
+
+
+def _model(captured: Program) -> dict[str, Any]:
+    def described(node: fx.Node) -> dict[str, Any]:
+        fake = value(node)
+        if not isinstance(fake, Tensor):
+            return {"name": node.name, "shape": None, "dtype": type(fake).__name__}
+        sizes = [size if isinstance(size, int) else str(size) for size in fake.shape]
+        return {"name": node.name, "shape": sizes, "dtype": str(fake.dtype).removeprefix("torch.")}
+
+    roots = [
+        entry
+        for n in captured.graph.nodes
+        for entry in list((n.meta.get("nn_module_stack") or {}).values())[:1]
+    ]
+    kinds = [
+        kind if isinstance(kind, str) else kind.__qualname__
+        for path, kind in roots
+        if path in ("", "L['self']")
+    ]
+    return {
+        "name": kinds[0].rpartition(".")[2] if kinds else "Program",
+        "inputs": [described(node) for node in captured.placeholders],
+        "outputs": [described(node) for node in captured.outputs],
+    }
+
+
+def _totals(captured: Program, program: Program, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    floating = [t for t in captured.parameters.values() if t.is_floating_point()]
+    quantized = sum(row["bytes_before"] for row in rows)
+    weights = sum(t.numel() * t.element_size() for t in floating)
+    return {
+        "parameters": sum(t.numel() for t in floating),
+        "weight_bytes_before": captured.weight_bytes,
+        "weight_bytes_after": program.weight_bytes,
+        "quantized_share": quantized / weights if weights else 0.0,
+        "operators_before": captured.operator_count,
+        "operators_after": program.operator_count,
+    }

@@ -1,0 +1,93 @@
+"""Histograms of the weights that quantization changed most: as captured, and decoded from the packed bytes.
+
+The decoder is `dialect.packing`'s, so the picture shows what the artefact holds, not what a quantizer meant to write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .dialect.operator import operator_of
+from .dialect.packing import dequantize, split_gated, unpack_embedding_codes, unpack_weight
+from .graph import argument
+from .program import Program
+
+BINS = 96
+
+
+def worst_histograms(
+    captured: Program, program: Program, rows: Sequence[Mapping[str, Any]], most: int
+) -> list[dict[str, Any]]:
+    """Histograms of the `most` rows of largest error.
+
+    Each is `{module, bits, error, low, high, before, after}` with counts in BINS equal bins of `[low, high]`.
+    """
+    nodes = {node.name: node for node in program.graph.nodes}
+    found: list[dict[str, Any]] = []
+    for row in sorted(rows, key=lambda r: -(r["error"] or 0.0)):
+        before = captured.tensors.get(str(row["weight"]))
+        node = nodes.get(str(row["packed"]))
+        if len(found) == most or not isinstance(before, Tensor) or node is None:
+            continue
+        after = weight_inside(decoded(program, node), before.detach().flatten(1).float())
+        if after is not None:
+            facts = {key: row[key] for key in ("module", "bits", "error")}
+            found.append({**facts, **_counts(before.detach().float(), after)})
+    return found
+
+
+def decoded(program: Program, node: fx.Node) -> Tensor:
+    """The float32 matrix `[rows, K]` that a packed operator multiplies by or looks up; gated pairs gate first."""
+
+    def constant(name: str) -> Any:
+        read = argument(node, name)
+        return (
+            program.tensors[str(read.target)] if isinstance(read, fx.Node) and read.op == "get_attr" else read
+        )
+
+    declared = operator_of(node.target)
+    assert declared is not None, f"{node} is no packed operator"
+    weight, scale = constant("weight"), constant("scale")
+    if declared.name == "embedding_packed":
+        codes = unpack_embedding_codes(weight, argument(node, "dim"), argument(node, "bits"))
+        return dequantize(codes, scale.float(), constant("zero"), argument(node, "group_size"))
+    n = argument(node, "n")
+    if declared.name == "conv_packed":
+        k = weight.shape[1] * 4
+        return unpack_weight(weight, scale, None, n, k, 8, 0, 1.0, torch.float32)
+    gated = argument(node, "gated")
+    rows = weight.shape[0] * 16 if gated else n
+    k, bits, group_size = (argument(node, name) for name in ("k", "bits", "group_size"))
+    multiplier = argument(node, "scale_multiplier")
+    matrix = unpack_weight(
+        weight, scale, constant("zero"), rows, k, bits, group_size, multiplier, torch.float32
+    )
+    return torch.cat(split_gated(matrix, n)) if gated else matrix
+
+
+def weight_inside(matrix: Tensor, weight: Tensor) -> Tensor | None:
+    """The rows of `matrix` that hold `weight` `[N, K]` after quantization, or None where nothing is near.
+
+    Several layers may have become one matrix, so the place is the run of N rows whose first and last row are nearest.
+    """
+    n, k = weight.shape
+    if matrix.shape[0] < n or matrix.shape[1] < k:
+        return None
+    matrix = matrix[:, :k]
+    starts = matrix.shape[0] - n + 1
+    distance = (matrix[:starts] - weight[0]).square().sum(1) + (matrix[n - 1 :] - weight[-1]).square().sum(1)
+    start = int(distance.argmin())
+    found = matrix[start : start + n]
+    near = (found - weight).square().sum() < 0.5 * weight.square().sum()
+    return found if bool(near) else None
+
+
+def _counts(before: Tensor, after: Tensor) -> dict[str, Any]:
+    low = float(min(before.min(), after.min()))
+    high = float(max(before.max(), after.max()))
+    counts = [torch.histc(t, BINS, low, high).long().tolist() for t in (before, after)]
+    return {"low": low, "high": high, "before": counts[0], "after": counts[1]}
