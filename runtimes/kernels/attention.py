@@ -24,7 +24,7 @@ from typing import Any
 from tvm import tirx
 
 from .codegen import Isa, Kernel, T, bind, for_range, load, registers, store, when
-from .math import exp, reduce_lanes, shuffle, tanh
+from .math import exp, reduce_lanes, tanh, transpose16
 
 KEY_BLOCK = 128
 LANES = 32
@@ -55,19 +55,6 @@ def _vector(value: float, lanes: int = 16) -> Any:
 
 def _i64(value: int) -> Any:
     return tirx.const(value, "int64")
-
-
-def transpose16(rows: list[Any]) -> list[Any]:
-    """Transpose 16 vectors of 16 floats in registers: four rounds of pairwise interleaves.
-
-    Interleaving row i with row i + 8 moves one bit of the row index to the lowest bit of the lane index; four
-    rounds exchange the two indices.
-    """
-    low = [k // 2 + 16 * (k % 2) for k in range(16)]
-    high = [8 + i for i in low]
-    for _ in range(4):
-        rows = [bind(shuffle(rows[i // 2], rows[i // 2 + 8], high if i % 2 else low)) for i in range(16)]
-    return rows
 
 
 def _tile(

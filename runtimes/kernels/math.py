@@ -149,3 +149,16 @@ def reduce_lanes(vector: Expr, combine: Callable[[Expr, Expr], Expr]) -> Expr:
         high = tirx.Shuffle([vector], [tirx.const(width + i, "int32") for i in range(width)])
         vector = bind(combine(low, high))
     return vector
+
+
+def transpose16(rows: list[Expr]) -> list[Expr]:
+    """Transpose 16 vectors of 16 floats in registers: four rounds of pairwise interleaves.
+
+    Interleaving row i with row i + 8 moves one bit of the row index to the lowest bit of the lane index; four
+    rounds exchange the two indices.
+    """
+    low = [k // 2 + 16 * (k % 2) for k in range(16)]
+    high = [8 + i for i in low]
+    for _ in range(4):
+        rows = [bind(shuffle(rows[i // 2], rows[i // 2 + 8], high if i % 2 else low)) for i in range(16)]
+    return rows

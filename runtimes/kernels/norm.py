@@ -18,7 +18,8 @@ from typing import Any
 from tvm import tirx
 
 from .codegen import Isa, Kernel, T, bind, for_range, load, registers, store, when
-from .math import reduce_lanes, round_half_even, splat
+from .math import reduce_lanes, round_half_even
+from .quantize import write_codes
 
 RESIDUAL, WEIGHT, BIAS, SUM, RESULT, QUANTIZE, STATIC, RMS = (1 << bit for bit in range(8))
 """Bits of `flags`: inputs that are there, outputs that are wanted, a given pair, the kind of norm."""
@@ -77,21 +78,6 @@ def _choose(flags: Any, bits: list[int], body: Callable[[list[bool]], None], cho
             _choose(flags, bits[1:], body, [*chosen, True])
         with T.Else():
             _choose(flags, bits[1:], body, [*chosen, False])
-
-
-def _quantize(row: Any, u: Any, at: Any, k: Any, kp: Any, scale: Any, zero: Any) -> None:
-    inverse = bind(T.float32(1.0) / scale)
-
-    def body(i: Any, lanes: int, way: int) -> None:
-        del way
-        code = round_half_even(load(row, i, lanes) * _spread(inverse, lanes)) + _spread(zero, lanes)
-        code = tirx.min(tirx.max(code, splat(0.0, code)), splat(255.0, code))
-        suffix = "" if lanes == 1 else f"x{lanes}"
-        store(u, at + i, T.cast(T.cast(code, "int32" + suffix), "uint8" + suffix), lanes)
-
-    sweep(k, body)
-    with for_range(k, kp) as i:
-        store(u, at + i, T.uint8(0), 1)
 
 
 def _rows(
@@ -163,7 +149,8 @@ def _rows(
         _choose(flags, [WEIGHT, BIAS, RESULT], normalize, [])
         with when(is_set(QUANTIZE)), T.If(is_set(STATIC)):
             with T.Then():
-                _quantize(row, u, r * kp, k, kp, bind(load(pair, 0, 1)), bind(load(pair, 1, 1)))
+                scale, zero = bind(load(pair, 0, 1)), bind(load(pair, 1, 1))
+                write_codes(row, tirx.const(0, "int64"), k, u, r * kp, kp, scale, zero)
             with T.Else():
                 low, high = lowest.result(), highest.result()
                 scale = bind((high - low) / T.float32(255.0))
@@ -171,7 +158,7 @@ def _rows(
                 zero = bind(round_half_even((T.float32(0.0) - low) / scale))
                 store(params, r * 2, scale, 1)
                 store(params, r * 2 + 1, zero, 1)
-                _quantize(row, u, r * kp, k, kp, scale, zero)
+                write_codes(row, tirx.const(0, "int64"), k, u, r * kp, kp, scale, zero)
 
 
 KERNELS = [

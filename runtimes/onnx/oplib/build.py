@@ -1,0 +1,245 @@
+"""Build the op library once per machine and find it again.
+
+TVM compiles the kernels to objects (`runtimes.kernels`), g++ the shim beside this file, and the linker makes
+one shared library that needs neither TVM nor Python. It is kept in the user's cache under a name made of a hash of
+all sources and the versions of both compilers, so that a change of any of them builds anew and nothing stale is
+ever loaded. A file is written beside its final name and renamed, under a lock: two processes build once.
+
+Importing this module imports neither torch nor TVM; TVM is imported when something has to be built.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from importlib import import_module, metadata, util
+from pathlib import Path
+
+from ....compiler.errors import ToolchainError
+
+__all__ = ["Progress", "build", "cache_directory", "library_path"]
+
+Progress = Callable[[str, int, int], None]
+"""Called as `progress(what, done, total)`."""
+
+_HERE = Path(__file__).resolve().parent
+_KERNELS = _HERE.parents[1] / "kernels"
+_PACKAGED = _HERE / "lib" / "libisofold_ops.so"
+_MODULES = (
+    "quantize",
+    "linear",
+    "norm",
+    "attention",
+    "rotary",
+    "elementwise",
+    "embedding",
+)
+_FLAGS = (
+    "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics",
+    "-Wall", "-Wextra",
+)  # fmt: skip
+# Threads of ONNX Runtime outlive sessions and free their scratch memory when they end: never unmap the code.
+_LINK_FLAGS = ("-shared", "-Wl,-z,nodelete", "-Wl,--as-needed", "-Wl,--no-undefined", "-pthread", "-s")
+
+
+def library_path(progress: Progress | None = None) -> Path:
+    """The op library: the one inside the installed package, else the cached one, else built now.
+
+    Raises:
+        ToolchainError: it has to be built, and g++ or TVM is missing or fails.
+    """
+    if _PACKAGED.exists():
+        return _PACKAGED
+    cached = _cached()
+    return cached if cached is not None else build(progress=progress)
+
+
+def build(out: Path | str | None = None, force: bool = False, progress: Progress | None = None) -> Path:
+    """Build the op library.
+
+    Args:
+        out: where to write it; None: the cache, where an up-to-date one is reused.
+        force: build even if there is an up-to-date one.
+        progress: told about each object; None: a progress bar on a terminal.
+
+    Returns:
+        the library's path.
+
+    Raises:
+        ToolchainError: g++ or TVM is missing (says what to install), or one of them fails (with its output).
+    """
+    path = cache_directory() / _file_name() if out is None else Path(out)
+    if not force and path.exists() and out is None:
+        return path
+    compiler = _require_tools()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path.with_name(path.name + ".lock")):
+            if not force and path.exists() and out is None:
+                return path  # another process built it while this one waited
+            with tempfile.TemporaryDirectory(prefix=".build-", dir=path.parent) as scratch:
+                if progress is not None:
+                    made = _compile(Path(scratch), compiler, progress)
+                else:
+                    with _progress_bar() as bar:
+                        made = _compile(Path(scratch), compiler, bar)
+                os.replace(made, path)
+    except OSError as error:
+        raise ToolchainError(
+            "The op library cannot be written",
+            where=str(path),
+            got=str(error),
+            hint="set ISOFOLD_CACHE to a writable directory with 50 MB free",
+        ) from error
+    return path
+
+
+def cache_directory() -> Path:
+    """`ISOFOLD_CACHE`, else `XDG_CACHE_HOME`/isofold, else ~/.cache/isofold."""
+    if chosen := os.environ.get("ISOFOLD_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "isofold"
+
+
+def _cached() -> Path | None:
+    exact = cache_directory() / _file_name()
+    if exact.exists():
+        return exact
+    if shutil.which(_compiler()) is None or not _has_tvm():
+        # Without the tools the second half of the name is unknown; the sources are what must match.
+        matches = sorted(cache_directory().glob(f"libisofold_ops-{_source_hash()}-*.so"))
+        return matches[0] if matches else None
+    return None
+
+
+def _file_name() -> str:
+    tools = hashlib.sha256("\0".join((_tvm_version(), _compiler_version())).encode()).hexdigest()
+    return f"libisofold_ops-{_source_hash()}-{tools[:8]}.so"
+
+
+@lru_cache(maxsize=1)
+def _source_hash() -> str:
+    digest = hashlib.sha256()
+    sources = [
+        *_KERNELS.glob("*.py"),
+        *_KERNELS.glob("*.h"),
+        *_HERE.glob("*.h"),
+        *_HERE.glob("*.cc"),
+        Path(__file__),
+    ]
+    for source in sorted(sources):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX") or "g++"
+
+
+@lru_cache(maxsize=1)
+def _compiler_version() -> str:
+    try:
+        command = [*shlex.split(_compiler()), "--version"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.partition("\n")[0]
+    except (OSError, subprocess.CalledProcessError):
+        return "none"
+
+
+def _has_tvm() -> bool:
+    return util.find_spec("tvm") is not None
+
+
+def _tvm_version() -> str:
+    try:
+        return metadata.version("apache-tvm")
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def _require_tools() -> str:
+    missing, hints = [], []
+    if _compiler_version() == "none":
+        missing.append(f"the C++ compiler ({_compiler()})")
+        hints.append("apt-get install g++ (or your distribution's package), or set CXX")
+    if not _has_tvm():
+        missing.append("TVM")
+        hints.append("pip install 'isofold[build]'")
+    if missing:
+        raise ToolchainError(
+            "The op library is not built yet, and building it needs tools that are not installed",
+            expected="g++ and apache-tvm, or a wheel of isofold that carries the library",
+            got=f"no {' and no '.join(missing)}",
+            hint="; ".join(hints),
+        )
+    return _compiler()
+
+
+def _run(command: list[str], what: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines()
+        shown = "\n".join(lines[:30])
+        raise ToolchainError(f"{what} failed", where=shlex.join(command), got=f"\n{shown}")
+
+
+def _compile(scratch: Path, compiler: str, progress: Progress) -> Path:
+    codegen = import_module("...kernels.codegen", __package__)
+    kernels = [k for name in _MODULES for k in import_module(f"...kernels.{name}", __package__).KERNELS]
+    sources = sorted(_HERE.glob("*.cc"))
+    groups = len({k.group for k in kernels}) * len(codegen.ISAS)
+    total = groups + len(sources) + 1
+    try:
+        objects = codegen.build_objects(kernels, scratch, lambda what, done, _: progress(what, done, total))
+    except (OSError, ToolchainError):
+        raise
+    except Exception as error:  # whatever TVM or a worker process raises, said once and in our words
+        raise ToolchainError("TVM could not compile the kernels", got=str(error).strip()[-2000:]) from error
+    prefix = shlex.split(compiler)
+    define = f'-DISOFOLD_OPS_VERSION="{_source_hash()}"'
+    includes = [f"-I{scratch}", f"-I{_KERNELS}"]
+    shims = []
+    for done, source in enumerate(sources, 1):
+        target = scratch / f"shim_{source.stem}.o"
+        _run(
+            [*prefix, *_FLAGS, define, *includes, "-c", str(source), "-o", str(target)],
+            f"Compiling {source.name}",
+        )
+        progress(source.name, groups + done, total)
+        shims.append(str(target))
+    library = scratch / "libisofold_ops.so"
+    # Objects of the lowest instruction set first: each carries weak float16 helpers, and the first ones win.
+    command = [*prefix, *map(str, objects), *shims, *_LINK_FLAGS, "-o", str(library)]
+    _run(command, "Linking the op library")
+    progress(library.name, total, total)
+    return library
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Progress]:
+    if not sys.stderr.isatty() or util.find_spec("rich") is None:
+        yield lambda what, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("Building the op library (once per machine)", total=None)
+        yield lambda what, done, total: bar.update(task, completed=done, total=total)

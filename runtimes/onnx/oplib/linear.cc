@@ -1,0 +1,203 @@
+// QuantizeActivation and PackedLinear.
+#include "op.h"
+
+namespace isofold {
+namespace {
+
+// ---- QuantizeActivation
+
+struct QuantizeKernel : KernelBase {
+  int64_t align;
+};
+
+OrtStatus* create_quantize(void* memory, const Attributes& a) {
+  return a.at_least("align", 1, &static_cast<QuantizeKernel*>(memory)->align);
+}
+
+OrtStatus* compute_quantize(void* memory, Context& c) {
+  const auto& kernel = *static_cast<const QuantizeKernel*>(memory);
+  Tensor x, pair;
+  ISOFOLD_TRY(c.input(0, &x));
+  ISOFOLD_TRY(c.input(1, &pair));
+  if (x.shape.rank < 1) return c.bad_input(0, "expected at least one dimension, got a scalar");
+  ISOFOLD_TRY(c.expect(1, pair, ORT_FLOAT, shape_of(2)));
+  int64_t k = x.shape[-1], kp = ceil_to(k, kernel.align), rows = x.shape.rows();
+  uint8_t* u = nullptr;
+  float* params = nullptr;
+  ISOFOLD_TRY(c.output(0, with_last(x.shape, kp), &u));
+  ISOFOLD_TRY(c.output(1, pair.present ? shape_of(2) : with_last(x.shape, 2), &params));
+  if (pair.present) memcpy(params, pair.data, 2 * sizeof(float));
+  return c.parallel(rows, worthwhile(0.06 * double(k)), [&](int64_t begin, int64_t end) {
+    if (pair.present)
+      kernels->quantize_rows_static(x.f32() + begin * k, u + begin * kp, pair.f32(), end - begin, k, kp);
+    else
+      kernels->quantize_rows(x.f32() + begin * k, u + begin * kp, params + 2 * begin, end - begin, k, kp);
+  });
+}
+
+OrtStatus* infer_quantize(Inference& f) {
+  SymbolicShape shape = f.input(0);
+  int64_t align = f.integer("align", 0);
+  if (!shape.known) return nullptr;
+  int last = shape.rank - 1;
+  SymbolicShape pairs = shape;
+  if (align > 0 && shape.dims[last] >= 0) {
+    shape.set(last, ceil_to(shape.dims[last], align));
+    ISOFOLD_TRY(f.output(0, shape));
+  }
+  if (f.input(1).known) {
+    pairs.rank = 1;
+    pairs.set(0, 2);
+  } else {
+    pairs.set(last, 2);
+  }
+  return f.output(1, pairs);
+}
+
+// ---- PackedLinear
+
+struct LinearKernel : KernelBase {
+  isofold_linear linear;
+  int64_t k;
+};
+
+OrtStatus* create_linear(void* memory, const Attributes& a) {
+  auto& kernel = *static_cast<LinearKernel*>(memory);
+  isofold_linear& l = kernel.linear;
+  int64_t bits = 0;
+  bool gated = false;
+  ISOFOLD_TRY(a.at_least("n", 1, &l.n));
+  ISOFOLD_TRY(a.at_least("k", 1, &kernel.k));
+  ISOFOLD_TRY(a.get("bits", &bits));
+  ISOFOLD_TRY(a.at_least("group_size", 0, &l.group_size));
+  ISOFOLD_TRY(a.get("scale_multiplier", &l.scale_multiplier));
+  ISOFOLD_TRY(a.activation(&l.activation));
+  ISOFOLD_TRY(a.get("gated", &gated));
+  l.bits = int32_t(bits);
+  l.gated = gated;
+  if (bits != 4 && bits != 8)
+    return fail(a.api, ORT_INVALID_ARGUMENT, "%s: attribute 'bits' is %lld; expected 4 or 8", a.op->name,
+                (long long)bits);
+  if (l.group_size % 32 != 0)
+    return fail(a.api, ORT_INVALID_ARGUMENT, "%s: attribute 'group_size' is %lld; expected 0 or a multiple of 32",
+                a.op->name, (long long)l.group_size);
+  l.kp = ceil_to(kernel.k, l.group_size > 32 ? l.group_size : 32);
+  return nullptr;
+}
+
+struct LinearInputs {
+  size_t weight, scale, zero, wsum, bias;
+};
+
+// Check the constant inputs and point `l` at them. wsum is absent for float activations.
+OrtStatus* read_weights(const Context& c, const LinearInputs& at, isofold_linear* l) {
+  Tensor weight, scale, zero, wsum, bias;
+  ISOFOLD_TRY(c.input(at.weight, &weight));
+  ISOFOLD_TRY(c.input(at.scale, &scale));
+  ISOFOLD_TRY(c.input(at.zero, &zero));
+  ISOFOLD_TRY(c.input(at.bias, &bias));
+  int64_t panels = isofold_linear_panels(l), groups = isofold_linear_groups(l);
+  ISOFOLD_TRY(c.expect(at.weight, weight, l->bits == 8 ? ORT_INT8 : ORT_UINT8,
+                       shape_of(panels, l->kp / (l->bits == 8 ? 4 : 8), 16, 4)));
+  ISOFOLD_TRY(c.expect(at.scale, scale, l->group_size ? ORT_FLOAT16 : ORT_FLOAT, shape_of(panels, groups, 16)));
+  ISOFOLD_TRY(c.expect(at.zero, zero, ORT_INT8, shape_of(panels, groups, 16)));
+  ISOFOLD_TRY(c.expect(at.bias, bias, ORT_FLOAT, shape_of(l->gated ? 16 * panels : l->n)));
+  if (at.wsum) {
+    ISOFOLD_TRY(c.input(at.wsum, &wsum));
+    ISOFOLD_TRY(c.expect(at.wsum, wsum, ORT_FLOAT, shape_of(16 * panels)));
+  }
+  l->weight = weight.data;
+  l->scale = scale.data;
+  l->zero = zero.as<int8_t>();
+  l->wsum = wsum.f32();
+  l->bias = bias.f32();
+  return nullptr;
+}
+
+OrtStatus* compute_linear(void* memory, Context& c) {
+  const auto& kernel = *static_cast<const LinearKernel*>(memory);
+  isofold_linear l = kernel.linear;
+  ISOFOLD_TRY(read_weights(c, {2, 3, 4, 5, 6}, &l));
+  Tensor u, params, residual;
+  ISOFOLD_TRY(c.input(0, &u));
+  ISOFOLD_TRY(c.input(1, &params));
+  ISOFOLD_TRY(c.input(7, &residual));
+  ISOFOLD_TRY(c.expect_last(0, u, l.kp));
+  bool per_tensor = params.shape == shape_of(2);
+  if (!per_tensor) ISOFOLD_TRY(c.expect(1, params, ORT_FLOAT, with_last(u.shape, 2)));
+  Shape shape = with_last(u.shape, l.n);
+  ISOFOLD_TRY(c.expect(7, residual, ORT_FLOAT, shape));
+  float* y = nullptr;
+  ISOFOLD_TRY(c.output(0, shape, &y));
+
+  isofold_linear_call call = {};
+  call.u = u.as<uint8_t>();
+  call.params = params.f32();
+  call.residual = residual.f32();
+  call.y = y;
+  call.m = shape.rows();
+  // One row of u [1, kp] has params [1, 2], which is also a pair: the same numbers either way.
+  call.static_params = per_tensor;
+  if (call.m == 0) return nullptr;
+  size_t bytes = size_t(isofold_linear_scratch_bytes(&l, call.m));
+  RunScratch scratch(bytes);
+  if (bytes && !scratch.data) return out_of_memory(c.api, c.op->name, bytes);
+  call.scratch = scratch.data;
+  if (bytes)
+    ISOFOLD_TRY(c.parallel(call.m, worthwhile(0.04 * double(l.kp)), [&](int64_t begin, int64_t end) {
+      isofold_linear_prepare(kernels, &l, &call, begin, end);
+    }));
+  int64_t tasks = isofold_linear_tasks(&l, call.m);
+  double rows = double(isofold_linear_row_block(&l, call.m));
+  rows = rows < double(call.m) ? rows : double(call.m);
+  // A task reads 32 rows of weights (about 20 bytes a nanosecond) and does 64 operations a row and input (about 600).
+  double read = 32.0 * double(l.kp) * l.bits / 8 / 20, work = rows * double(l.kp) * 64 / 600;
+  return c.parallel(tasks, worthwhile(read > work ? read : work), [&](int64_t begin, int64_t end) {
+    isofold_linear_run(kernels, isa, &l, &call, begin, end);
+  });
+}
+
+OrtStatus* infer_linear(Inference& f) {
+  SymbolicShape shape = f.input(0);
+  int64_t n = f.integer("n", 0);
+  if (!shape.known || n <= 0) return nullptr;
+  shape.set(shape.rank - 1, n);
+  return f.output(0, shape);
+}
+
+}  // namespace
+
+void define_quantize_activation(Op* op) {
+  op->name = "QuantizeActivation";
+  op->input_count = 2;
+  op->inputs[0] = {"x", ORT_FLOAT};
+  op->inputs[1] = {"params", ORT_FLOAT, ORT_OPTIONAL};
+  op->output_count = 2;
+  op->outputs[0] = {"u", ORT_UINT8};
+  op->outputs[1] = {"params", ORT_FLOAT};
+  op->kernel_size = sizeof(QuantizeKernel);
+  op->create = create_quantize;
+  op->compute = compute_quantize;
+  op->infer = infer_quantize;
+}
+
+void define_packed_linear(Op* op) {
+  op->name = "PackedLinear";
+  op->input_count = 8;
+  op->inputs[0] = {"u", ORT_UINT8};
+  op->inputs[1] = {"params", ORT_FLOAT};
+  op->inputs[2] = {"weight", ORT_UNDEFINED};
+  op->inputs[3] = {"scale", ORT_UNDEFINED};
+  op->inputs[4] = {"zero", ORT_INT8, ORT_OPTIONAL};
+  op->inputs[5] = {"wsum", ORT_FLOAT};
+  op->inputs[6] = {"bias", ORT_FLOAT, ORT_OPTIONAL};
+  op->inputs[7] = {"residual", ORT_FLOAT, ORT_OPTIONAL};
+  op->output_count = 1;
+  op->outputs[0] = {"y", ORT_FLOAT};
+  op->kernel_size = sizeof(LinearKernel);
+  op->create = create_linear;
+  op->compute = compute_linear;
+  op->infer = infer_linear;
+}
+
+}  // namespace isofold
