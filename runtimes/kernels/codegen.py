@@ -42,7 +42,7 @@ from typing import Any
 import tvm
 from tvm import s_tir, tirx
 from tvm.script.ir_builder import IRBuilder
-from tvm.tirx.script.builder import ir as T  # noqa: N812 - the name TVM and its users give it
+from tvm.tirx.script.builder import ir as T
 
 __all__ = [
     "ISAS",
@@ -160,7 +160,7 @@ class Kernel:
             T.func_attr({"tirx.noalias": True, "global_symbol": self.symbol(isa)})
             variables = []
             for p in self.parameters:
-                variables.append(T.arg(p.name, T.handle(p.dtype) if p.pointer else T.var(p.dtype)))
+                variables.append(T.arg(p.name, T.handle(p.dtype) if p.pointer else getattr(T, p.dtype)()))
             values = []
             for p, variable in zip(self.parameters, variables, strict=True):
                 whole = (_UNBOUNDED,)

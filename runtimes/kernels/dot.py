@@ -1,16 +1,18 @@
 """Dot products of unsigned 8-bit activations with signed 8-bit or 4-bit weights, exact in int32.
 
-One *vector* here is ``lanes`` output features times 4 consecutive inputs: 64 bytes on v4 (16 features), 32 bytes on v3
-(8 features: half a panel). The activation is a 32-bit word of 4 consecutive inputs, broadcast to every feature.
+One *vector* here is ``lanes`` output features times 4 consecutive inputs: 64 bytes on v4 (16 features), 32
+bytes on v3 (8 features: half a panel). The activation is a 32-bit word of 4 consecutive inputs, broadcast to
+every feature.
 
 * v4: one ``vpdpbusd``.
-* v3, any int8 weight (``wide``): ``vpmaddubsw`` would saturate (255 * 127 * 2 > 32767), so even and odd bytes are widened
-  to 16 bits and each pair is multiplied by ``vpmaddwd``, which is exact.
-* v3, int4 weights (``small``, codes in -8..7): ``vpmaddubsw`` cannot saturate, and neither can the 16-bit sum of eight of
-  them (8 * 2 * 255 * 8 = 32640 < 32768); one ``vpmaddwd`` by ones widens that sum.
+* v3, any int8 weight (``wide``): ``vpmaddubsw`` would saturate (255 * 127 * 2 > 32767), so even and odd bytes
+  are widened to 16 bits and each pair is multiplied by ``vpmaddwd``, which is exact.
+* v3, int4 weights (``small``, codes in -8..7): ``vpmaddubsw`` cannot saturate, and neither can the 16-bit sum
+  of eight of them (8 * 2 * 255 * 8 = 32640 < 32768); one ``vpmaddwd`` by ones widens that sum.
 
-Four-bit codes come out of a byte as ``16 w`` on v4 (a shift and a mask; a mask alone for the high nibble) and as ``w`` on v3
-(where 16 w would overflow the 16-bit sums). :func:`int4_unit` is that factor; the scale absorbs its inverse.
+Four-bit codes come out of a byte as ``16 w`` on v4 (a shift and a mask; a mask alone for the high nibble) and
+as ``w`` on v3 (where 16 w would overflow the 16-bit sums). :func:`int4_unit` is that factor; the scale
+absorbs its inverse.
 """
 
 from __future__ import annotations

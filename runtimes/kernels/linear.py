@@ -2,33 +2,39 @@
 
 Identity (docs/dialect.md)::
 
-    y[m, n] = s[m] * (multiplier * sum_g scale[n, g] * (sum_{k in g} u[m, k] w[n, k] - zero[n, g] * usum[m, g]) - z[m] wsum[n]) + bias[n]
+    y[m, n] = s[m] * (multiplier * sum_g scale[n, g] * (sum_{k in g} u[m, k] w[n, k] - zero[n, g] * usum[m, g])
+                      - z[m] * wsum[n]) + bias[n]
 
-Two kernels share it. A *tile* computes the sums over k for a few rows and one or two panels (a panel is 16 output features,
-contiguous over K) into a small scratch ``t`` that stays in the first-level cache; the *epilogue* applies everything else and is
-the only one that knows about N, so that tiles never meet a ragged edge (weights are padded to 16 rows and to Kp columns).
+Two kernels share it. A *tile* computes the sums over k for a few rows and one or two panels (a panel is 16
+output features, contiguous over K) into a small scratch ``t`` that stays in the first-level cache; the
+*epilogue* applies everything else and is the only one that knows about N, so that tiles never meet a ragged
+edge (weights are padded to 16 rows and to Kp columns).
 
-======================  ===============================================================================================
-``tile_pc_RxC``         per channel: ``t`` is int32, the sum of u w; scale, zero and multiplier are the epilogue's work
-``tile_g_RxC``          groups: ``t`` is float32, the sum over groups of scale * sum
-``tile_gz_RxC``         the same with zero points; needs the sums of u over each group (``row_sums``) as float32
-``gemv4_*_R``           the same three on packed int4, unpacked in registers: for few rows, where memory is the limit
-``unpack_int4``         int4 panel to int8 panel: for many rows, paid once for all of them, then ``tile_*`` runs on the result
-``row_sums``            sums of u over each group, for zero points
-``epilogue_*``          scale, zero, bias, activation, residual; gated: panel 0 is the gate, panel 1 the factor
-======================  ===============================================================================================
+==================  ======================================================================================
+``tile*_pc_RxC``    per channel: ``t`` is int32, the sum of u w; the epilogue applies scale and zero
+``tile*_g_RxC``     groups: ``t`` is float32, the sum over groups of scale * sum
+``tile*_gz_RxC``    the same with zero points; needs the sums of u over each group as float32
+``gemv4_*_R``       these three on packed int4, unpacked in registers: few rows, memory is the limit
+``unpack_int4``     int4 panel to int8 panel: many rows, paid once for all of them, then ``tile4_*``
+``row_sums``        sums of u over each group, for zero points
+``epilogue_*``      all the rest; gated: panel 0 is the gate, panel 1 the factor
+==================  ======================================================================================
 
-Tiles *add* to ``t`` when ``accumulate`` is set, so that K can be cut into chunks (int4 panels are unpacked a chunk at a time).
+``tile8`` takes int8 weights, ``tile4`` unpacked int4 ones (they differ on v3, see dot.py).
+Tiles *add* to ``t`` when ``accumulate`` is set, so that K can be cut into chunks (int4 panels are unpacked a
+chunk at a time).
 
-Tile shape. v4: 8 rows x 2 panels, 16 accumulators; a step of 4 inputs costs 2 weight loads and 8 broadcasts for 16
-``vpdpbusd``: 10 loads for 16 cycles on a machine with one 512-bit dot and one 512-bit load a cycle (Zen 4), 5 for 8 with two of each.
-Registers: 16 accumulators + 2 weights + 1 broadcast of 32. Shapes from 4x4 to 9x3 all measure 97 % of the peak on Zen 4 with
-everything in the second-level cache, so 8x2 was chosen for what it divides: M = 128 without a remainder, N in steps of 32
-which is also the gate/up pair. Groups keep the same tile: their float sums are in ``t``, one convert, one multiply-add with a
-memory operand and one store per vector and group, because 16 + 16 accumulators do not fit; the bound is 8 / 9 of the peak
-at groups of 32, 32 / 33 at 128. v3: the 8x2 tile is walked in 4x1 sub-tiles (two 256-bit vectors wide).
+Tile shape. v4: 8 rows x 2 panels, 16 accumulators; a step of 4 inputs costs 2 weight loads and 8 broadcasts
+for 16 ``vpdpbusd``: 10 loads for 16 cycles on a machine with one 512-bit dot and one 512-bit load a cycle
+(Zen 4), 5 for 8 with two of each. Registers: 16 accumulators + 2 weights + 1 broadcast of 32. Shapes from 4x4
+to 9x3 all measure 97 % of the peak on Zen 4 with everything in the second-level cache, so 8x2 was chosen for
+what it divides: M = 128 without a remainder, N in steps of 32 which is also the gate/up pair. Groups keep the
+same tile: their float sums are in ``t``, one convert, one multiply-add with a memory operand and one store
+per vector and group, because 16 + 16 accumulators do not fit; the bound is 8 / 9 of the peak at groups of 32,
+32 / 33 at 128. v3: the 8x2 tile is walked in 4x1 sub-tiles (two 256-bit vectors wide).
 
-The integer sums are exact on both instruction sets while they fit int32: K <= 32768 with zero points, twice that without.
+The integer sums are exact on both instruction sets while they fit int32: K <= 32768 with zero points, twice
+that without.
 """
 
 from __future__ import annotations
@@ -145,7 +151,9 @@ def _scale_vector(scale: Any, offset: Any, n: int) -> Any:
     return T.cast(load(scale, offset, n), f"float32x{n}")
 
 
-def _add_group(isa: Isa, tile: _Tile, where: Any, t: Any, ldt: Any, group: Any, arrays: dict[str, Any]) -> None:
+def _add_group(
+    isa: Isa, tile: _Tile, where: Any, t: Any, ldt: Any, group: Any, arrays: dict[str, Any]
+) -> None:
     """t += scale * (sum - zero * usum) for every accumulator of a sub-tile and one group."""
     row0, vector0 = where
     n = tile.lanes
@@ -178,7 +186,7 @@ def _tile(mode: str, rows: int, panels: int, small: bool, isa: Isa, *arguments: 
     """Emit one tile kernel: int8 panels against ``rows`` rows of activations."""
     u, ldu, w, ldw, inputs, *rest = arguments
     arrays: dict[str, Any] = {"unit": int4_unit(isa) if small else 1}
-    group = None
+    group: Any = None
     if mode != "pc":
         group, arrays["scale"], arrays["lds"], *rest = rest
     if mode == "gz":
@@ -191,7 +199,9 @@ def _tile(mode: str, rows: int, panels: int, small: bool, isa: Isa, *arguments: 
         tile = _Tile(isa, r_count, v_count, small)
         first = row0 == 0 and vector0 == 0
 
-        def run(block: Any, row0: int = row0, vector0: int = vector0, tile: _Tile = tile, first: bool = first) -> None:
+        def run(
+            block: Any, row0: int = row0, vector0: int = vector0, tile: _Tile = tile, first: bool = first
+        ) -> None:
             """STEPS steps from step ``block * STEPS``."""
             tile.begin()
             for k in range(STEPS):
@@ -226,7 +236,7 @@ def _gemv4(mode: str, rows: int, isa: Isa, *arguments: Any) -> None:
     """Emit one int4 kernel for few rows: one panel, unpacked in registers, two accumulators a row."""
     u, ldu, w, inputs, *rest = arguments
     arrays: dict[str, Any] = {"unit": int4_unit(isa), "lds": 0}
-    group = None
+    group: Any = None
     if mode != "pc":
         group, arrays["scale"], *rest = rest
     if mode == "gz":
@@ -305,7 +315,9 @@ def _unpack(isa: Isa, packed: Any, vectors: Any, out: Any) -> None:
                 store(out, i * 128 + h * 64 + part * n * 4, half, 4 * n)
 
 
-def _row_sums(isa: Isa, u: Any, ldu: Any, rows: Any, groups: Any, group: Any, as_int: Any, as_float: Any) -> None:
+def _row_sums(
+    isa: Isa, u: Any, ldu: Any, rows: Any, groups: Any, group: Any, as_int: Any, as_float: Any
+) -> None:
     """Sums of u over groups of ``group`` inputs: exact, as int32 and as float32 (exact below 2**24)."""
     with for_range(0, rows) as m, for_range(0, groups) as g:
         acc = registers(1, "int32", 16)
@@ -405,7 +417,9 @@ def _kernels() -> list[Kernel]:
         for rows in GEMV_ROWS:
             signature = f"u: const i32*, ldu: i64, w: const u8*, inputs: i64{extra.replace(', lds: i64', '')}"
             signature += f", {t}, ldt: i64"
-            kernels.append(Kernel(f"gemv4_{mode}_{rows}", signature, partial(_gemv4, mode, rows), "linear_gemv"))
+            kernels.append(
+                Kernel(f"gemv4_{mode}_{rows}", signature, partial(_gemv4, mode, rows), "linear_gemv")
+            )
     unpack = "packed: const u8*, vectors: i64, out: i8*"
     kernels.append(Kernel("unpack_int4", unpack, _unpack, "linear_gemv"))
     sums = "u: const u8*, ldu: i64, rows: i64, groups: i64, group: i64, as_int: i32*, as_float: f32*"
@@ -420,7 +434,9 @@ def _kernels() -> list[Kernel]:
         for gated in (False, True):
             for activation in ACTIVATIONS:
                 name = f"epilogue_{mode}_{activation}{'_gated' if gated else ''}"
-                kernels.append(Kernel(name, head + tail, partial(_epilogue, activation, mode, gated), "linear_end"))
+                kernels.append(
+                    Kernel(name, head + tail, partial(_epilogue, activation, mode, gated), "linear_end")
+                )
     return kernels
 
 

@@ -15,6 +15,12 @@
 #include <stdint.h>
 #include <string.h>
 
+#ifdef __cplusplus
+#define ISOFOLD_ALIGNED alignas(64)
+#else
+#define ISOFOLD_ALIGNED _Alignas(64)
+#endif
+
 enum isofold_isa { ISOFOLD_V3 = 3, ISOFOLD_V4 = 4 };
 // The order of ACTIVATIONS in math.py.
 enum isofold_activation { ISOFOLD_NONE, ISOFOLD_RELU, ISOFOLD_GELU, ISOFOLD_GELU_TANH, ISOFOLD_SILU };
@@ -99,6 +105,7 @@ struct isofold_linear_block {
   int64_t groups;
   const float* usum;      // [m, groups] or null
   const int32_t* usum_int;
+  const float* wsum;      // of the block's first panel
   int32_t unit;           // the kernels' codes are unit * w
 };
 
@@ -185,8 +192,8 @@ static inline void isofold_linear_finish(const struct isofold_linear_block* b, i
   int64_t from = b->panel * 16, column = l->gated ? from / 2 : from, width = l->gated ? 16 : 16 * b->panels;
   int64_t columns = isofold_min(width, l->n - column), at = m * l->n + column;
   const float* params = c->static_params ? c->params : c->params + 2 * m;
-  const float* bias = l->bias ? l->bias + (l->gated ? from : column) : l->wsum;
-  const float* residual = c->residual ? c->residual + at : l->wsum;
+  const float* bias = l->bias ? l->bias + (l->gated ? from : column) : b->wsum;
+  const float* residual = c->residual ? c->residual + at : b->wsum;
   int64_t ldparams = c->static_params ? 0 : 2;
   int32_t flags = (l->bias ? 1 : 0) | (c->residual ? 2 : 0) | (l->zero ? 4 : 0);
   float multiplier = l->scale_multiplier / (float)b->unit;
@@ -195,14 +202,14 @@ static inline void isofold_linear_finish(const struct isofold_linear_block* b, i
                           int64_t, const float*, const float*, const float*, float*, int64_t, int64_t, int64_t, float,
                           int32_t) = {ISOFOLD_EPILOGUES(k, pc, ), ISOFOLD_EPILOGUES(k, pc, _gated)};
     f[l->gated != 0][l->activation]((const int32_t*)t, 32, (const float*)l->scale + from,
-                                    l->zero ? l->zero + from : (const int8_t*)l->wsum,
-                                    l->zero ? b->usum_int + m : (const int32_t*)l->wsum, b->unit, params, ldparams,
-                                    l->wsum + from, bias, residual, c->y + at, l->n, rows, columns, multiplier, flags);
+                                    l->zero ? l->zero + from : (const int8_t*)b->wsum,
+                                    l->zero ? b->usum_int + m : (const int32_t*)b->wsum, b->unit, params, ldparams,
+                                    b->wsum, bias, residual, c->y + at, l->n, rows, columns, multiplier, flags);
   } else {
     void (*const f[2][5])(const float*, int64_t, const float*, int64_t, const float*, const float*, const float*,
                           float*, int64_t, int64_t, int64_t, float, int32_t) = {ISOFOLD_EPILOGUES(k, g, ),
                                                                                ISOFOLD_EPILOGUES(k, g, _gated)};
-    f[l->gated != 0][l->activation]((const float*)t, 32, params, ldparams, l->wsum + from, bias, residual, c->y + at,
+    f[l->gated != 0][l->activation]((const float*)t, 32, params, ldparams, b->wsum, bias, residual, c->y + at,
                                     l->n, rows, columns, multiplier, flags);
   }
 }
@@ -213,13 +220,8 @@ static inline int64_t isofold_tile_rows(int64_t rows) { return rows >= 8 ? 8 : r
 static inline void isofold_linear_run(const struct isofold_kernels* k, enum isofold_isa isa,
                                       const struct isofold_linear* l, const struct isofold_linear_call* c,
                                       int64_t begin, int64_t end) {
-#ifdef __cplusplus
-  alignas(64) int8_t unpacked[2 * ISOFOLD_UNPACK * 16];
-  alignas(64) float t[ISOFOLD_ROW_BLOCK * 32];
-#else
-  _Alignas(64) int8_t unpacked[2 * ISOFOLD_UNPACK * 16];
-  _Alignas(64) float t[ISOFOLD_ROW_BLOCK * 32];
-#endif
+  ISOFOLD_ALIGNED int8_t unpacked[2 * ISOFOLD_UNPACK * 16];
+  ISOFOLD_ALIGNED float t[ISOFOLD_ROW_BLOCK * 32];
   int64_t all = isofold_linear_panels(l), blocks = isofold_ceildiv(all, 2), height = isofold_linear_row_block(l, c->m);
   int64_t bytes = l->bits == 8 ? 16 * l->kp : 8 * l->kp;  // of a panel
   struct isofold_linear_block b;
@@ -234,6 +236,7 @@ static inline void isofold_linear_run(const struct isofold_kernels* k, enum isof
     int64_t m0 = task / blocks * height, m1 = isofold_min(m0 + height, c->m);
     b.panel = task % blocks * 2;
     b.panels = isofold_min(2, all - b.panel);
+    b.wsum = l->wsum + b.panel * 16;
     const int8_t* w = (const int8_t*)l->weight + b.panel * bytes;
     const int8_t* next = w + 2 * bytes;
     int64_t tiles = isofold_ceildiv(m1 - m0, 8);

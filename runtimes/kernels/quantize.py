@@ -1,14 +1,16 @@
-"""Activation quantizers: float32 rows to unsigned 8-bit with a zero point, bit for bit the formula of docs/dialect.md.
+"""Activation quantizers: float32 rows to unsigned 8-bit with a zero point, bit for bit the formula of
+docs/dialect.md.
 
 Per row (dynamic)::
 
     lo = min(min x, 0); hi = max(max x, 0); s = (hi - lo) / 255 (1 where hi == lo); z = rint(-lo / s)
     u  = clamp(rint(x * (1 / s)) + z, 0, 255)
 
-``quantize_rows`` makes two passes over a row (the second finds it in the cache); ``quantize_rows_static`` one, with a given pair.
-``row_range`` and ``range_to_params`` are the halves of the first pass, for a row that several threads share (one sample of a
-convolution). Rounding is half to even (the machine's default mode, which ``nearbyint`` uses); the clamp is done on floats, where
-rint(x / s) + z is exact. Columns k..kp-1 are written as 0.
+``quantize_rows`` makes two passes over a row (the second finds it in the cache); ``quantize_rows_static``
+one, with a given pair. ``row_range`` and ``range_to_params`` are the halves of the first pass, for a row that
+several threads share (one sample of a convolution). Rounding is half to even (the machine's default mode,
+which ``nearbyint`` uses); the clamp is done on floats, where rint(x / s) + z is exact. Columns k..kp-1 are
+written as 0.
 """
 
 from __future__ import annotations
@@ -70,7 +72,9 @@ def _pair(lo: Any, hi: Any) -> tuple[Any, Any]:
 def _code(value: Any, inverse: Any, z: Any, lanes: int) -> Any:
     rounded = T.nearbyint(value * (_splat(inverse, lanes) if lanes > 1 else inverse))
     shifted = rounded + (_splat(z, lanes) if lanes > 1 else z)
-    low, high = (_splat(0.0, lanes), _splat(255.0, lanes)) if lanes > 1 else (T.float32(0.0), T.float32(255.0))
+    low, high = (
+        (_splat(0.0, lanes), _splat(255.0, lanes)) if lanes > 1 else (T.float32(0.0), T.float32(255.0))
+    )
     suffix = f"x{lanes}" if lanes > 1 else ""
     return T.cast(T.cast(T.min(T.max(shifted, low), high), f"int32{suffix}"), f"uint8{suffix}")
 
@@ -122,7 +126,10 @@ _ROWS = "rows: i64, k: i64, kp: i64"
 KERNELS = [
     Kernel("quantize_rows", f"x: const f32*, u: u8*, params: f32*, {_ROWS}", _quantize_rows, "quantize"),
     Kernel(
-        "quantize_rows_static", f"x: const f32*, u: u8*, params: const f32*, {_ROWS}", _quantize_rows_static, "quantize"
+        "quantize_rows_static",
+        f"x: const f32*, u: u8*, params: const f32*, {_ROWS}",
+        _quantize_rows_static,
+        "quantize",
     ),
     Kernel("row_range", "x: const f32*, k: i64, pair: f32*", _row_range, "quantize"),
     Kernel("range_to_params", "pair: const f32*, params: f32*", _range_to_params, "quantize"),

@@ -1,0 +1,162 @@
+"""Packed linears with float activations: ``y = x W^T``, W dequantized on the fly.
+
+Identity: ``t[m, n] = sum_k x[m, k] scale[n, g(k)] (w[n, k] - zero[n, g(k)])``; the power-of-two multiplier,
+bias, activation and residual are the work of ``epilogue_g_*`` of linear.py (with s = 1, z = 0), which also
+owns the ragged edge in N.
+
+* Few rows (``float_gemv{bits}_{mode}_R``): a panel's 64-byte vector holds 4 (int4: 8) inputs of 16 features;
+  each input is moved to the top of its 32-bit lane and back (two shifts, the second one extends the sign),
+  converted, and multiplied by the broadcast activation. Weights are read once, 5-10 operations for each 16;
+  the sum over a block of 32 inputs is scaled once. Registers: R sums, R scaled sums, a few temporaries.
+* Many rows: ``float_unpack{bits}_{mode}`` dequantizes a chunk of two panels to ``[inputs, 32]`` float32 in
+  the first-level cache, ``float_tile_R`` multiplies it by R rows: 2 R accumulators (16 for R = 8), 2 loads
+  and R broadcasts for 2 R multiply-adds.
+
+The unit is a block of 32 inputs, which always lies in one group; x is not padded, so the driver hands the
+last, partial block over as a zero-filled copy. Everything is 16 lanes wide with no intrinsics: LLVM halves it
+for v3.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from tvm import tirx
+
+from .codegen import Isa, Kernel, T, bind, for_range, load, registers, store
+from .linear import ROWS, prefetch
+
+GEMV_ROWS = (4, 2, 1)
+"""Rows of the kernels that dequantize in registers."""
+
+BLOCK = 32
+"""Inputs that share one scale in every group size."""
+
+PREFETCH = 1024
+
+
+def _splat(value: float, dtype: str = "float32") -> Any:
+    return T.broadcast(tirx.const(value, dtype), 16)
+
+
+def _inputs(word: Any, bits: int) -> list[Any]:
+    """An int32x16 of packed codes to float32x16 per input, in the order of k."""
+    values = []
+    for k in range(32 // bits):
+        at = 8 * k if bits == 8 else 8 * (k % 4) + 4 * (k // 4)
+        left = 32 - bits - at
+        top = word << _splat(left, "int32") if left else word
+        values.append(T.cast(top >> _splat(32 - bits, "int32"), "float32x16"))
+    return values
+
+
+def _group_vector(buffer: Any, block: Any, blocks_per_group: Any) -> Any:
+    return T.cast(load(buffer, block // blocks_per_group * 16), "float32x16")
+
+
+def _gemv(bits: int, mode: str, rows: int, isa: Isa, *arguments: Any) -> None:
+    """t[r, 0:16] += the panel's dot products with row r over blocks begin..end; x points at input ``32 * begin``."""
+    x, ldx, w, scale, *rest = arguments
+    zero = rest.pop(0) if mode.endswith("z") else None
+    begin, end, group, t, ldt = rest
+    vectors = BLOCK * bits // 32
+    per_word = 32 // bits
+    grouped = mode.startswith("g")
+    per_group = bind(group // BLOCK)
+    total = registers(rows, "float32")
+    part = registers(rows, "float32")
+    for r in range(rows):
+        store(total, r * 16, load(t, ldt * r))
+        if not grouped:
+            store(part, r * 16, _splat(0.0))
+    with for_range(begin, end) as block:
+        zeros = None if zero is None else bind(_group_vector(zero, block, per_group))
+        if grouped:
+            for r in range(rows):
+                store(part, r * 16, _splat(0.0))
+        for v in range(vectors):
+            at = (block * vectors + v) * 64
+            prefetch(w, at + PREFETCH, 3)
+            word = bind(T.reinterpret("int32x16", load(w, at, 64)))
+            for k, value in enumerate(_inputs(word, bits)):
+                weight = bind(value if zeros is None else value - zeros)
+                column = (block - begin) * BLOCK + v * per_word + k
+                for r in range(rows):
+                    activation = T.broadcast(load(x, ldx * r + column, 1), 16)
+                    store(part, r * 16, T.fma(activation, weight, load(part, r * 16)))
+        if grouped:
+            scales = bind(_group_vector(scale, block, per_group))
+            for r in range(rows):
+                store(total, r * 16, T.fma(load(part, r * 16), scales, load(total, r * 16)))
+    for r in range(rows):
+        value = load(total, r * 16)
+        store(t, ldt * r, value if grouped else T.fma(load(part, r * 16), load(scale, 0), value))
+
+
+def _unpack(bits: int, mode: str, isa: Isa, *arguments: Any) -> None:
+    """out[k, 0:16] = dequantized weights of one panel over blocks begin..end; rows of out are 32 floats apart."""
+    w, scale, *rest = arguments
+    zero = rest.pop(0) if mode.endswith("z") else None
+    begin, end, group, out = rest
+    vectors = BLOCK * bits // 32
+    per_word = 32 // bits
+    per_group = bind(group // BLOCK)
+    with for_range(begin, end) as block:
+        scales = bind(_group_vector(scale, block, per_group) if mode.startswith("g") else load(scale, 0))
+        zeros = None if zero is None else bind(_group_vector(zero, block, per_group))
+        for v in range(vectors):
+            word = bind(T.reinterpret("int32x16", load(w, (block * vectors + v) * 64, 64)))
+            for k, value in enumerate(_inputs(word, bits)):
+                centred = value if zeros is None else value - zeros
+                store(out, ((block - begin) * BLOCK + v * per_word + k) * 32, centred * scales)
+
+
+def _tile(rows: int, isa: Isa, x: Any, ldx: Any, w: Any, inputs: Any, t: Any, ldt: Any) -> None:
+    """t[r, 0:32] += x[r, :] @ w for ``rows`` rows; w is ``[inputs, 32]``, inputs a multiple of 32."""
+    wide = 2 if isa.registers == 32 or rows == 1 else 1
+    high = rows if isa.registers == 32 else min(rows, 4)
+    for half in range(0, 2, wide):
+        for row0 in range(0, rows, high):
+            acc = registers(high * wide, "float32")
+            for i in range(high * wide):
+                store(acc, i * 16, load(t, ldt * (row0 + i // wide) + (half + i % wide) * 16))
+            with for_range(0, inputs // 4) as step:
+                for j in range(4):
+                    k = step * 4 + j
+                    weights = [bind(load(w, k * 32 + (half + v) * 16)) for v in range(wide)]
+                    for r in range(high):
+                        value = bind(T.broadcast(load(x, ldx * (row0 + r) + k, 1), 16))
+                        for v in range(wide):
+                            i = (r * wide + v) * 16
+                            store(acc, i, T.fma(value, weights[v], load(acc, i)))
+            for i in range(high * wide):
+                store(t, ldt * (row0 + i // wide) + (half + i % wide) * 16, load(acc, i * 16))
+
+
+MODES = ("pc", "pcz", "g", "gz")
+"""Per channel (float32 scale) or groups (float16), without or with zero points."""
+
+
+def _kernels() -> list[Kernel]:
+    kernels = []
+    for mode in MODES:
+        arrays = "scale: const f16*" if mode.startswith("g") else "scale: const f32*"
+        arrays += ", zero: const i8*" if mode.endswith("z") else ""
+        blocks = "begin: i64, end: i64, group: i64"
+        for bits in (8, 4):
+            for rows in GEMV_ROWS:
+                signature = f"x: const f32*, ldx: i64, w: const u8*, {arrays}, {blocks}, t: f32*, ldt: i64"
+                emit = partial(_gemv, bits, mode, rows)
+                kernels.append(Kernel(f"float_gemv{bits}_{mode}_{rows}", signature, emit, "linear_float"))
+            signature = f"w: const u8*, {arrays}, {blocks}, out: f32*"
+            kernels.append(
+                Kernel(f"float_unpack{bits}_{mode}", signature, partial(_unpack, bits, mode), "linear_float")
+            )
+    for rows in ROWS:
+        signature = "x: const f32*, ldx: i64, w: const f32*, inputs: i64, t: f32*, ldt: i64"
+        kernels.append(Kernel(f"float_tile_{rows}", signature, partial(_tile, rows), "linear_float"))
+    return kernels
+
+
+KERNELS = _kernels()

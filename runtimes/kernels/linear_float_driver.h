@@ -1,0 +1,147 @@
+// Drives the kernels of linear_float.py; the counterpart of linear_driver.h for float activations, with the same tasks.
+#ifndef ISOFOLD_LINEAR_FLOAT_DRIVER_H
+#define ISOFOLD_LINEAR_FLOAT_DRIVER_H
+
+#include "linear_driver.h"
+
+// One call of a packed linear (struct isofold_linear, wsum unused) on float activations.
+struct isofold_linear_float_call {
+  const float* x;         // [m, k]
+  const float* residual;  // [m, n] or null; may not overlap y
+  float* y;               // [m, n]
+  int64_t m;
+  int64_t k;              // real inputs; linear.kp is k rounded up
+};
+
+enum {
+  ISOFOLD_FLOAT_CHUNK = 128,    // inputs dequantized at a time: 16 KB, half of the first-level cache
+  ISOFOLD_FLOAT_GEMV_ROWS = 4,  // up to here weights are dequantized in registers
+  ISOFOLD_FLOAT_BLOCK = 32
+};
+
+static inline int64_t isofold_linear_float_tasks(const struct isofold_linear* l, int64_t m) {
+  return isofold_linear_tasks(l, m);
+}
+
+// Blocks begin..end of one panel against rows (1, 2 or 4) of x (which points at the first of these blocks).
+static inline void isofold_float_gemv(const struct isofold_kernels* k, const struct isofold_linear* l, int64_t panel,
+                                      const float* x, int64_t ldx, int64_t rows, int64_t begin, int64_t end, float* t) {
+  int64_t groups = isofold_linear_groups(l), at = panel * groups * 16, group = l->kp / groups;
+  int r = rows == 4 ? 0 : rows == 2 ? 1 : 2;
+  const uint8_t* w = (const uint8_t*)l->weight + panel * l->kp * 2 * l->bits;
+  const float* channel = (const float*)l->scale + at;
+  const uint16_t* scale = (const uint16_t*)l->scale + at;
+#define ISOFOLD_FLOAT_GEMVS(M) \
+  {{k->float_gemv4_##M##_4, k->float_gemv4_##M##_2, k->float_gemv4_##M##_1}, \
+   {k->float_gemv8_##M##_4, k->float_gemv8_##M##_2, k->float_gemv8_##M##_1}}
+  if (l->group_size == 0 && !l->zero) {
+    void (*const f[2][3])(const float*, int64_t, const uint8_t*, const float*, int64_t, int64_t, int64_t, float*,
+                          int64_t) = ISOFOLD_FLOAT_GEMVS(pc);
+    f[l->bits == 8][r](x, ldx, w, channel, begin, end, group, t, 32);
+  } else if (l->group_size == 0) {
+    void (*const f[2][3])(const float*, int64_t, const uint8_t*, const float*, const int8_t*, int64_t, int64_t, int64_t,
+                          float*, int64_t) = ISOFOLD_FLOAT_GEMVS(pcz);
+    f[l->bits == 8][r](x, ldx, w, channel, l->zero + at, begin, end, group, t, 32);
+  } else if (!l->zero) {
+    void (*const f[2][3])(const float*, int64_t, const uint8_t*, const uint16_t*, int64_t, int64_t, int64_t, float*,
+                          int64_t) = ISOFOLD_FLOAT_GEMVS(g);
+    f[l->bits == 8][r](x, ldx, w, scale, begin, end, group, t, 32);
+  } else {
+    void (*const f[2][3])(const float*, int64_t, const uint8_t*, const uint16_t*, const int8_t*, int64_t, int64_t,
+                          int64_t, float*, int64_t) = ISOFOLD_FLOAT_GEMVS(gz);
+    f[l->bits == 8][r](x, ldx, w, scale, l->zero + at, begin, end, group, t, 32);
+  }
+#undef ISOFOLD_FLOAT_GEMVS
+}
+
+// Blocks begin..end of one panel, dequantized to out [inputs, 32].
+static inline void isofold_float_unpack(const struct isofold_kernels* k, const struct isofold_linear* l, int64_t panel,
+                                        int64_t begin, int64_t end, float* out) {
+  int64_t groups = isofold_linear_groups(l), at = panel * groups * 16, group = l->kp / groups;
+  const uint8_t* w = (const uint8_t*)l->weight + panel * l->kp * 2 * l->bits;
+  const float* channel = (const float*)l->scale + at;
+  const uint16_t* scale = (const uint16_t*)l->scale + at;
+  int wide = l->bits == 8;
+  if (l->group_size == 0 && !l->zero)
+    (wide ? k->float_unpack8_pc : k->float_unpack4_pc)(w, channel, begin, end, group, out);
+  else if (l->group_size == 0)
+    (wide ? k->float_unpack8_pcz : k->float_unpack4_pcz)(w, channel, l->zero + at, begin, end, group, out);
+  else if (!l->zero)
+    (wide ? k->float_unpack8_g : k->float_unpack4_g)(w, scale, begin, end, group, out);
+  else
+    (wide ? k->float_unpack8_gz : k->float_unpack4_gz)(w, scale, l->zero + at, begin, end, group, out);
+}
+
+// The last, partial block of rows m..m+rows with zeros behind it: [rows, 32].
+static inline void isofold_float_tail(const struct isofold_linear_float_call* c, int64_t m, int64_t rows, float* tail) {
+  int64_t from = c->k / ISOFOLD_FLOAT_BLOCK * ISOFOLD_FLOAT_BLOCK, left = c->k - from;
+  for (int64_t r = 0; r < rows; ++r) {
+    memcpy(tail + r * ISOFOLD_FLOAT_BLOCK, c->x + (m + r) * c->k + from, (size_t)left * sizeof(float));
+    memset(tail + r * ISOFOLD_FLOAT_BLOCK + left, 0, (size_t)(ISOFOLD_FLOAT_BLOCK - left) * sizeof(float));
+  }
+}
+
+// Tasks begin..end.
+static inline void isofold_linear_float_run(const struct isofold_kernels* k, const struct isofold_linear* l,
+                                            const struct isofold_linear_float_call* c, int64_t begin, int64_t end) {
+  ISOFOLD_ALIGNED float weights[ISOFOLD_FLOAT_CHUNK * 32];
+  ISOFOLD_ALIGNED float t[ISOFOLD_ROW_BLOCK * 32];
+  ISOFOLD_ALIGNED float tail[ISOFOLD_ROW_BLOCK * ISOFOLD_FLOAT_BLOCK];
+  ISOFOLD_ALIGNED float zeros[32] = {0};
+  const float identity[2] = {1.0f, 0.0f};
+  struct isofold_linear linear = *l;  // the epilogue's view: no zero points of activations, sums already scaled
+  struct isofold_linear_call call = {0, identity, c->residual, c->y, c->m, 1, 0};
+  struct isofold_linear_block b;
+  int64_t all = isofold_linear_panels(l), blocks = isofold_ceildiv(all, 2), height = isofold_linear_row_block(l, c->m);
+  int64_t whole = c->k / ISOFOLD_FLOAT_BLOCK, padded = isofold_ceildiv(c->k, ISOFOLD_FLOAT_BLOCK);
+  linear.group_size = l->kp;  // not 0: epilogue_g
+  linear.zero = 0;
+  b.k = k;
+  b.l = &linear;
+  b.c = &call;
+  b.groups = 1;
+  b.usum = 0;
+  b.usum_int = 0;
+  b.wsum = zeros;
+  b.unit = 1;
+  for (int64_t task = begin; task < end; ++task) {
+    int64_t m0 = task / blocks * height, m1 = isofold_min(m0 + height, c->m);
+    b.panel = task % blocks * 2;
+    b.panels = isofold_min(2, all - b.panel);
+    memset(t, 0, (size_t)(m1 - m0) * 32 * sizeof(float));
+    if (padded > whole) isofold_float_tail(c, m0, m1 - m0, tail);
+    if (m1 - m0 <= ISOFOLD_FLOAT_GEMV_ROWS) {
+      for (int64_t m = m0; m < m1;) {
+        int64_t rows = isofold_tile_rows(m1 - m);
+        for (int64_t p = 0; p < b.panels; ++p) {
+          float* sums = t + (m - m0) * 32 + 16 * p;
+          if (whole) isofold_float_gemv(k, l, b.panel + p, c->x + m * c->k, c->k, rows, 0, whole, sums);
+          if (padded > whole)
+            isofold_float_gemv(k, l, b.panel + p, tail + (m - m0) * ISOFOLD_FLOAT_BLOCK, ISOFOLD_FLOAT_BLOCK, rows,
+                               whole, padded, sums);
+        }
+        m += rows;
+      }
+    } else {
+      for (int64_t from = 0; from < padded;) {
+        int64_t to = from == whole ? padded : isofold_min(from + ISOFOLD_FLOAT_CHUNK / ISOFOLD_FLOAT_BLOCK, whole);
+        int64_t inputs = (to - from) * ISOFOLD_FLOAT_BLOCK;
+        if (b.panels == 1) memset(weights, 0, sizeof weights);
+        for (int64_t p = 0; p < b.panels; ++p) isofold_float_unpack(k, l, b.panel + p, from, to, weights + 16 * p);
+        for (int64_t m = m0; m < m1;) {
+          int64_t rows = isofold_tile_rows(m1 - m);
+          int partial = from == whole;
+          const float* x = partial ? tail + (m - m0) * ISOFOLD_FLOAT_BLOCK : c->x + m * c->k + from * ISOFOLD_FLOAT_BLOCK;
+          void (*tile)(const float*, int64_t, const float*, int64_t, float*, int64_t) =
+              rows == 8 ? k->float_tile_8 : rows == 4 ? k->float_tile_4 : rows == 2 ? k->float_tile_2 : k->float_tile_1;
+          tile(x, partial ? ISOFOLD_FLOAT_BLOCK : c->k, weights, inputs, t + (m - m0) * 32, 32);
+          m += rows;
+        }
+        from = to;
+      }
+    }
+    isofold_linear_finish(&b, m0, m1 - m0, t);
+  }
+}
+
+#endif  // ISOFOLD_LINEAR_FLOAT_DRIVER_H

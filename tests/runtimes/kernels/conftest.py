@@ -1,0 +1,144 @@
+"""One shared library with the kernels of this folder and their drivers, built once per test session."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from isofold.runtimes import kernels
+from isofold.runtimes.kernels import linear, linear_float, quantize
+from isofold.runtimes.kernels.codegen import build_objects
+
+FOLDER = Path(kernels.__file__).parent
+ISAS = ("v3", "v4")
+SOURCE = """
+#include "kernels.h"
+#include "linear_driver.h"
+#include "linear_float_driver.h"
+static const struct isofold_kernels* pick(int isa) { return isa == 3 ? &isofold_kernels_v3 : &isofold_kernels_v4; }
+const struct isofold_kernels* test_kernels(int isa) { return pick(isa); }
+int64_t test_tasks(const struct isofold_linear* l, int64_t m) { return isofold_linear_tasks(l, m); }
+int64_t test_scratch(const struct isofold_linear* l, int64_t m) { return isofold_linear_scratch_bytes(l, m); }
+void test_prepare(int isa, const struct isofold_linear* l, const struct isofold_linear_call* c, int64_t a, int64_t b) {
+  isofold_linear_prepare(pick(isa), l, c, a, b);
+}
+void test_run(int isa, const struct isofold_linear* l, const struct isofold_linear_call* c, int64_t a, int64_t b) {
+  isofold_linear_run(pick(isa), (enum isofold_isa)isa, l, c, a, b);
+}
+int64_t test_float_tasks(const struct isofold_linear* l, int64_t m) { return isofold_linear_float_tasks(l, m); }
+void test_float_run(int isa, const struct isofold_linear* l, const struct isofold_linear_float_call* c, int64_t a,
+                    int64_t b) {
+  isofold_linear_float_run(pick(isa), l, c, a, b);
+}
+"""
+
+
+class Linear(ctypes.Structure):
+    """struct isofold_linear."""
+
+    _fields_ = [
+        ("weight", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("zero", ctypes.c_void_p),
+        ("wsum", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("kp", ctypes.c_int64),
+        ("bits", ctypes.c_int32),
+        ("group_size", ctypes.c_int64),
+        ("scale_multiplier", ctypes.c_float),
+        ("activation", ctypes.c_int32),
+        ("gated", ctypes.c_int32),
+    ]
+
+
+class Call(ctypes.Structure):
+    """struct isofold_linear_call."""
+
+    _fields_ = [
+        ("u", ctypes.c_void_p),
+        ("params", ctypes.c_void_p),
+        ("residual", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("m", ctypes.c_int64),
+        ("static_params", ctypes.c_int32),
+        ("scratch", ctypes.c_void_p),
+    ]
+
+
+class FloatCall(ctypes.Structure):
+    """struct isofold_linear_float_call."""
+
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        ("residual", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("m", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+    ]
+
+
+def address(array: Any) -> int:
+    """Where a contiguous numpy array or torch tensor lies; 0 for None."""
+    if array is None:
+        return 0
+    if isinstance(array, torch.Tensor):
+        assert array.is_contiguous()
+        return array.data_ptr()
+    assert array.flags.c_contiguous
+    return array.ctypes.data
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """All kernels for both instruction sets, and the test entry points above."""
+    folder = tmp_path_factory.mktemp("kernels")
+    objects = build_objects([*quantize.KERNELS, *linear.KERNELS, *linear_float.KERNELS], folder)
+    (folder / "test.c").write_text(SOURCE)
+    command = ["gcc", "-std=c11", "-O2", "-Wall", "-Werror", "-Wno-unused-function", "-shared", "-fPIC"]
+    command += [
+        f"-I{folder}",
+        f"-I{FOLDER}",
+        "-Wl,--no-undefined",
+        "-o",
+        "test.so",
+        "test.c",
+        *map(str, objects),
+    ]
+    subprocess.run(command, cwd=folder, check=True)
+    loaded = ctypes.CDLL(str(folder / "test.so"))
+    for name in ("test_tasks", "test_scratch", "test_float_tasks"):
+        getattr(loaded, name).restype = ctypes.c_int64
+    return loaded
+
+
+@pytest.fixture(scope="session")
+def kernel(library: ctypes.CDLL) -> Callable[..., None]:
+    """Call ``kernel(isa, name, *arguments)``; arrays become pointers, ints int64, floats float32."""
+
+    def call(isa: str, name: str, *arguments: Any) -> None:
+        converted: list[Any] = []
+        for a in arguments:
+            if isinstance(a, int):
+                converted.append(ctypes.c_int64(a))
+            elif isinstance(a, float):
+                converted.append(ctypes.c_float(a))
+            else:
+                converted.append(ctypes.c_void_p(address(a)))
+        getattr(library, f"{name}_{isa}")(*converted)
+
+    return call
+
+
+def guarded(shape: tuple[int, ...], dtype: Any, value: float = 0) -> tuple[np.ndarray, Callable[[], bool]]:
+    """An array with canaries around it, and a function that says whether they are intact."""
+    size = int(np.prod(shape))
+    whole = np.full(size + 128, value, dtype)
+    whole[:64] = whole[-64:] = 77
+    return whole[64:-64].reshape(shape), lambda: bool((whole[:64] == 77).all() and (whole[-64:] == 77).all())
