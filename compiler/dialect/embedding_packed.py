@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .operator import Cost, operator, tensor_bytes
@@ -32,7 +31,6 @@ def embedding_packed(
 ) -> Tensor:
     """ids int64 or int32 `[...]` in -V..V-1, weight int8 `[V, D]` or uint8 `[V, ceil(D/2)]` → `[..., dim]`."""
     flat = ids.reshape(-1)
-    flat = torch.where(flat < 0, flat + weight.shape[0], flat)
     codes = unpack_embedding_codes(weight[flat], dim, bits)
     rows = dequantize(codes, scale[flat], None if zero is None else zero[flat], group_size)
     return rows.reshape([*ids.shape, dim])

@@ -1,0 +1,270 @@
+"""Every dialect operator: registered soundly, differentiable, and equal to the arithmetic that it stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from isofold.compiler.dialect import OPERATORS, operator_of, packing
+from isofold.compiler.dialect.quantization import LEVELS
+from torch import Tensor
+from torch.nn import functional as F
+
+OPS: Any = torch.ops.isofold
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator())
+
+
+def packed(n: int, k: int, bits: int, group_size: int, zeros: bool = False) -> packing.PackedLinear:
+    g = generator()
+    groups = -(-k // group_size) if group_size else 1
+    low, high = packing.code_range(bits, symmetric=False)
+    scale, _ = packing.storable_scale(0.01 + torch.rand(n, groups, generator=g) / 10, group_size)
+    zero = torch.randint(low // 2, high // 2, (n, groups), generator=g, dtype=torch.int8) if zeros else None
+    codes = torch.randint(low, high + 1, (n, k), generator=g, dtype=torch.int8)
+    return packing.pack_linear(codes, scale, zero, bits, group_size)
+
+
+def linear_arguments(bits: int = 8, group_size: int = 0, zeros: bool = False, residual: bool = True) -> tuple[Any, ...]:
+    p = packed(5, 40, bits, group_size, zeros)
+    u, params = OPS.quantize_activation(randn(2, 3, 40), None, packing.alignment(group_size))
+    return (
+        u, params, p.weight, p.scale, p.zero, p.wsum, randn(5), randn(2, 3, 5) if residual else None,
+        5, 40, bits, group_size, p.scale_multiplier, "gelu", False,
+    )  # fmt: skip
+
+
+def float_arguments() -> tuple[Any, ...]:
+    p = packed(5, 40, 4, 32, True)
+    tensors = (p.weight, p.scale, p.zero, randn(5), None)
+    return (randn(2, 3, 40), *tensors, 5, 40, 4, 32, p.scale_multiplier, "silu", False)
+
+
+def conv_arguments() -> tuple[Any, ...]:
+    p = packed(4, 3 * 3 * 2, 8, 0)
+    return (randn(2, 3, 7, 6), None, p.weight, p.scale, p.wsum, randn(4), [3, 2], [2, 1], [1, 0], [1, 1], 4, "relu")
+
+
+def dequantize_arguments() -> tuple[Any, ...]:
+    codes = torch.randint(-8, 8, (5, 40), generator=generator(), dtype=torch.int8)
+    return (codes, torch.rand(5, 2, generator=generator()), torch.randint(-8, 8, (5, 2), generator=generator(), dtype=torch.int8), 32)
+
+
+def embedding_arguments() -> tuple[Any, ...]:
+    codes = torch.randint(-8, 8, (9, 33), generator=generator(), dtype=torch.int8)
+    return (torch.tensor([[0, 8, -1]]), packing.pack_embedding_codes(codes, 4), torch.rand(9, 2), None, 33, 4, 32)
+
+
+SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
+    "attention": [
+        lambda: (randn(2, 5, 8, 4), randn(2, 6, 4, 4), randn(2, 6, 4, 3), None, 4, 2, 1, 2, 0, 0.5, True, 0.0),
+        lambda: (
+            randn(2, 5, 4, 4), randn(2, 6, 2, 4), randn(2, 6, 2, 4), torch.rand(2, 1, 5, 6, generator=generator()) > 0.5, 4, 2, 0, 0, 0, 0.5, False, 20.0,
+        ),  # fmt: skip
+    ],
+    "conv_packed": [conv_arguments],
+    "dequantize_weight": [dequantize_arguments],
+    "embedding_packed": [embedding_arguments],
+    "gated": [lambda: (randn(2, 6), randn(2, 6), "silu")],
+    "linear_packed": [linear_arguments, lambda: linear_arguments(4, 32, True), lambda: linear_arguments(8, 64, False, False)],
+    "linear_packed_float": [float_arguments],
+    "norm": [lambda: (randn(2, 3, 8), randn(2, 3, 8), randn(8), randn(8), 1e-5, "layer"), lambda: (randn(3, 8), None, None, None, 1e-5, "rms")],
+    "norm_quantize": [
+        lambda: (randn(2, 3, 40), randn(2, 3, 40), randn(40), randn(40), None, 1e-5, "layer", 64),
+        lambda: (randn(3, 8), None, randn(8), None, torch.tensor([0.02, 100.0]), 1e-5, "rms", 32),
+    ],
+    "quantize_activation": [
+        lambda: (randn(2, 3, 40), None, 32),
+        lambda: (randn(2, 3, 40), torch.tensor([0.02, 128.0]), 64),
+    ],
+    "quantize_dequantize": [
+        lambda: (randn(2, 3, 40), None, "token"),
+        lambda: (randn(2, 3, 4), None, "sample"),
+        lambda: (randn(2, 3, 4), torch.tensor([0.02, 128.0]), "token"),
+    ],
+    "rotary": [
+        lambda: (randn(2, 3, 4, 8), randn(1, 3, 1, 6), randn(1, 3, 1, 6), 2, 3, False),
+        lambda: (randn(2, 4, 3, 8), randn(1, 1, 3, 8), randn(1, 1, 3, 8), 1, -1, True),
+    ],
+}
+
+
+def test_every_operator_has_samples() -> None:
+    assert SAMPLES.keys() == OPERATORS.keys()
+
+
+CASES = [pytest.param(name, make, id=f"{name}-{i}") for name, makes in SAMPLES.items() for i, make in enumerate(makes)]
+
+
+@pytest.mark.parametrize(("name", "make"), CASES)
+def test_registration_shape_function_and_autograd(name: str, make: Callable[[], tuple[Any, ...]]) -> None:
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(OPERATORS[name].overload, make(), test_utils=tests)
+
+
+@pytest.mark.parametrize(("name", "make"), CASES)
+def test_cost_counts_at_least_what_must_be_read(name: str, make: Callable[[], tuple[Any, ...]]) -> None:
+    record, given = OPERATORS[name], make()
+    cost = record.cost(*given)
+    names = [a.name for a in record.overload._schema.arguments]
+    if record.packed_argument:
+        weight = given[names.index(record.packed_argument)]
+        assert cost.weight_bytes >= weight.numel() * weight.element_size()
+    assert cost.activation_bytes > 0
+    assert cost.operations > 0
+    assert operator_of(record.overload) is record
+
+
+def floats_of(given: tuple[Any, ...]) -> list[int]:
+    return [i for i, v in enumerate(given) if isinstance(v, Tensor) and v.dtype == torch.float32]
+
+
+@pytest.mark.parametrize("name", ["attention", "gated", "norm", "rotary", "dequantize_weight", "linear_packed_float"])
+def test_gradients_are_those_of_the_reference(name: str) -> None:
+    record = OPERATORS[name]
+    for make in SAMPLES[name]:
+        results = []
+        for call in (record.overload, record.reference):
+            given = list(make())
+            at = floats_of(tuple(given))
+            for i in at:
+                given[i] = given[i].double().requires_grad_()
+            out = call(*given)
+            out = out if isinstance(out, tuple) else (out,)
+            loss = sum((o * torch.linspace(-1, 1, o.numel(), dtype=o.dtype).reshape(o.shape)).sum() for o in out)
+            results.append(torch.autograd.grad(loss, [given[i] for i in at], allow_unused=True))
+        for got, expected in zip(*results, strict=True):
+            assert (got is None) == (expected is None)
+            if got is not None:
+                assert torch.allclose(got, expected, rtol=1e-12, atol=1e-12)
+        assert any(g is not None and g.abs().sum() > 0 for g in results[0])
+
+
+def test_quantize_dequantize_has_a_straight_through_gradient_that_stops_at_the_range() -> None:
+    x = torch.tensor([[-3.0, -0.4, 0.1, 0.9, 5.0]], requires_grad=True)
+    OPS.quantize_dequantize(x, torch.tensor([0.01, 100.0]), "token").sum().backward()
+    assert x.grad.tolist() == [[0.0, 1.0, 1.0, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize("granularity", ["token", "sample"])
+def test_dynamic_quantization_is_within_half_a_step_and_keeps_zero(granularity: str) -> None:
+    x = randn(4, 6, 50) * torch.logspace(-3, 3, 4)[:, None, None]
+    x[..., 7] = 0
+    y = OPS.quantize_dequantize(x, None, granularity)
+    dims = (-1,) if granularity == "token" else (1, 2)
+    step = (x.amax(dims, keepdim=True) - x.amin(dims, keepdim=True)) / LEVELS
+    # Both ends may move by half a step more, as the zero point is a whole number.
+    assert ((y - x).abs() <= step * 1.001).all()
+    assert ((y - x).abs().mean() <= 0.3 * step.mean()).all()
+    assert not y[..., 7].any()
+
+
+def test_constant_and_zero_rows_survive() -> None:
+    x = torch.stack([torch.zeros(8), torch.full((8,), 3.0), torch.full((8,), -2.5)])
+    y = OPS.quantize_dequantize(x, None, "token")
+    assert torch.allclose(y, x, atol=1e-6)
+
+
+def test_codes_of_quantize_activation_are_those_of_quantize_dequantize() -> None:
+    for params in (None, torch.tensor([0.013, 117.0])):
+        x = randn(3, 4, 45)
+        u, pair = OPS.quantize_activation(x, params, 32)
+        assert list(u.shape) == [3, 4, 64]
+        assert not u[..., 45:].any()
+        again = pair[..., :1] * (u[..., :45].float() - pair[..., 1:])
+        assert torch.equal(again, OPS.quantize_dequantize(x, params, "token"))
+
+
+@pytest.mark.parametrize(("bits", "group_size", "zeros"), [(8, 0, False), (4, 32, False), (4, 32, True), (8, 64, True)])
+def test_linear_packed_is_the_integer_formula_of_the_documentation(bits: int, group_size: int, zeros: bool) -> None:
+    n, k = 5, 100
+    p = packed(n, k, bits, group_size, zeros)
+    u, params = OPS.quantize_activation(randn(3, k), None, packing.alignment(group_size))
+    bias, residual = randn(n), randn(3, n)
+    got = OPERATORS["linear_packed"].reference(
+        u, params.double(), p.weight, p.scale.double(), p.zero, p.wsum.double(), bias.double(), residual.double(),
+        n, k, bits, group_size, p.scale_multiplier, "none", False,
+    )  # fmt: skip
+    w = packing.unpack_codes(p.weight, n, k, bits).long()
+    groups = -(-k // group_size) if group_size else 1
+    scale = packing.unpack_groups(p.scale, n, k, group_size).double() * p.scale_multiplier
+    zero = torch.zeros(n, groups, dtype=torch.long)
+    if p.zero is not None:
+        zero = packing.unpack_groups(p.zero, n, k, group_size).long()
+    size = group_size or k
+    expected = torch.empty(3, n, dtype=torch.float64)
+    for m in range(3):
+        s, z = params[m].double()
+        for row in range(n):
+            total = torch.tensor(0.0, dtype=torch.float64)
+            for g in range(groups):
+                part = slice(g * size, min((g + 1) * size, k))
+                codes = u[m, part].long()
+                total += scale[row, g] * float((codes * w[row, part]).sum() - zero[row, g] * codes.sum())
+            expected[m, row] = s * (total - z * p.wsum[row].double()) + bias[row] + residual[m, row]
+    assert torch.allclose(got, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_gated_linear_is_activation_of_gate_times_up() -> None:
+    n, k = 21, 40
+    gate, up, bias = randn(n, k), randn(n, k).flip(0), randn(2 * n)
+    codes = [torch.round(half * 20).clamp(-127, 127).to(torch.int8) for half in (gate, up)]
+    scale = torch.full((n, 1), 0.05)
+    rows = packing.interleave_gated(*codes)
+    scales = packing.interleave_gated(scale, scale)
+    p = packing.pack_linear(rows, scales, None, 8, 0)
+    biases = packing.interleave_gated(bias[:n], bias[n:])
+    x = randn(3, k)
+    y = OPS.linear_packed_float(x, p.weight, p.scale, None, biases, None, n, k, 8, 0, 1.0, "silu", True)
+    expected = F.silu(F.linear(x, codes[0] * scale, bias[:n])) * F.linear(x, codes[1] * scale, bias[n:])
+    assert torch.allclose(y, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_conv_packed_is_the_convolution_of_the_rounded_input() -> None:
+    given = conv_arguments()
+    x, _, weight, scale, _, bias, kernel, stride, padding, dilation, n, _ = given
+    matrix = packing.unpack_weight(weight, scale, None, n, 18, 8, 0, 1.0, torch.float32).reshape(n, 3, *kernel)
+    rounded = OPS.quantize_dequantize(x, None, "sample")
+    expected = F.relu(F.conv2d(rounded, matrix, bias, stride, padding, dilation))
+    assert torch.allclose(OPS.conv_packed(*given), expected, atol=1e-5)
+
+
+def test_attention_is_scaled_dot_product_attention() -> None:
+    q, k, v = randn(2, 5, 4, 8), randn(2, 7, 2, 8), randn(2, 7, 2, 8)
+    mask = torch.rand(2, 1, 5, 7, generator=generator()) > 0.4
+    mask[1, 0, 2] = False
+    for causal, seen in ((False, mask), (True, None), (False, torch.where(mask, 0.0, -1e4))):
+        got = OPS.attention(q, k, v, seen, 4, 2, 0, 0, 0, 0.3, causal, 0.0)
+        expected = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), seen, is_causal=causal, scale=0.3, enable_gqa=True
+        ).transpose(1, 2)
+        if seen is mask:
+            expected = expected.nan_to_num()
+        assert torch.allclose(got, expected, atol=1e-5)
+    assert not OPS.attention(q, k, v, mask, 4, 2, 0, 0, 0, 0.3, False, 0.0)[1, 2].any()
+
+
+def test_norms_are_those_of_torch() -> None:
+    x, r, w, b = randn(2, 3, 16), randn(2, 3, 16).flip(-1), randn(16), randn(16).flip(0)
+    total, y = OPS.norm(x, r, w, b, 1e-5, "layer")
+    assert torch.allclose(y, F.layer_norm(x + r, (16,), w, b, 1e-5), atol=1e-5)
+    assert torch.equal(total, x + r)
+    assert torch.allclose(OPS.norm(x, None, w, None, 1e-6, "rms")[1], F.rms_norm(x, (16,), w, 1e-6), atol=1e-5)
+
+
+def test_embedding_packed_refuses_ids_outside_the_table() -> None:
+    given = list(embedding_arguments())
+    table = packing.dequantize(packing.unpack_embedding_codes(given[1], 33, 4), given[2], None, 32)
+    assert torch.equal(OPS.embedding_packed(*given), table[[0, 8, 8]][None])
+    for bad in (9, -10):
+        given[0] = torch.tensor([bad])
+        with pytest.raises((IndexError, RuntimeError)):
+            OPS.embedding_packed(*given)
