@@ -1,0 +1,64 @@
+"""Canonical form: one spelling for what models write in many.
+
+`canonicalize` runs the passes of this folder in a fixed order until nothing changes. After it, a program says
+norms with `aten.layer_norm` and `aten.rms_norm`, attention with `aten.scaled_dot_product_attention` (all
+arguments spelled out, grouped queries by `enable_gqa`), rotary embedding with `isofold.rotary`, gated products
+with `isofold.gated`, activations with `aten.gelu` and `aten.silu`, products with a constant matrix with
+`aten.linear`, views with `aten.reshape` and `aten.slice`; constants are folded, batch norms gone where they can.
+
+Each file is one form: its docstring states the identity and the side conditions, its pass reports what was
+recognised and what was refused, and why.
+"""
+
+from __future__ import annotations
+
+from ..editor import Editor
+from ..passes import Guarantee, Pass, define_pass
+from .activation import canonicalize_activations
+from .attention import canonicalize_attention
+from .batch_norm import fold_batch_norm
+from .fold_constants import fold_constants
+from .gated import canonicalize_gated
+from .grouped_query import absorb_grouped_queries
+from .layer_norm import canonicalize_layer_norm
+from .linear import canonicalize_linear
+from .masks import simplify_masks
+from .rms_norm import canonicalize_rms_norm
+from .rotary import canonicalize_rotary
+from .split import canonicalize_splits
+from .strip_no_ops import strip_no_ops
+
+#: In the order in which they run. LayerNorm goes before RMSNorm, which it contains; linears go before constants
+#: are folded, so that a transposed weight is not copied; gates after the activations they are made of.
+FORMS: tuple[Pass, ...] = (
+    strip_no_ops,
+    canonicalize_splits,
+    canonicalize_linear,
+    fold_constants,
+    fold_batch_norm,
+    canonicalize_activations,
+    canonicalize_layer_norm,
+    canonicalize_rms_norm,
+    canonicalize_rotary,
+    canonicalize_attention,
+    absorb_grouped_queries,
+    simplify_masks,
+    canonicalize_gated,
+)
+
+_MOST_ROUNDS = 6
+
+
+@define_pass(Guarantee.REAL)
+def canonicalize(editor: Editor) -> None:
+    """Run all forms until a round changes nothing. Refusals are those of the last round, when all else is settled."""
+    for _ in range(_MOST_ROUNDS):
+        before = len(editor.applied_entries)
+        editor.refused_entries.clear()
+        for form in FORMS:
+            form.edit(editor)
+        if len(editor.applied_entries) == before:
+            return
+
+
+__all__ = ["FORMS", "canonicalize"]

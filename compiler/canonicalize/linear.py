@@ -1,0 +1,130 @@
+"""Products with a constant matrix become `aten.linear(x, weight, bias)`.
+
+    x @ W^T,  mm(x, W^T),  addmm(b, x, W^T),  einsum('..k,nk->..n', x, W),  linear(x, W) + b
+
+`aten.linear` contracts the last dimension of x with the last of the weight. A matrix that stands the other way
+round is transposed once. A constant vector added to a linear is its bias; two of them are summed in float64.
+
+Side conditions: the matrix is a constant of two dimensions; the linear has no reader but the addition, and the
+vector spans its last dimension only. Exactness: real (the bias is added in another place of the same sum).
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor, fx
+
+from ..editor import Editor
+from ..graph import argument, only_user, shape
+from ..passes import Guarantee, define_pass
+from .match import ADDITIONS, aten, either_order, fake_dim, is_call, operands, vector
+
+_TRANSPOSITIONS = (aten.t.default, aten.transpose.int, aten.permute.default)
+
+
+@define_pass(Guarantee.REAL)
+def canonicalize_linear(editor: Editor) -> None:
+    """See the module."""
+    for node in editor.calls(aten.mm.default, aten.matmul.default):
+        x, matrix = operands(node)[:2]
+        if isinstance(x, fx.Node) and editor.tensor(x) is None:
+            _rewrite(editor, node, x, matrix, None)
+    for node in editor.calls(aten.addmm.default):
+        bias, x, matrix = operands(node)[:3]
+        if argument(node, "alpha") != 1 or argument(node, "beta") != 1:
+            editor.refused(node, "addmm scales its operands by alpha or beta")
+        elif isinstance(x, fx.Node) and vector(editor, bias, (shape(node) or (0,))[-1]) is not None:
+            _rewrite(editor, node, x, matrix, bias)
+    for node in editor.calls(aten.einsum.default):
+        _einsum(editor, node)
+    for node in editor.calls(aten.linear.default):
+        _absorb_bias(editor, node)
+
+
+def _rewrite(editor: Editor, node: fx.Node, x: fx.Node, matrix: object, bias: object) -> None:
+    """linear for x @ matrix, with `matrix` a constant `[in, out]`."""
+    weight: fx.Node | None = None
+    if is_call(matrix, *_TRANSPOSITIONS) and fake_dim(matrix) == 2 and _swaps(matrix):
+        source = operands(matrix)[0]
+        held = editor.tensor(source)
+        weight = source if held is not None and held.dim() == 2 and isinstance(source, fx.Node) else None
+    held = editor.tensor(matrix)
+    if weight is None and held is not None and held.dim() == 2 and isinstance(matrix, fx.Node):
+        weight = editor.constant(held.t(), f"{editor.name_of(matrix)}_transposed")
+    if weight is None:
+        return
+    arguments = (x, weight) if bias is None else (x, weight, bias)
+    editor.applied(node, f"{node.target} with a constant matrix is a linear")
+    editor.replace(node, editor.call(aten.linear.default, *arguments, like=node))
+
+
+def _swaps(node: fx.Node) -> bool:
+    """Whether a call that permutes two dimensions really swaps them."""
+    if is_call(node, aten.permute.default):
+        return [d % 2 for d in operands(node)[1]] == [1, 0]
+    if is_call(node, aten.transpose.int):
+        return int(operands(node)[1]) % 2 != int(operands(node)[2]) % 2
+    return True
+
+
+def _einsum(editor: Editor, node: fx.Node) -> None:
+    equation, factors = argument(node, "equation"), argument(node, "tensors")
+    parsed = re.fullmatch(r"(\.\.\.|\w*)(\w),(\w)(\w)->(\.\.\.|\w*)(\w)", equation.replace(" ", ""))
+    if parsed is None or len(factors) != 2 or editor.tensor(factors[1]) is None:
+        return
+    batch, contracted, first, second, kept, out = parsed.groups()
+    matrix = factors[1]
+    held = editor.tensor(matrix)
+    assert held is not None
+    if batch != kept or {first, second} != {contracted, out} or contracted == out or out in batch:
+        return
+    if held.dim() != 2:
+        return
+    weight = (
+        matrix if second == contracted else editor.constant(held.t(), f"{editor.name_of(matrix)}_transposed")
+    )
+    editor.applied(node, f"einsum {equation} with a constant matrix is a linear")
+    editor.replace(node, editor.call(aten.linear.default, factors[0], weight, like=node))
+
+
+def _absorb_bias(editor: Editor, linear: fx.Node) -> None:
+    addition = only_user(linear)
+    if not is_call(addition, *ADDITIONS) or argument(addition, "alpha") != 1:
+        return
+    size = (shape(linear) or (0,))[-1]
+    for left, right in either_order(addition):
+        added = vector(editor, right, size) if left is linear else None
+        if added is None or len(shape(addition) or ()) != len(shape(linear) or ()):
+            continue
+        old = argument(linear, "bias")
+        held = editor.tensor(old)
+        if old is not None and held is None:
+            editor.refused(addition, "the linear already has a bias that is no constant")
+            return
+        name = (
+            f"{editor.name_of(operands(linear)[1])}_bias"
+            if isinstance(operands(linear)[1], fx.Node)
+            else "bias"
+        )
+        bias = (
+            right if held is None and _is_vector(editor, right) else editor.constant(_sum(added, held), name)
+        )
+        editor.applied(addition, "a constant added to a linear is its bias")
+        new = editor.call(
+            aten.linear.default, operands(linear)[0], operands(linear)[1], bias, like=linear, before=addition
+        )
+        editor.replace(addition, new)
+        return
+
+
+def _is_vector(editor: Editor, node: object) -> bool:
+    held = editor.tensor(node)
+    return held is not None and held.dim() == 1
+
+
+def _sum(added: Tensor, held: Tensor | None) -> Tensor:
+    if held is None:
+        return added
+    return (added.to(torch.float64) + held.to(torch.float64)).to(added.dtype)
