@@ -87,13 +87,19 @@ def _load(only: str | None = None) -> None:
             import_module(entry.value)
 
 
+def known_targets() -> list[str]:
+    """Every value of `target=` that an installed backend takes."""
+    _load()
+    return [target for backend in _backends.values() for target in backend.targets]
+
+
 def backend_for(target: str) -> Backend:
     """The backend whose targets contain `target` (or its part before a colon). Raises InputError."""
     _load()
     for backend in _backends.values():
         if target in backend.targets or target.split(":")[0] in backend.targets:
             return backend
-    known = [t for backend in _backends.values() for t in backend.targets]
+    known = known_targets()
     raise InputError(
         f"Unknown target {target!r}",
         expected=" | ".join(known) or "a registered backend",
