@@ -1,0 +1,173 @@
+"""The rows of packed linears, as values that can be selected, joined and written back.
+
+Every tensor of a packed matrix (docs/dialect.md) has one index that runs over output features, 16 to a
+block. Read with that index first, selecting, reordering and joining output features are row operations on
+the stored bytes: no code is decoded, so they are BITWISE. The one exception is the shared power-of-two
+multiplier of group scales: joining brings all to the largest, and says so where float16 cannot hold a scale
+after that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from ..compiler.dialect import linear_packed, linear_packed_float
+from ..compiler.dialect.packing import LANES, ceil_to, interleave_gated
+from ..compiler.editor import Editor
+from ..compiler.graph import argument
+
+LINEARS = (linear_packed.overload, linear_packed_float.overload)
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """All arguments of a call by their schema names, defaults included."""
+    target = node.target
+    assert isinstance(target, torch._ops.OpOverload)
+    return {declared.name: argument(node, declared.name) for declared in target._schema.arguments}
+
+
+def call_with(editor: Editor, node: fx.Node, before: fx.Node | None = None, **changes: Any) -> fx.Node:
+    """The call of `node` again, with some arguments changed (dialect operators: all are positional)."""
+    given = arguments(node)
+    assert changes.keys() <= given.keys(), f"{node.target} has no argument {changes.keys() - given.keys()}"
+    return editor.call(node.target, *{**given, **changes}.values(), like=node, before=before)
+
+
+def is_plain(linear: fx.Node) -> bool:
+    """Whether nothing follows the linear and its bias inside the operator."""
+    given = arguments(linear)
+    return given["activation"] == "none" and given["residual"] is None and not given["gated"]
+
+
+def reads(linear: fx.Node) -> tuple[object, ...]:
+    """What linears must agree on to be one: operator, input, and how its codes are stored along K."""
+    given = arguments(linear)
+    source = (given["u"], given["params"]) if "u" in given else (given["x"],)
+    return (linear.target, *source, given["k"], given["bits"], given["group_size"])
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Output features of a packed linear: each tensor has one entry for each of them in dimension 0."""
+
+    weight: Tensor
+    """Bytes `[N, C, 4]`."""
+    scale: Tensor
+    """`[N, G]`, as stored."""
+    zero: Tensor | None
+    wsum: Tensor | None
+    bias: Tensor | None
+    multiplier: float
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> PackedRows:
+        """`change` applied to every tensor."""
+
+        def maybe(t: Tensor | None) -> Tensor | None:
+            return None if t is None else change(t)
+
+        zero, wsum, bias = maybe(self.zero), maybe(self.wsum), maybe(self.bias)
+        return PackedRows(change(self.weight), change(self.scale), zero, wsum, bias, self.multiplier)
+
+    def select(self, index: Tensor) -> PackedRows:
+        """The rows `index` (int64), in that order."""
+        return self.map(lambda t: t[index])
+
+
+def read_rows(editor: Editor, linear: fx.Node) -> PackedRows | None:
+    """The rows of a packed linear, or None where one of its tensors is not a constant."""
+    given = arguments(linear)
+    parts: dict[str, Tensor | None] = {}
+    for name in ("weight", "scale", "zero", "wsum", "bias"):
+        node = given.get(name)
+        parts[name] = editor.tensor(node)
+        if node is not None and parts[name] is None:
+            return None
+    weight, scale, zero = parts["weight"], parts["scale"], parts["zero"]
+    assert weight is not None
+    assert scale is not None
+    rows = PackedRows(
+        weight.permute(0, 2, 1, 3).flatten(0, 1),
+        scale.permute(0, 2, 1).flatten(0, 1),
+        None if zero is None else zero.permute(0, 2, 1).flatten(0, 1),
+        parts["wsum"],
+        parts["bias"],
+        given["scale_multiplier"],
+    )
+    count = 2 * ceil_to(given["n"], LANES) if given["gated"] else given["n"]
+    return rows.map(lambda t: t[:count])
+
+
+def join(parts: Sequence[PackedRows]) -> list[PackedRows] | str:
+    """The parts with one multiplier, and zeros and biases in all where one has them; or why that is not exact."""
+    multiplier = max(part.multiplier for part in parts)
+    joined = []
+    for part in parts:
+        scale = (part.scale.to(torch.float32) * (part.multiplier / multiplier)).to(part.scale.dtype)
+        back = scale.to(torch.float32) * (multiplier / part.multiplier)
+        if not torch.equal(back, part.scale.to(torch.float32)):
+            return "their group scales are too far apart for one float16 multiplier"
+        count = len(part.scale)
+        zero, bias = part.zero, part.bias
+        if zero is None and any(p.zero is not None for p in parts):
+            zero = torch.zeros(scale.shape, dtype=torch.int8)
+        if bias is None and any(p.bias is not None for p in parts):
+            bias = torch.zeros(count)
+        joined.append(PackedRows(part.weight, scale, zero, part.wsum, bias, multiplier))
+    return joined
+
+
+def concatenate(parts: Sequence[PackedRows]) -> PackedRows | str:
+    """All rows, one part after the other, or why they cannot be."""
+    joined = join(parts)
+    return joined if isinstance(joined, str) else _combine(joined, lambda *tensors: torch.cat(tensors))
+
+
+def interleave(gate: PackedRows, up: PackedRows) -> PackedRows | str:
+    """The rows of a gated pair in blocks of 16, each half padded to whole blocks, or why they cannot be."""
+    joined = join([gate, up])
+    return joined if isinstance(joined, str) else _combine(joined, interleave_gated)
+
+
+def _combine(parts: list[PackedRows], combine: Callable[..., Tensor]) -> PackedRows:
+    def of(name: str) -> Any:
+        return None if getattr(parts[0], name) is None else combine(*(getattr(part, name) for part in parts))
+
+    return PackedRows(of("weight"), of("scale"), of("zero"), of("wsum"), of("bias"), parts[0].multiplier)
+
+
+def write_rows(editor: Editor, linears: Sequence[fx.Node], rows: PackedRows) -> dict[str, Any]:
+    """New constants that hold `rows`, named after those of `linears`: changes for `call_with`."""
+    count = len(rows.weight)
+    whole = rows.map(lambda t: F.pad(t, [0, 0] * (t.dim() - 1) + [0, ceil_to(count, LANES) - count]))
+    tensors = {
+        "weight": whole.weight.unflatten(0, (-1, LANES)).permute(0, 2, 1, 3),
+        "scale": whole.scale.unflatten(0, (-1, LANES)).permute(0, 2, 1),
+        "zero": None if whole.zero is None else whole.zero.unflatten(0, (-1, LANES)).permute(0, 2, 1),
+        "wsum": whole.wsum,
+        "bias": rows.bias,
+    }
+    changes: dict[str, Any] = {"scale_multiplier": rows.multiplier}
+    for name, tensor in tensors.items():
+        held = [arguments(linear).get(name) for linear in linears]
+        if tensor is None:
+            if name != "wsum":
+                changes[name] = None
+            continue
+        names = [editor.name_of(node) for node in held if isinstance(node, fx.Node)]
+        changes[name] = editor.constant(tensor, joined_name(names))
+    return changes
+
+
+def joined_name(names: Sequence[str]) -> str:
+    """One name for what several constants became: `a.q.packed`, `a.k.packed` → `a.q_k.packed`."""
+    split = [name.split(".") for name in names]
+    if len({len(parts) for parts in split}) > 1:
+        return f"{names[0]}_fused"
+    pieces = ["_".join(dict.fromkeys(level)) for level in zip(*split, strict=True)]
+    return ".".join(pieces) if len(names) > 1 else f"{names[0]}_fused"
