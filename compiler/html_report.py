@@ -13,10 +13,18 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from .artefact import cannot_write
 from .svg import graph_svg, histogram_svg
 
+_OWN_KEYS = frozenset(
+    {
+        *("isofold", "model", "recipe", "target", "environment", "seconds", "total_seconds", "totals"),
+        *("passes", "layers", "refused", "blocks", "histograms", "profile"),
+    }
+)
+"""What the page shows in its own sections; other keys are facts of backends."""
 _SHOWN_NODES = 60
 """Blocks in the picture; a graph with more is listed in the table only."""
 
@@ -30,15 +38,18 @@ def render_html(report: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(bytes=format_bytes, number=_number, microseconds=format_microseconds)
+    environment.filters.update(
+        bytes=format_bytes, number=_number, microseconds=format_microseconds, path=_path
+    )
     layers = report["layers"]
     return environment.get_template("report.html.jinja").render(
         report=report,
         totals=report["totals"],
         layers=layers,
-        largest_bytes=max((row["bytes_before"] for row in layers), default=1) or 1,
         timed=any(row["microseconds"] is not None for row in layers),
-        recipe_yaml=yaml.safe_dump(dict(report["recipe"]), sort_keys=False, default_flow_style=None, width=100),
+        recipe_yaml=yaml.safe_dump(
+            dict(report["recipe"]), sort_keys=False, default_flow_style=None, width=100
+        ),
         block_svg=_block_svg(report["blocks"]),
         detail_svg=_detail_svg(report["blocks"]["detail"]),
         histograms=[
@@ -46,7 +57,7 @@ def render_html(report: Mapping[str, Any]) -> str:
             for entry in report["histograms"]
         ],
         profile=report.get("profile"),
-        backend=_flat(report.get("backend") or {}),
+        backend=_flat({key: held for key, held in report.items() if key not in _OWN_KEYS}),
         error=program_error(report),
     )
 
@@ -78,10 +89,16 @@ def program_error(report: Mapping[str, Any]) -> float | None:
 def format_bytes(size: float | None) -> str:
     """Bytes as people write them: 1.5 MB (powers of 1000)."""
     if size is None:
-        return "–"
+        return "-"
     for unit in ("B", "kB", "MB", "GB"):
         if abs(size) < 1000 or unit == "GB":
-            return f"{size:.0f} B" if unit == "B" else f"{size:.3g} {unit}" if abs(size) < 999.5 else f"{size:.0f} {unit}"
+            return (
+                f"{size:.0f} B"
+                if unit == "B"
+                else f"{size:.3g} {unit}"
+                if abs(size) < 999.5
+                else f"{size:.0f} {unit}"
+            )
         size /= 1000
     raise AssertionError("unreachable")
 
@@ -89,12 +106,17 @@ def format_bytes(size: float | None) -> str:
 def format_microseconds(spent: float | None) -> str:
     """Microseconds, or milliseconds from a thousand on."""
     if spent is None:
-        return "–"
+        return "-"
     return f"{spent / 1000:.2f} ms" if spent >= 1000 else f"{spent:.0f} µs"
 
 
+def _path(module: str) -> Markup:
+    """A module path that may break after its dots."""
+    return Markup(str(escape(module or "(model)")).replace(".", ".<wbr>"))
+
+
 def _number(x: float | None) -> str:
-    return "–" if x is None else f"{x:.2e}" if x and (abs(x) < 1e-2 or abs(x) >= 1e5) else f"{x:.3g}"
+    return "-" if x is None else f"{x:.2e}" if x and (abs(x) < 1e-2 or abs(x) >= 1e5) else f"{x:.3g}"
 
 
 def _block_svg(blocks: Mapping[str, Any]) -> str:
@@ -107,7 +129,7 @@ def _block_svg(blocks: Mapping[str, Any]) -> str:
         inner = node["kind"] == "block"
         operators = f"{node['operators_before']} → {node['operators_after']} operators"
         held = f", {format_bytes(node['bytes_after'])}" if node["bytes_after"] else ""
-        times = f"{node['count']} × " if node["count"] > 1 else ""
+        times = f"{node['count']} x " if node["count"] > 1 else ""
         drawn.append(
             {
                 "id": node["id"],

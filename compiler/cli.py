@@ -1,0 +1,367 @@
+"""The command line: `isofold compile | export | run | bench | inspect | build | demo`.
+
+Results go to stdout (with `--json` one JSON value and nothing else), progress and errors to stderr. Exit codes: 0 done,
+1 a defect, 2 something the user can correct, 130 interrupted. Everything heavy is imported inside the commands, so that
+help and completion are quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from .errors import InputError, IsofoldError
+
+app = typer.Typer(
+    name="isofold",
+    help="Compile PyTorch models into smaller, faster ones that run on ONNX Runtime.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
+
+_Command = TypeVar("_Command", bound=Callable[..., None])
+
+
+def _complete_recipe(incomplete: str) -> list[str]:
+    from .recipe import PRESETS
+
+    files = [str(path) for pattern in ("*.yaml", "*.yml") for path in Path().glob(pattern)]
+    return [name for name in [*PRESETS, *sorted(files)] if name.startswith(incomplete)]
+
+
+def _complete_target(incomplete: str) -> list[str]:
+    from .registry import known_targets
+
+    return [name for name in known_targets() if name.startswith(incomplete)]
+
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A .pt2 file, python:module:name or python:file.py:name, or a transformers folder or config.json.",
+    ),
+]
+ArtefactArgument = Annotated[
+    Path, typer.Argument(metavar="ARTEFACT", help="A folder that `isofold compile` wrote.")
+]
+RecipeOption = Annotated[
+    str,
+    typer.Option(
+        "--recipe",
+        "-r",
+        help="A preset (w8a8, w4a8, w4a16, ...) or a YAML file.",
+        autocompletion=_complete_recipe,
+    ),
+]
+TargetOption = Annotated[
+    str, typer.Option("--target", help="Where the result runs.", autocompletion=_complete_target)
+]
+CalibrationOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Typical inputs for static ranges: .npz or .safetensors by input name, or .pt."
+    ),
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", min=1, help="Threads to use. Default: all cores.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value to stdout and nothing else.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace what exists at the output.")]
+NoVerifyOption = Annotated[
+    bool, typer.Option("--no-verify", help="Do not compare the program after every pass.")
+]
+DebugOption = Annotated[
+    bool, typer.Option("--debug", help="Show the traceback of errors.", envvar="ISOFOLD_DEBUG")
+]
+InputsOption = Annotated[
+    Path | None, typer.Option("--inputs", "-i", metavar="FILE", help="Inputs by name, .npz or .safetensors.")
+]
+
+
+def command(function: _Command) -> _Command:
+    """Register a command; its errors become messages and exit codes."""
+
+    @functools.wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except typer.Exit:
+            raise
+        except IsofoldError as error:
+            _fail(error, kwargs, USER_ERROR)
+        except KeyboardInterrupt:
+            typer.echo("interrupted; nothing was left half-written", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            # The reader of a pipe (head, less) has seen enough; Python would complain again at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except MemoryError as error:
+            _fail(InputError("There is not enough memory", got=str(error) or None), kwargs, USER_ERROR)
+        except Exception as error:
+            _fail(error, kwargs, 1)
+
+    name = function.__name__.removesuffix("_command")
+    registered: _Command = app.command(name)(guarded)  # type: ignore[assignment] # typer keeps the signature
+    return registered
+
+
+def _fail(error: BaseException, kwargs: dict[str, Any], code: int) -> None:
+    from .console import show_error
+
+    show_error(error, debug=bool(kwargs.get("debug")))
+    raise typer.Exit(code) from None
+
+
+@contextlib.contextmanager
+def _session(*, as_json: bool, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """Progress for a command; what libraries print meanwhile goes to stderr when stdout must be JSON."""
+    from .console import stages
+
+    with (
+        contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext(),
+        stages(quiet=quiet) as say,
+    ):
+        yield say
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, default=str))
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(installed("isofold"))
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@command
+def compile_command(
+    model: ModelArgument,
+    recipe: RecipeOption = "w8a8",
+    target: TargetOption = "cpu",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the artefact. Default: NAME-RECIPE here.")
+    ] = None,
+    calibration: CalibrationOption = None,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+    no_verify: NoVerifyOption = False,
+    quiet: QuietOption = False,
+    force: ForceOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Compile a model into an artefact: one folder that ONNX Runtime opens, with a report."""
+    from .compile_job import compile_model
+
+    with _session(as_json=as_json, quiet=quiet) as say:
+        done = compile_model(
+            model,
+            recipe=recipe,
+            target=target,
+            output=output,
+            calibration=calibration,
+            threads=threads,
+            verify=not no_verify,
+            overwrite=force,
+            say=say,
+        )
+    if as_json:
+        _print_json({"artefact": str(done.folder), "report_html": str(done.page), **done.report})
+    else:
+        done.show()
+
+
+@command
+def export_command(
+    model: ModelArgument,
+    path: Annotated[
+        Path, typer.Argument(metavar="FILE", help="File to write, model.onnx; weights go to FILE.data.")
+    ],
+    recipe: RecipeOption = "w8a8",
+    target: TargetOption = "cpu",
+    calibration: CalibrationOption = None,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+    no_verify: NoVerifyOption = False,
+    quiet: QuietOption = False,
+    force: ForceOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Compile a model into one file of the target's own kind."""
+    from .compile_job import export_model, show_totals
+
+    with _session(as_json=as_json, quiet=quiet) as say:
+        report = export_model(
+            model,
+            path,
+            recipe=recipe,
+            target=target,
+            calibration=calibration,
+            threads=threads,
+            verify=not no_verify,
+            overwrite=force,
+            say=say,
+        )
+    if as_json:
+        _print_json({"file": str(path), **report})
+    else:
+        show_totals(report, str(path))
+
+
+@command
+def run_command(
+    artefact: ArtefactArgument,
+    inputs: InputsOption = None,
+    outputs: Annotated[
+        Path | None,
+        typer.Option("--outputs", "-o", metavar="FILE", help="Write the results to this .npz file."),
+    ] = None,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    force: ForceOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Run an artefact on a file of inputs (default: its own example inputs)."""
+    from .run_job import run_artefact, show_summary
+
+    with _session(as_json=as_json, quiet=quiet) as say:
+        summary = run_artefact(artefact, inputs, outputs, threads=threads, overwrite=force, say=say)
+    if as_json:
+        _print_json(summary)
+    else:
+        show_summary(summary)
+
+
+@command
+def bench_command(
+    artefact: ArtefactArgument,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--against", metavar="PATH", help="Another artefact or an .onnx file, timed in turns. Repeatable."
+        ),
+    ] = None,
+    inputs: InputsOption = None,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Time to spend on each.")] = 5.0,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measure the latency of artefacts and .onnx files, in turns, on the same inputs."""
+    from .run_job import bench, show_latencies
+
+    with _session(as_json=as_json, quiet=quiet) as say:
+        rows = bench([artefact, *(against or [])], inputs, seconds=seconds, threads=threads, say=say)
+    if as_json:
+        _print_json(rows)
+    else:
+        show_latencies(rows)
+
+
+@command
+def inspect_command(
+    subject: Annotated[
+        str,
+        typer.Argument(metavar="MODEL|ARTEFACT", help="A model (as for compile) or an artefact's folder."),
+    ],
+    recipe: RecipeOption = "w8a8",
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write the report of an artefact as a page.")
+    ] = None,
+    calibration: CalibrationOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show a model's layers and what a recipe would do to each, or an artefact's contents and integrity."""
+    from . import inspect_job
+
+    with _session(as_json=as_json, quiet=quiet) as say:
+        facts = inspect_job.inspect(subject, recipe=recipe, calibration=calibration, html=html, say=say)
+    if as_json:
+        _print_json(facts)
+    else:
+        inspect_job.show(facts)
+    if facts.get("damaged"):
+        raise typer.Exit(USER_ERROR)
+
+
+@command
+def build_command(
+    target: TargetOption = "cpu",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    force: Annotated[bool, typer.Option("--force", help="Build again even if it is there.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Build what a target needs on this machine ahead of time (for cpu: the op library)."""
+    import time
+
+    from .console import show
+    from .registry import backend_for
+
+    started = time.perf_counter()
+    with _session(as_json=as_json, quiet=quiet) as say:
+        path = backend_for(target).prepare(say, force=force)
+    facts = {"target": target, "path": str(path) if path else None, "seconds": time.perf_counter() - started}
+    if as_json:
+        _print_json(facts)
+    else:
+        show(f"{path or 'nothing to build'} ({facts['seconds']:.1f} s)")
+
+
+@command
+def demo_command(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the artefacts and the report.")
+    ] = Path("isofold-demo"),
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Compile the real MiniLM, embed real sentences, and compare with PyTorch and ONNX Runtime."""
+    from .demo import run_demo, show_demo
+
+    with _session(as_json=as_json, quiet=quiet) as say:
+        result = run_demo(output, threads=threads, say=say)
+    if as_json:
+        _print_json(result)
+    else:
+        show_demo(result)
+
+
+def main() -> None:
+    """Entry point of the `isofold` script."""
+
+    def terminate(number: int, frame: object) -> None:
+        raise SystemExit(TERMINATED)
+
+    # Without this, a SIGTERM would skip the clean-up of temporary files.
+    signal.signal(signal.SIGTERM, terminate)
+    app()

@@ -1,0 +1,187 @@
+"""`isofold compile` and `isofold export`: from the arguments of the command line to files and a summary."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .artefact import cannot_write
+from .console import show, show_table
+from .errors import ArtefactError
+from .frontend import compile as compile_
+from .frontend import export
+from .html_report import format_bytes, format_microseconds, program_error, write_html
+from .loading import load
+from .model_reference import resolve_model
+from .recipe import resolve
+from .report import add_profile
+
+REPORT_PAGE, REPORT_FILE = "report.html", "report.json"
+_LISTED = 8
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What `isofold compile` made."""
+
+    folder: Path
+    page: Path
+    report: dict[str, Any]
+
+    def show(self) -> None:
+        """A summary on stdout."""
+        show_totals(self.report, str(self.folder))
+        show(f"report    {self.page}")
+
+
+def compile_model(
+    text: str,
+    *,
+    recipe: str,
+    target: str,
+    output: Path | None,
+    calibration: Path | None,
+    threads: int | None,
+    verify: bool,
+    overwrite: bool,
+    say: Say,
+) -> Compiled:
+    """Compile the model that `text` names, measure every operator, and write the report into the artefact."""
+    started = time.perf_counter()
+    chosen = resolve(recipe)
+    batches = read_calibration(calibration)
+    _use_threads(threads)
+    say("load the model")
+    reference = resolve_model(text)
+    folder = output or Path(f"{reference.name}-{chosen.name}")
+    compile_(
+        reference.model,
+        reference.args,
+        reference.kwargs,
+        target=target,
+        recipe=chosen,
+        calibration=batches,
+        dynamic_shapes=reference.dynamic_shapes,
+        output=folder,
+        overwrite=overwrite,
+        verify=verify,
+        progress=say,
+    )
+    say("measure every operator")
+    opened = load(folder, **({"threads": threads} if threads else {}))
+    page = add_measurements(opened, folder)
+    report = dict(opened.report)
+    report["total_seconds"] = time.perf_counter() - started
+    return Compiled(folder, page, report)
+
+
+def add_measurements(model: Any, folder: Path) -> Path:
+    """Profile an opened artefact, put the times into its report, and write the page beside it. Returns the page."""
+    report = dict(model.report)
+    if hasattr(model, "profile"):
+        add_profile(report, model.profile())
+    _replace(folder / REPORT_FILE, json.dumps(report, indent=1))
+    return write_html(report, folder / REPORT_PAGE)
+
+
+def export_model(
+    text: str,
+    path: Path,
+    *,
+    recipe: str,
+    target: str,
+    calibration: Path | None,
+    threads: int | None,
+    verify: bool,
+    overwrite: bool,
+    say: Say,
+) -> dict[str, Any]:
+    """Compile the model that `text` names into one file. Returns the report."""
+    if path.exists() and not overwrite:
+        raise ArtefactError(
+            "The output file exists already", where=str(path), hint="choose another name, or add --force"
+        )
+    chosen = resolve(recipe)
+    batches = read_calibration(calibration)
+    _use_threads(threads)
+    say("load the model")
+    reference = resolve_model(text)
+    return export(
+        reference.model,
+        path,
+        reference.args,
+        reference.kwargs,
+        target=target,
+        recipe=chosen,
+        calibration=batches,
+        dynamic_shapes=reference.dynamic_shapes,
+        verify=verify,
+        progress=say,
+    )
+
+
+def show_totals(report: Mapping[str, Any], written: str) -> None:
+    """What was written and how it compares with the captured model, on stdout."""
+    totals = report["totals"]
+    before, after = totals["weight_bytes_before"], totals["weight_bytes_after"]
+    show(f"written   {written}")
+    show(
+        f"weights   {format_bytes(before)} → {format_bytes(after)} "
+        f"({before / after if after else 1:.2f} times smaller); "
+        f"{100 * totals['quantized_share']:.1f} % quantized in {len(report['layers'])} layers"
+    )
+    show(f"operators {totals['operators_before']} → {totals['operators_after']}")
+    error = program_error(report)
+    if error is not None:
+        show(f"error     {error:.3g} of the largest output, worst of the lossy passes, on the example inputs")
+    if "profile" in report:
+        show(
+            f"operators take {format_microseconds(report['profile']['total_microseconds'])} on the example inputs"
+        )
+    if "total_seconds" in report:
+        show(f"took      {report['total_seconds']:.1f} s")
+    groups = report["refused"]
+    if groups:
+        rows = [[str(len(g["places"])), g["pass"], g["reason"]] for g in groups[:_LISTED]]
+        show("")
+        show_table([">places", "pass", "left alone, because"], rows)
+        if len(groups) > _LISTED:
+            show(f"and {len(groups) - _LISTED} more reasons in the report")
+
+
+def read_calibration(path: Path | None) -> list[Any] | None:
+    """Batches of a calibration file, None without one."""
+    if path is None:
+        return None
+    from .array_files import read_batches
+
+    return read_batches(path)
+
+
+def _use_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _replace(path: Path, text: str) -> None:
+    try:
+        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(beside, 0o644)
+            os.replace(beside, path)
+        finally:
+            Path(beside).unlink(missing_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from error
