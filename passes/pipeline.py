@@ -1,0 +1,75 @@
+"""From a recipe to the passes that it means, in order.
+
+1. `canonicalize`: one spelling, so that the rest need know no architecture.
+2. `quantize_*`: activations first, as their ranges are measured on the float program, then weights.
+3. `pack_*`: codes into the layouts that kernels read; after this no float copy of a packed weight is left.
+4. `fuse_*`: attention before the linears that feed it, epilogues before norms, which then see whole sums.
+
+Steps that a recipe does not ask for are left out; later issues add folds between 1 and 2 (the fold solver)
+and better quantizers in 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from ..compiler.canonicalize import canonicalize
+from ..compiler.driver import Step
+from ..compiler.program import Program
+from ..compiler.recipe import Kind, Recipe
+from .fuse_attention import fuse_attention
+from .fuse_epilogues import fuse_epilogues
+from .fuse_gated import fuse_gated
+from .fuse_linears import fuse_linears
+from .fuse_norms import fuse_norms
+from .layers import check_recipe
+from .pack_convolutions import pack_convolutions
+from .pack_embeddings import pack_embeddings
+from .pack_linears import pack_linears
+from .quantize_activations import quantize_activations
+from .quantize_convolutions import quantize_convolutions
+from .quantize_embeddings import quantize_embeddings
+from .quantize_weights import quantize_weights
+
+
+def plan(program: Program, recipe: Recipe, calibration: Iterable[Any] | None = None) -> list[Step]:
+    """The steps of `recipe` for `program`; calibration batches as in `calibrate.calibrate`."""
+    options = {"recipe": recipe}
+    steps = [Step(canonicalize), Step(check_recipe, options)]
+    weights, embeddings, convolutions = (
+        _asks_for(recipe, kind) for kind in ("weights", "embeddings", "convolutions")
+    )
+    if (weights or convolutions) and _quantizes_activations(recipe):
+        steps.append(Step(quantize_activations, {**options, "calibration": calibration}))
+    for wanted, quantize in (
+        (weights, quantize_weights),
+        (embeddings, quantize_embeddings),
+        (convolutions, quantize_convolutions),
+    ):
+        if wanted:
+            steps.append(Step(quantize, options))
+    for wanted, pack in (
+        (weights, pack_linears),
+        (embeddings, pack_embeddings),
+        (convolutions, pack_convolutions),
+    ):
+        if wanted:
+            steps.append(Step(pack))
+    if recipe.fuse:
+        fusions = (fuse_attention, fuse_linears, fuse_gated, fuse_epilogues, fuse_norms)
+        steps.extend(Step(fuse) for fuse in fusions)
+    return steps
+
+
+def _asks_for(recipe: Recipe, kind: Kind) -> bool:
+    """Whether the recipe quantizes some layer of this kind."""
+    return getattr(recipe, kind) is not None or any(getattr(rule, kind) is not None for rule in recipe.layers)
+
+
+def _quantizes_activations(recipe: Recipe) -> bool:
+    formats = [
+        recipe.activations,
+        *(rule.activations for rule in recipe.layers if rule.activations is not None),
+    ]
+    return any(form.mode != "float" for form in formats)
