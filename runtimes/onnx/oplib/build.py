@@ -192,35 +192,59 @@ def _run(command: list[str], what: str) -> None:
 
 
 def _compile(scratch: Path, compiler: str, progress: Progress) -> Path:
-    codegen = import_module("...kernels.codegen", __package__)
-    kernels = [k for name in _MODULES for k in import_module(f"...kernels.{name}", __package__).KERNELS]
     sources = sorted(_HERE.glob("*.cc"))
-    groups = len({k.group for k in kernels}) * len(codegen.ISAS)
+    groups = _compile_kernels(scratch, len(sources) + 1, progress)
     total = groups + len(sources) + 1
-    try:
-        objects = codegen.build_objects(kernels, scratch, lambda what, done, _: progress(what, done, total))
-    except (OSError, ToolchainError):
-        raise
-    except Exception as error:  # whatever TVM or a worker process raises, said once and in our words
-        raise ToolchainError("TVM could not compile the kernels", got=str(error).strip()[-2000:]) from error
     prefix = shlex.split(compiler)
     define = f'-DISOFOLD_OPS_VERSION="{_source_hash()}"'
     includes = [f"-I{scratch}", f"-I{_KERNELS}"]
     shims = []
     for done, source in enumerate(sources, 1):
         target = scratch / f"shim_{source.stem}.o"
-        _run(
-            [*prefix, *_FLAGS, define, *includes, "-c", str(source), "-o", str(target)],
-            f"Compiling {source.name}",
-        )
+        arguments = [*_FLAGS, define, *includes, "-c", str(source), "-o", str(target)]
+        _run([*prefix, *arguments], f"Compiling {source.name}")
         progress(source.name, groups + done, total)
         shims.append(str(target))
-    library = scratch / "libisofold_ops.so"
+    library, exports = scratch / "libisofold_ops.so", scratch / "exports"
+    exports.write_text("{ global: RegisterCustomOps; isofold_ops_info; local: *; };\n")
     # Objects of the lowest instruction set first: each carries weak float16 helpers, and the first ones win.
-    command = [*prefix, *map(str, objects), *shims, *_LINK_FLAGS, "-o", str(library)]
-    _run(command, "Linking the op library")
+    objects = sorted(map(str, scratch.glob("*_v3.o"))) + sorted(map(str, scratch.glob("*_v4.o")))
+    link = [*objects, *shims, *_LINK_FLAGS, f"-Wl,--version-script={exports}", "-o", str(library)]
+    _run([*prefix, *link], "Linking the op library")
     progress(library.name, total, total)
     return library
+
+
+def _compile_kernels(scratch: Path, steps_after: int, progress: Progress) -> int:
+    """Compile the kernels in a process of their own; returns the number of objects.
+
+    The workers of a process pool import the main module again. That must not be the caller's script, which
+    may have no guard and would start a second build that waits for this one for ever.
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
+    command = [sys.executable, "-m", __name__, str(scratch)]
+    groups = 0
+    with (scratch / "kernels.log").open("w+") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                done, count, what = line.rstrip("\n").split(" ", 2)
+                groups = int(count)
+                progress(what, int(done), groups + steps_after)
+            failed = process.wait() != 0
+        finally:
+            process.kill()
+        if failed:
+            log.seek(0)
+            raise ToolchainError("TVM could not compile the kernels", got="\n" + log.read().strip()[-3000:])
+    return groups
+
+
+def _kernels_main(scratch: Path) -> None:
+    codegen = import_module("...kernels.codegen", __package__)
+    kernels = [k for name in _MODULES for k in import_module(f"...kernels.{name}", __package__).KERNELS]
+    codegen.build_objects(kernels, scratch, lambda what, done, total: print(done, total, what, flush=True))
 
 
 @contextmanager
@@ -243,3 +267,7 @@ def _progress_bar() -> Iterator[Progress]:
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("Building the op library (once per machine)", total=None)
         yield lambda what, done, total: bar.update(task, completed=done, total=total)
+
+
+if __name__ == "__main__":
+    _kernels_main(Path(sys.argv[1]))
