@@ -56,7 +56,8 @@ class PeerError(RuntimeError):
 def cache_folder() -> Path:
     """The folder for everything the benchmarks download, build or generate; created when missing."""
     root = os.environ.get("ISOFOLD_CACHE")
-    folder = Path(root).expanduser() if root else Path.home() / ".cache" / "isofold"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(root).expanduser() if root else home / "isofold"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
