@@ -23,6 +23,7 @@ from .grouped_query import absorb_grouped_queries
 from .layer_norm import canonicalize_layer_norm
 from .linear import canonicalize_linear
 from .masks import simplify_masks
+from .merge_duplicates import merge_duplicates
 from .rms_norm import canonicalize_rms_norm
 from .rotary import canonicalize_rotary
 from .split import canonicalize_splits
@@ -32,6 +33,7 @@ from .strip_no_ops import strip_no_ops
 #: are folded, so that a transposed weight is not copied; gates after the activations they are made of.
 FORMS: tuple[Pass, ...] = (
     strip_no_ops,
+    merge_duplicates,
     canonicalize_splits,
     canonicalize_linear,
     fold_constants,

@@ -127,7 +127,7 @@ def _read_scores(editor: Editor, node: object) -> Scores | str:
             if isinstance(bias, fx.Node) and _leads_to_product(inner):
                 read = _read_scores(editor, inner)
                 if not isinstance(read, str):
-                    read.steps.append(("add", bias, 0.0))
+                    read.steps.append(_added(editor, bias))
                     return read
                 reason = read
         return reason
@@ -152,6 +152,15 @@ def _read_scores(editor: Editor, node: object) -> Scores | str:
     if is_call(node, *RESHAPES):
         return "the scores change shape between the product and the softmax"
     return f"{node.target} stands between the product of queries and keys and the softmax"
+
+
+def _added(editor: Editor, bias: fx.Node) -> tuple[str, fx.Node, float]:
+    """An added `where(m, 0, low)` is masking by m, because low absorbs every score."""
+    if is_call(bias, aten.where.ScalarOther) and scalar(editor, operands(bias)[1]) == 0.0:
+        low = float(operands(bias)[2])
+        if low <= _LOW:
+            return "keep", operands(bias)[0], low
+    return "add", bias, 0.0
 
 
 def _leads_to_product(node: object) -> bool:

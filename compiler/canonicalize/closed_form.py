@@ -207,7 +207,7 @@ def _reshaped(node: fx.Node) -> dict[int, Any] | None:
 def _sliced(node: fx.Node) -> dict[int, Any] | None:
     dim, start, step = (argument(node, name) for name in ("dim", "start", "step"))
     first = _number(0 if start is None else start)
-    if first is None or step != 1 or (first.is_number and first < 0):
+    if first is None or step != 1 or not first.is_nonnegative:
         return None
     dim %= _rank(node)
     return {dim: coordinate(dim) + first}
@@ -244,6 +244,14 @@ def _gathered(forms: ClosedForms, node: fx.Node) -> Any:
         return None
     assert isinstance(source, fx.Node)
     return move(forms.of(source), {d: forms.as_operand(index, node) for d, index in enumerate(indices)})
+
+
+def _repeated(node: fx.Node) -> dict[int, Any] | None:
+    """Repeating a dimension of size one is broadcasting it."""
+    source, shift = operands(node)[0], _rank(node) - _rank(operands(node)[0])
+    counts = operands(node)[1][shift:]
+    broadcast = [_is_one(size) or count == 1 for size, count in zip(shape(source) or (), counts, strict=True)]
+    return {d: coordinate(d + shift) for d in range(_rank(source))} if all(broadcast) else None
 
 
 def _difference(forms: ClosedForms, node: fx.Node) -> Any:
@@ -308,6 +316,7 @@ _RULES: dict[object, Callable[[ClosedForms, fx.Node], Any]] = {
     **_both(aten.where.ScalarOther, aten.where.self, aten.where.Scalar, aten.where.ScalarSelf, rule=_choice),
     aten.unsqueeze.default: _reindexed(_unsqueezed),
     aten.expand.default: _reindexed(_expanded),
+    aten.repeat.default: _reindexed(_repeated),
     aten.slice.Tensor: _reindexed(_sliced),
     aten.index.Tensor: _gathered,
     aten.diff.default: _difference,
