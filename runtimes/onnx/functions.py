@@ -1,0 +1,417 @@
+"""Every dialect operator as a function of standard ONNX operators.
+
+Exported nodes have the operator's own name in the domain `ai.isofold`. Where the op library is registered
+ONNX Runtime runs its kernel; where it is not, it runs these bodies, which decode the packed layouts exactly
+(docs/dialect.md) and repeat the arithmetic of the PyTorch references.
+
+ONNX has no way to ask inside a function whether an optional input is there, so a body is built for one
+signature: which inputs are present, their ranks, and the values of the attributes. Different signatures of
+one operator become overloads of one function (`overload` of FunctionProto, IR version 10). An operator with
+one signature in a model has the empty overload, which also ONNX Runtime 1.18 runs, that ignores overloads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ...compiler.dialect import ONNX_DOMAIN, OPERATORS
+from ...compiler.dialect.packing import LANES, ceil_to
+from ...compiler.errors import UnsupportedError
+from .body import Body
+
+Results = tuple[ir.Value, ...]
+Builder = Callable[["Call", Body], Results]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One use of an operator: what its body may depend on.
+
+    inputs: formal inputs by name, None where absent (they carry the dtype and shape of the use).
+    attributes: the non-tensor arguments by name.
+    """
+
+    inputs: Mapping[str, ir.Value | None]
+    attributes: Mapping[str, Any]
+
+    def __getitem__(self, name: str) -> ir.Value:
+        """A present input."""
+        value = self.inputs[name]
+        assert value is not None, f"input {name} is absent"
+        return value
+
+    def get(self, name: str) -> ir.Value | None:
+        """An input that may be absent."""
+        return self.inputs[name]
+
+    def rank(self, name: str) -> int:
+        """Number of dimensions of an input."""
+        return len(self.dimensions(name))
+
+    def dimensions(self, name: str) -> list[int | None]:
+        """Sizes of an input, None where they are not static."""
+        shape = self[name].shape
+        assert shape is not None, f"input {name} has no shape"
+        return [d if isinstance(d, int) else None for d in shape]
+
+    def size(self, name: str, axis: int) -> int:
+        """A size that must be static. Raises UnsupportedError."""
+        found = self.dimensions(name)[axis]
+        if found is None:
+            raise UnsupportedError(
+                f"Dimension {axis} of {name!r} must have a fixed size to be exported to ONNX",
+                hint="only batch and sequence-like dimensions may be dynamic",
+            )
+        return found
+
+
+def _activate(body: Body, x: ir.Value, activation: str) -> ir.Value:
+    if activation == "none":
+        return x
+    if activation == "relu":
+        return body("Relu", x)
+    if activation == "gelu":
+        return body("Gelu", x)
+    if activation == "gelu_tanh":
+        return body("Gelu", x, approximate="tanh")
+    if activation == "silu":
+        return body("Mul", x, body("Sigmoid", x))
+    raise UnsupportedError("Unknown activation in an operator attribute", got=repr(activation))
+
+
+def _quantize(
+    body: Body, x: ir.Value, params: ir.Value | None, axes: Sequence[int]
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Codes (as floats 0..255), scale and zero point."""
+    zero, levels = body.real(0.0), body.real(255.0)
+    if params is None:
+        over = body.ints(*axes)
+        low = body("Min", body("ReduceMin", x, over, keepdims=1), zero)
+        high = body("Max", body("ReduceMax", x, over, keepdims=1), zero)
+        spread = body("Div", body("Sub", high, low), levels)
+        scale = body("Where", body("Greater", spread, zero), spread, body.real(1.0))
+        offset = body("Clip", body("Round", body("Div", body("Neg", low), scale)), zero, levels)
+    else:
+        scale = body("Gather", params, body.constant(np.array(0, dtype=np.int64)), axis=0)
+        offset = body("Gather", params, body.constant(np.array(1, dtype=np.int64)), axis=0)
+    rounded = body("Round", body("Mul", x, body("Div", body.real(1.0), scale)))
+    return body("Clip", body("Add", rounded, offset), zero, levels), scale, offset
+
+
+def _quantize_activation(body: Body, x: ir.Value, params: ir.Value | None, width: int, align: int) -> Results:
+    codes, scale, offset = _quantize(body, x, params, [-1])
+    padding = ceil_to(width, align) - width
+    if padding:
+        codes = body("Pad", codes, body.ints(0, padding), body.real(0.0), body.ints(-1))
+    pair = body("Identity", params) if params is not None else body("Concat", scale, offset, axis=-1)
+    return body.cast(codes, ir.DataType.UINT8), pair
+
+
+def _nibbles(body: Body, packed: ir.Value, axis: int) -> ir.Value:
+    """Low and high nibbles stacked along a new axis, as uint8 of value code + 8."""
+    eight, fifteen, four = (body.constant(np.array(v, dtype=np.uint8)) for v in (8, 15, 4))
+    low = body("BitwiseAnd", packed, fifteen)
+    high = body("BitShift", packed, four, direction="RIGHT")
+    return body("BitwiseXor", body.stack([low, high], axis), eight)
+
+
+def _weight(body: Body, call: Call, rows: int, k: int) -> ir.Value:
+    """The decoded matrix float32 `[rows, k]`."""
+    bits, group = call.attributes.get("bits", 8), call.attributes.get("group_size", 0)
+    multiplier = call.attributes.get("scale_multiplier", 1.0)
+    blocks, steps = call.size("weight", 0), call.size("weight", 1)
+    if bits == 8:
+        ordered = body.reshape(body.transpose(call["weight"], 0, 2, 1, 3), blocks * LANES, steps * 4)
+        codes = body.floats(ordered)
+    else:
+        ordered = body.transpose(_nibbles(body, call["weight"], 2), 0, 3, 1, 2, 4)
+        codes = body("Sub", body.floats(body.reshape(ordered, blocks * LANES, steps * 8)), body.real(8.0))
+    width = steps * (4 if bits == 8 else 8)
+
+    def per_group(name: str) -> ir.Value:
+        values = body.transpose(body.floats(call[name]), 0, 2, 1)
+        return body.reshape(values, blocks * LANES, call.size(name, 1), 1)
+
+    codes = body.reshape(codes, blocks * LANES, width // group if group else 1, group or width)
+    if call.inputs.get("zero") is not None:
+        codes = body("Sub", codes, per_group("zero"))
+    scale = per_group("scale")
+    if multiplier != 1.0:
+        scale = body("Mul", scale, body.real(multiplier))
+    matrix = body.reshape(body("Mul", codes, scale), blocks * LANES, width)
+    if width != k:
+        matrix = body.slice(matrix, 0, k, 1)
+    return matrix if blocks * LANES == rows else body.slice(matrix, 0, rows, 0)
+
+
+def _linear(body: Body, x: ir.Value, matrix: ir.Value, bias: ir.Value | None) -> ir.Value:
+    y = body("MatMul", x, body.transpose(matrix, 1, 0))
+    return y if bias is None else body("Add", y, bias)
+
+
+def _packed_linear(body: Body, call: Call, x: ir.Value) -> ir.Value:
+    """Decoded linear, activation or gating, residual."""
+    n, k, activation = call.attributes["n"], call.attributes["k"], call.attributes["activation"]
+    bias, residual = call.get("bias"), call.get("residual")
+    if call.attributes["gated"]:
+        rows = 2 * ceil_to(n, LANES)
+        matrix = _weight(body, call, rows, k)
+        gate, up = (
+            _linear(
+                body,
+                x,
+                _half(body, matrix, half, (rows, k), n),
+                None if bias is None else _half(body, bias, half, (rows,), n),
+            )
+            for half in (0, 1)
+        )
+        y = body("Mul", _activate(body, gate, activation), up)
+    else:
+        y = _activate(body, _linear(body, x, _weight(body, call, n, k), bias), activation)
+    return y if residual is None else body("Add", y, residual)
+
+
+def _half(body: Body, interleaved: ir.Value, half: int, shape: tuple[int, ...], n: int) -> ir.Value:
+    """Rows of the gate (0) or of the other factor (1) from rows interleaved in blocks."""
+    blocks = body.reshape(interleaved, shape[0] // (2 * LANES), 2, LANES, *shape[1:])
+    chosen = body("Gather", blocks, body.constant(np.array(half, dtype=np.int64)), axis=1)
+    rows = body.reshape(chosen, shape[0] // 2, *shape[1:])
+    return rows if n == shape[0] // 2 else body.slice(rows, 0, n, 0)
+
+
+def _norm(body: Body, call: Call) -> Results:
+    x, residual, weight, bias = call["x"], call.get("residual"), call.get("weight"), call.get("bias")
+    total = body("Identity", x) if residual is None else body("Add", x, residual)
+    eps = call.attributes["eps"]
+    if call.attributes["kind"] == "layer":
+        if weight is None:
+            weight = body.constant(np.ones(call.size("x", -1), dtype=np.float32))
+        return total, body("LayerNormalization", total, weight, bias, axis=-1, epsilon=eps)
+    mean = body("ReduceMean", body("Pow", total, body.real(2.0)), body.ints(-1), keepdims=1)
+    y = body("Div", total, body("Sqrt", body("Add", mean, body.real(eps))))
+    y = y if weight is None else body("Mul", y, weight)
+    return total, y if bias is None else body("Add", y, bias)
+
+
+def quantize_activation(call: Call, body: Body) -> Results:
+    """`quantize_activation`."""
+    return _quantize_activation(
+        body, call["x"], call.get("params"), call.size("x", -1), call.attributes["align"]
+    )
+
+
+def linear_packed(call: Call, body: Body) -> Results:
+    """`linear_packed`."""
+    codes = body.floats(body.slice(call["u"], 0, call.attributes["k"], -1))
+    scale, zero = (body.slice(call["params"], i, i + 1, -1) for i in (0, 1))
+    return (_packed_linear(body, call, body("Mul", body("Sub", codes, zero), scale)),)
+
+
+def linear_packed_float(call: Call, body: Body) -> Results:
+    """`linear_packed_float`."""
+    return (_packed_linear(body, call, call["x"]),)
+
+
+def embedding_packed(call: Call, body: Body) -> Results:
+    """`embedding_packed`: only the asked rows are decoded."""
+    dim, bits, group = (call.attributes[name] for name in ("dim", "bits", "group_size"))
+    lead = [0] * call.rank("ids")
+    codes = body("Gather", call["weight"], call["ids"], axis=0)
+    if bits == 8:
+        rows = body.floats(codes)
+    else:
+        pairs = body.reshape(_nibbles(body, codes, len(lead) + 1), *lead, -1)
+        rows = body("Sub", body.floats(body.slice(pairs, 0, dim, -1)), body.real(8.0))
+
+    def per_element(name: str) -> ir.Value:
+        values = body.floats(body("Gather", call[name], call["ids"], axis=0))
+        if not group:
+            return values
+        spread = body(
+            "Expand", body("Unsqueeze", values, body.ints(-1)), body.ints(*[1] * len(lead), 1, group)
+        )
+        return body.slice(body.reshape(spread, *lead, -1), 0, dim, -1)
+
+    if call.get("zero") is not None:
+        rows = body("Sub", rows, per_element("zero"))
+    return (body("Mul", rows, per_element("scale")),)
+
+
+def conv_packed(call: Call, body: Body) -> Results:
+    """`conv_packed`."""
+    at = call.attributes
+    channels = call.size("x", 1)
+    codes, scale, offset = _quantize(body, call["x"], call.get("params"), range(1, call.rank("x")))
+    x = body("Mul", body("Sub", codes, offset), scale)
+    matrix = _weight(body, call, at["n"], channels * math.prod(at["kernel"]))
+    weight = body.reshape(matrix, at["n"], channels, *at["kernel"])
+    y = body(
+        "Conv",
+        x,
+        weight,
+        call.get("bias"),
+        kernel_shape=list(at["kernel"]),
+        strides=list(at["stride"]),
+        pads=[*at["padding"], *at["padding"]],
+        dilations=list(at["dilation"]),
+    )
+    return (_activate(body, y, at["activation"]),)
+
+
+def norm(call: Call, body: Body) -> Results:
+    """`norm`."""
+    return _norm(body, call)
+
+
+def norm_quantize(call: Call, body: Body) -> Results:
+    """`norm_quantize`."""
+    total, y = _norm(body, call)
+    return (
+        total,
+        y,
+        *_quantize_activation(body, y, call.get("params"), call.size("x", -1), call.attributes["align"]),
+    )
+
+
+def attention(call: Call, body: Body) -> Results:
+    """`attention`."""
+    at = call.attributes
+    heads, kv_heads, softcap = at["heads"], at["kv_heads"], at["softcap"]
+
+    def chosen(name: str, count: int) -> ir.Value:
+        start, x = at[f"{name}_start"], call[name]
+        return x if start == 0 and call.size(name, 2) == count else body.slice(x, start, start + count, 2)
+
+    def repeated(x: ir.Value, middle: int) -> ir.Value:
+        if kv_heads == heads:
+            return x
+        wide = body("Expand", body("Unsqueeze", x, body.ints(2)), body.ints(1, 1, heads // kv_heads, 1, 1))
+        sizes = (0, heads, middle, -1) if middle != -1 else (0, heads, -1, call.size("v", 3))
+        return body.reshape(wide, *sizes)
+
+    queries = body.transpose(chosen("q", heads), 0, 2, 1, 3)
+    keys = repeated(body.transpose(chosen("k", kv_heads), 0, 2, 3, 1), call.size("k", 3))
+    values = repeated(body.transpose(chosen("v", kv_heads), 0, 2, 1, 3), -1)
+    logits = body("Mul", body("MatMul", queries, keys), body.real(at["scale"]))
+    if softcap > 0:
+        cap = body.real(softcap)
+        logits = body("Mul", body("Tanh", body("Div", logits, cap)), cap)
+    infinite = body.real(-math.inf)
+    mask = call.get("mask")
+    if mask is not None and mask.dtype == ir.DataType.BOOL:
+        logits = body("Where", mask, logits, infinite)
+    elif mask is not None:
+        logits = body("Add", logits, mask)
+    if at["causal"]:
+        zero, one = (body.constant(np.array(v, dtype=np.int64)) for v in (0, 1))
+        rows, columns = (
+            body("Range", zero, body("Squeeze", body("Shape", call[name], start=1, end=2)), one)
+            for name in ("q", "k")
+        )
+        visible = body("LessOrEqual", columns, body("Unsqueeze", rows, body.ints(1)))
+        logits = body("Where", visible, logits, infinite)
+    if mask is None:
+        weights = body("Softmax", logits, axis=-1)
+    else:  # only a mask can hide all keys from a query; such a row is 0 instead of NaN
+        blind = body("Equal", body("ReduceMax", logits, body.ints(-1), keepdims=1), infinite)
+        weights = body("Softmax", body("Where", blind, body.real(0.0), logits), axis=-1)
+        weights = body("Where", blind, body.real(0.0), weights)
+    return (body.transpose(body("MatMul", weights, values), 0, 2, 1, 3),)
+
+
+def rotary(call: Call, body: Body) -> Results:
+    """`rotary`."""
+    x, at = call["x"], call.attributes
+    axis, depth, width = at["head_dim_index"], call.size("x", 3), call.size("cos", 3)
+    total = call.size("x", axis)
+    heads = total if at["heads"] < 0 else at["heads"]
+    turned = x if heads == total else body.slice(x, 0, heads, axis)
+    part = turned if width == depth else body.slice(turned, 0, width, 3)
+    if at["interleaved"]:
+        odd, even = (body.slice(part, start, width, 3, step=2) for start in (1, 0))
+        half = body.reshape(body.stack([body("Neg", odd), even], 4), 0, 0, 0, width)
+    else:
+        first, second = body.slice(part, 0, width // 2, 3), body.slice(part, width // 2, width, 3)
+        half = body("Concat", body("Neg", second), first, axis=3)
+    y = body("Add", body("Mul", part, call["cos"]), body("Mul", half, call["sin"]))
+    if width != depth:
+        y = body("Concat", y, body.slice(turned, width, depth, 3), axis=3)
+    if heads != total:
+        y = body("Concat", y, body.slice(x, heads, total, axis), axis=axis)
+    return (y,)
+
+
+def gated(call: Call, body: Body) -> Results:
+    """`gated`."""
+    return (body("Mul", _activate(body, call["gate"], call.attributes["activation"]), call["up"]),)
+
+
+def quantize_dequantize(call: Call, body: Body) -> Results:
+    """`quantize_dequantize`."""
+    axes = [-1] if call.attributes["granularity"] == "token" else range(1, call.rank("x"))
+    codes, scale, offset = _quantize(body, call["x"], call.get("params"), axes)
+    return (body("Mul", body("Sub", codes, offset), scale),)
+
+
+def dequantize_weight(call: Call, body: Body) -> Results:
+    """`dequantize_weight`: ONNX's own DequantizeLinear, in blocks where there are groups."""
+    codes, scale, zero, group = call["codes"], call["scale"], call.get("zero"), call.attributes["group_size"]
+    if group:
+        return (body("DequantizeLinear", codes, scale, zero, axis=1, block_size=group),)
+    flat = [None if v is None else body.reshape(v, call.size("codes", 0)) for v in (scale, zero)]
+    return (body("DequantizeLinear", codes, *flat, axis=0),)
+
+
+BODIES: dict[str, Builder] = {
+    function.__name__: function
+    for function in (
+        attention,
+        conv_packed,
+        dequantize_weight,
+        embedding_packed,
+        gated,
+        linear_packed,
+        linear_packed_float,
+        norm,
+        norm_quantize,
+        quantize_activation,
+        quantize_dequantize,
+        rotary,
+    )
+}
+"""Operator name → builder of its body."""
+
+
+def build_function(
+    name: str, inputs: Mapping[str, ir.Value | None], attributes: Sequence[ir.Attr]
+) -> ir.Function:
+    """The function for one use of the dialect operator `name`.
+
+    inputs: the node's actual inputs by argument name, None where absent; only their dtypes and shapes are read.
+    """
+    if name not in BODIES:
+        raise UnsupportedError(
+            "No ONNX lowering for a dialect operator",
+            got=f"isofold::{name}",
+            expected=" | ".join(sorted(BODIES)),
+        )
+    formal = {
+        argument: ir.Value(
+            name=argument, type=actual.type if actual else None, shape=actual.shape if actual else None
+        )
+        for argument, actual in inputs.items()
+    }
+    present = {
+        argument: formal[argument] if actual is not None else None for argument, actual in inputs.items()
+    }
+    body = Body()
+    results = BODIES[name](Call(present, {a.name: a.value for a in attributes}), body)
+    for index, result in enumerate(results):
+        result.name = f"result_{index}"
+    return body.function(ONNX_DOMAIN, OPERATORS[name].onnx_name, list(formal.values()), results, attributes)

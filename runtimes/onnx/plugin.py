@@ -1,0 +1,93 @@
+"""The ONNX backend as `isofold.compile(target="cpu")` finds it. Importing it imports nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...compiler.registry import register_backend
+
+if TYPE_CHECKING:
+    from ...compiler.program import Program
+    from .session import OnnxModel
+
+Progress = Callable[[str], None]
+
+
+class OnnxBackend:
+    """ONNX Runtime on the CPU, with isofold's op library."""
+
+    name = "onnx"
+    targets: tuple[str, ...] = ("cpu", "onnx", "onnx-cpu")
+    suffix = ".onnx"
+
+    def write(
+        self,
+        program: Program,
+        folder: Path,
+        *,
+        report: dict[str, Any],
+        progress: Progress | None = None,
+        library: bool = True,
+        check: bool = True,
+        **unknown: Any,
+    ) -> dict[str, Any]:
+        """Write an artefact into `folder` and put `report["onnx"]` in place.
+
+        library: put the op library into the artefact (built now where there is none yet).
+        check: open the result, compare it with the program, and see that packed weights stay packed.
+        """
+        from .artefact import write_artefact
+
+        _refuse(unknown)
+        return write_artefact(program, folder, report=report, progress=progress, library=library, check=check)
+
+    def write_file(
+        self,
+        program: Program,
+        path: Path,
+        *,
+        report: dict[str, Any],
+        progress: Progress | None = None,
+        library: bool = True,
+        check: bool = True,
+        **unknown: Any,
+    ) -> dict[str, Any]:
+        """Write `path` and, beside it, `path` + ".data"; `library` and `check` as in `write` (no library is copied)."""
+        from .artefact import write_onnx
+
+        _refuse(unknown)
+        return write_onnx(program, path, report=report, progress=progress, library=library, check=check)
+
+    def prepare(self, progress: Progress | None = None, force: bool = False) -> Path | None:
+        """Build the op library."""
+        from .oplib.build import build
+
+        return build(force=force, progress=_counted(progress))
+
+    def open(self, folder: Path, **options: Any) -> OnnxModel:
+        """Open an artefact (options: `session.open_artefact`)."""
+        from .session import open_artefact
+
+        return open_artefact(folder, **options)
+
+
+def _counted(progress: Progress | None) -> Callable[[str, int, int], None] | None:
+    return None if progress is None else lambda what, done, total: progress(f"{what} ({done}/{total})")
+
+
+def _refuse(unknown: dict[str, Any]) -> None:
+    from ...compiler.errors import InputError, near_misses
+
+    if unknown:
+        name = next(iter(unknown))
+        known = ["library", "check"]
+        raise InputError(
+            f"Unknown option {name!r} of the ONNX backend",
+            expected=" | ".join(known),
+            hint=near_misses(name, known),
+        )
+
+
+register_backend(OnnxBackend())

@@ -1,0 +1,397 @@
+"""A Program as an ONNX model in memory: torch.onnx for ATen, one node per dialect operator.
+
+torch.onnx translates what ATen says; a dialect operator becomes one node `ai.isofold::Name` with the
+operator's argument names as attributes, and its body (`functions.py`) is attached afterwards, because the
+exporter's own inliner fails on functions that arrive with a translation.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnxscript import values
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from ...compiler.dialect import ONNX_DOMAIN, ONNX_VERSION, OPERATORS, Operator
+from ...compiler.errors import UnsupportedError
+from ...compiler.graph import module_path, place_of, value
+from ...compiler.program import Program
+from .body import OPSET
+from .functions import build_function
+from .structure import Leaf, Structure, encode, leaf_names
+
+_ATTRIBUTES = {
+    "int": onnx.defs.OpSchema.AttrType.INT,
+    "bool": onnx.defs.OpSchema.AttrType.INT,
+    "float": onnx.defs.OpSchema.AttrType.FLOAT,
+    "str": onnx.defs.OpSchema.AttrType.STRING,
+    "List[int]": onnx.defs.OpSchema.AttrType.INTS,
+}
+IR_VERSION = 10
+"""ONNX IR version of exported files: the first with overloads of functions and metadata on nodes."""
+
+
+def is_tensor(argument: Any) -> bool:
+    """Whether an argument of a torch schema becomes an ONNX input (else it is an attribute)."""
+    return str(argument.type) in ("Tensor", "Optional[Tensor]")
+
+
+def tensor_arguments(operator: Operator) -> list[str]:
+    """Names of the inputs of an operator's node, in order."""
+    return [a.name for a in operator.overload._schema.arguments if is_tensor(a)]
+
+
+def _op_schema(operator: Operator) -> onnx.defs.OpSchema:
+    """The ONNX schema of a dialect operator, derived from its torch schema."""
+    parameter, option = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.FormalParameterOption
+    arguments = operator.overload._schema.arguments
+    inputs = [
+        parameter(
+            a.name,
+            f"T_{a.name}",
+            param_option=option.Optional if str(a.type) == "Optional[Tensor]" else option.Single,
+        )
+        for a in arguments
+        if is_tensor(a)
+    ]
+    results = range(len(operator.overload._schema.returns))
+    outputs = [parameter(f"result_{i}", f"R_{i}") for i in results]
+    tensors = [
+        "tensor(float)",
+        "tensor(float16)",
+        "tensor(uint8)",
+        "tensor(int8)",
+        "tensor(int32)",
+        "tensor(int64)",
+        "tensor(bool)",
+    ]
+    return onnx.defs.OpSchema(
+        operator.onnx_name,
+        ONNX_DOMAIN,
+        ONNX_VERSION,
+        inputs=inputs,
+        outputs=outputs,
+        type_constraints=[(p.type_str, tensors, "") for p in (*inputs, *outputs)],
+        attributes=[
+            onnx.defs.OpSchema.Attribute(a.name, _ATTRIBUTES[str(a.type)], "", required=True)
+            for a in arguments
+            if not is_tensor(a)
+        ],
+    )
+
+
+def _translation(operator: Operator) -> Callable[..., Any]:
+    node = values.Op(values.Opset(ONNX_DOMAIN, ONNX_VERSION), operator.onnx_name, _op_schema(operator))
+    arguments = operator.overload._schema.arguments
+
+    def translate(*args: Any, **kwargs: Any) -> Any:
+        given = dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
+        inputs = [given.get(a.name) for a in arguments if is_tensor(a)]
+        attributes = {}
+        for a in arguments:
+            if not is_tensor(a):
+                kind, given_value = str(a.type), given[a.name]
+                attributes[a.name] = (
+                    float(given_value)
+                    if kind == "float"
+                    else int(given_value)
+                    if kind in ("int", "bool")
+                    else given_value
+                )
+        return node(*inputs, **attributes)
+
+    translate.__name__ = f"isofold_{operator.name}"
+    return translate
+
+
+def to_onnx(program: Program) -> ir.Model:
+    """The program as an ONNX model whose initializers still share the program's tensors.
+
+    Inputs are named like the placeholders, outputs after the structure they are returned in, dynamic
+    dimensions after the user's Dims where they had names. Raises UnsupportedError that lists every operator
+    without a lowering.
+    """
+    exported = _without_gradients(program).to_exported_program()
+    table: dict[Any, Any] = {operator.overload: _translation(operator) for operator in OPERATORS.values()}
+    with _quiet():
+        try:
+            made = torch.onnx.export(
+                exported,
+                dynamo=True,
+                opset_version=OPSET,
+                custom_translation_table=table,
+                optimize=True,
+                verbose=False,
+            )
+        except Exception as error:
+            raise _explain(program, error) from error
+    assert made is not None
+    model: ir.Model = made.model
+    _attach_bodies(model)
+    _name_interface(model, program)
+    _annotate(model, program)
+    model.opset_imports.update({"": OPSET, ONNX_DOMAIN: ONNX_VERSION})
+    model.ir_version = IR_VERSION
+    model.producer_name, model.producer_version = "isofold", None
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.graph.doc_string = None
+    return model
+
+
+def _without_gradients(program: Program) -> Program:
+    """The program with plain tensors for parameters.
+
+    torch lays out an attention's result by whether a gradient is wanted, and decomposes reshapes by that layout;
+    torch.onnx traces twice, with and without gradients, and the two must agree.
+    """
+    tensors = {name: t.detach() if isinstance(t, torch.Tensor) else t for name, t in program.tensors.items()}
+    return Program(
+        program.graph, tensors, program.example_args, program.example_kwargs, program.dynamic_shapes, program.records
+    )
+
+
+@contextmanager
+def _quiet() -> Any:
+    """torch.onnx reports missing optional packages and progress on its own; neither concerns the user."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _explain(program: Program, error: Exception) -> UnsupportedError:
+    """Every operator that torch.onnx knows no translation for, with the places that use it."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    missing: dict[str, list[str]] = {}
+    registry = ONNXRegistry.from_torchlib(OPSET)
+    decomposable = torch.export.default_decompositions()
+    for node in program.graph.nodes:
+        target = node.target
+        if (
+            isinstance(target, torch._ops.OpOverload)
+            and target.namespace != "isofold"
+            and target._schema.returns  # assertions return nothing, and the exporter drops them
+            and not registry.is_registered(target)
+            and target not in decomposable
+        ):
+            missing.setdefault(str(target), []).append(str(place_of(node)))
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return UnsupportedError(
+        "The program cannot be written as ONNX",
+        where="; ".join(f"{name} at {places[0]} ({len(places)} uses)" for name, places in missing.items())
+        or None,
+        got=f"{type(cause).__name__}: {lines[0] if lines else ''}",
+        hint="replace the operator in the model, or decompose it into ATen operators that ONNX has",
+    )
+
+
+def _attach_bodies(model: ir.Model) -> None:
+    """One function per operator and signature; nodes name theirs in `overload`."""
+    by_onnx_name = {operator.onnx_name: operator for operator in OPERATORS.values()}
+    bodies: dict[str, dict[bytes, ir.Function]] = {}
+    for node in model.graph.all_nodes():
+        if node.domain != ONNX_DOMAIN:
+            continue
+        operator = by_onnx_name[node.op_type]
+        names = tensor_arguments(operator)
+        actual = [*node.inputs, *[None] * (len(names) - len(node.inputs))]
+        inputs = dict(zip(names, actual, strict=True))
+        function = build_function(operator.name, inputs, list(node.attributes.values()))
+        known = bodies.setdefault(operator.name, {})
+        key = ir.serde.serialize_function(function).SerializeToString(deterministic=True)
+        if key not in known:
+            function.overload = str(len(known)) if known else ""
+            known[key] = function
+            model.functions[function.identifier()] = function
+        node.overload = known[key].overload
+
+
+def _name_interface(model: ir.Model, program: Program) -> None:
+    """Names of inputs, outputs and dynamic dimensions."""
+    graph = model.graph
+    produced = {value for node in graph for value in node.outputs}
+    seen: set[ir.Value] = set()
+    for position, output in enumerate(graph.outputs):
+        if (
+            output in seen or output not in produced
+        ):  # an input, a constant or a result that is returned twice
+            copied = ir.node("Identity", [output])
+            copied.outputs[0].type, copied.outputs[0].shape = output.type, output.shape
+            graph.append(copied)
+            graph.outputs[position] = copied.outputs[0]
+        seen.add(output)
+    inputs = input_names(program)
+    outputs = [f"{name}_out" if name in inputs else name for name in output_names(program)]
+    wanted = {*inputs, *outputs}
+    interface = [*graph.inputs, *graph.outputs]
+    others = [v for node in graph.all_nodes() for v in node.outputs] + list(graph.initializers.values())
+    for value_ in others:
+        if value_.name in wanted and not any(value_ is v for v in interface):
+            value_.name = f"{value_.name}_inner"
+    for position, value_ in enumerate(interface):
+        value_.name = f"interface_{position}"  # all names are free before any is taken
+    for value_, name in zip(interface, [*inputs, *outputs], strict=True):
+        value_.name = name
+    renames = _dimension_names(program)
+    for value_ in _values(graph):
+        if value_.shape is not None:
+            value_.shape = ir.Shape([_rename(d, renames) for d in value_.shape])
+
+
+def _values(graph: ir.Graph) -> list[ir.Value]:
+    return [*graph.inputs, *(v for node in graph.all_nodes() for v in node.outputs)]
+
+
+def _rename(dimension: Any, names: Mapping[str, str]) -> Any:
+    if isinstance(dimension, int) or dimension.value is None:
+        return dimension
+    return ir.SymbolicDim(re.sub(r"[A-Za-z_]\w*", lambda m: names.get(m[0], m[0]), str(dimension.value)))
+
+
+def _dimension_names(program: Program) -> dict[str, str]:
+    """torch's symbols (`s77`) → names of the Dims the user declared, else input and axis."""
+    declared = _declared_dims(program)
+    names: dict[str, str] = {}
+    for node, dims in zip(program.placeholders, declared, strict=True):
+        fake = value(node)
+        for axis, size in enumerate(fake.shape if isinstance(fake, torch.Tensor) else ()):
+            symbol = str(size)
+            if isinstance(size, int) or not symbol.isidentifier():
+                continue
+            wanted = dims.get(axis) if isinstance(dims, Mapping) else None
+            name = getattr(wanted, "__name__", None)
+            if name is None or name in names.values():
+                name = None if symbol in names else f"{node.name}_{axis}"
+            if name is not None:
+                names.setdefault(symbol, name)
+    return names
+
+
+def _declared_dims(program: Program) -> list[Any]:
+    """The dynamic shapes in the order of the placeholders, None where nothing fits them."""
+    nothing: list[Any] = [None] * len(program.placeholders)
+    if program.dynamic_shapes is None:
+        return nothing
+    arguments = (program.example_args, program.example_kwargs)
+    shapes = program.dynamic_shapes
+    ordered = list(shapes.values()) if isinstance(shapes, Mapping) else list(shapes)
+    flat: list[Any] = []
+    for given, dims in zip([*arguments[0], *arguments[1].values()], ordered, strict=False):
+        if isinstance(given, (tuple, list)) and isinstance(dims, (tuple, list)):
+            flat.extend(dims)
+        else:
+            flat.extend(
+                [dims] if len(pytree.tree_leaves(given)) == 1 else [None] * len(pytree.tree_leaves(given))
+            )
+    return flat if len(flat) == len(nothing) else nothing
+
+
+def output_structure(program: Program) -> Structure:
+    """Structure of the results; tensors are numbered in the order of the ONNX outputs."""
+    leaves: list[Any] = []
+    count = 0
+    for leaf in pytree.tree_leaves(program.output_node.args[0], is_leaf=lambda v: v is None):
+        if isinstance(leaf, fx.Node):
+            leaves.append(Leaf(count, integer=not isinstance(value(leaf), torch.Tensor)))
+            count += 1
+        else:
+            leaves.append(leaf)
+    return encode(program.unflatten_outputs(leaves))
+
+
+def input_names(program: Program) -> list[str]:
+    """Names of the ONNX inputs: the placeholders that are tensors."""
+    return [node.name for node in program.placeholders if isinstance(value(node), torch.Tensor)]
+
+
+def output_names(program: Program) -> list[str]:
+    """Names of the ONNX outputs."""
+    names = leaf_names(output_structure(program), "output")
+    return [names[index] for index in sorted(names)]
+
+
+def input_structure(program: Program) -> dict[str, Any]:
+    """`{"names": [...], "args": [...], "kwargs": {...}}`: tensors are numbered in the order of the ONNX inputs."""
+    codegen = program.graph._codegen
+    leaves: list[Any] = []
+    count = 0
+    for node in program.placeholders:
+        fake = value(node)
+        if isinstance(fake, torch.Tensor):
+            leaves.append(Leaf(count))
+            count += 1
+        else:
+            leaves.append(fake)
+    assert isinstance(codegen, fx.graph._PyTreeCodeGen), (
+        "captured programs carry the structure of their arguments"
+    )
+    args, kwargs = pytree.tree_unflatten(leaves, codegen.pytree_info.in_spec)
+    return {
+        "names": list(codegen.pytree_info.orig_args)[: len(args)],
+        "args": [encode(a) for a in args],
+        "kwargs": {key: encode(v) for key, v in kwargs.items()},
+    }
+
+
+def _annotate(model: ir.Model, program: Program) -> None:
+    """Name nodes after the program's, keep their module path, and drop torch's own metadata.
+
+    A dialect operator's node has the name of its node in the program (profiles and reports join on it); the
+    nodes that one ATen operator became are `name/OpType`, numbered where that repeats.
+    """
+    own = {node.name: node for node in program.graph.nodes}
+    counts: dict[str, int] = {}
+    for node in model.graph.all_nodes():
+        source = own.get(_program_node(node, id(program.graph)) or "")
+        origin = source.name if source is not None else ""
+        if node.domain == ONNX_DOMAIN:
+            name = origin or str(node.op_type)
+            for output in node.outputs:
+                if node.op_type == "NormQuantize" and not output.uses() and not output.is_graph_output():
+                    output.name = ""
+        else:
+            name = f"{origin}/{node.op_type}" if origin else str(node.op_type)
+        seen = counts.get(name, 0)
+        counts[name] = seen + 1
+        node.name = f"{name}_{seen}" if seen else name
+        node.metadata_props.clear()
+        path = module_path(source) if source is not None else ""
+        if path:
+            node.metadata_props["module"] = path
+        node.doc_string = None
+        for output in node.outputs:
+            output.metadata_props.clear()
+    for input_ in model.graph.inputs:
+        input_.metadata_props.clear()
+
+
+def _program_node(node: ir.Node, graph_id: int) -> str | None:
+    """Name of the program's node that an ONNX node came from: torch records the chain of graphs it went through."""
+    made_of = node.meta.get("node")
+    sources = made_of.meta.get("from_node") if made_of is not None else None
+    while sources:
+        if sources[-1].graph_id == graph_id:
+            name: str = sources[-1].name
+            return name
+        sources = sources[-1].from_node
+    return None
