@@ -1,7 +1,8 @@
-"""Calls of one operator on the same arguments become one call.
+"""Calls of one operator on the same arguments become one call, and so do sizes that are the same symbol.
 
 Models compute masks, position tables and their views anew in every layer, and every view costs a runtime one
-operator. Captured graphs are functional, so a call's result depends on its arguments alone.
+operator. Captured graphs are functional, so a call's result depends on its arguments alone. A size is equal to every
+other with its symbolic expression, whatever tensor it is taken from; reading all from the first frees the others.
 
 Side conditions: the operator draws no random numbers and writes to none of its arguments. Exactness: BITWISE.
 """
@@ -49,6 +50,9 @@ def _is_pure(node: fx.Node) -> bool:
 
 def _key(node: fx.Node) -> tuple[Any, ...]:
     """Target and arguments; values of different types (1 and 1.0, 0.0 and -0.0) stay apart."""
+    size = node.meta.get("val")
+    if node.target == torch.ops.aten.sym_size.int and isinstance(size, torch.SymInt):
+        return (node.target, size.node.expr)
     leaves, structure = pytree.tree_flatten((node.args, node.kwargs))
     return (
         node.target,

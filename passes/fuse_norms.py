@@ -69,12 +69,15 @@ def _fuse(editor: Editor, node: fx.Node) -> None:
             norm_quantize.overload, *operands, params, eps, kind, align, like=node, before=anchor
         )
         _redirect(editor, quantizer, new, {0: 2, 1: 3}, anchor)
+    if summands[1] is not None and len(x.users) > 1:
+        total = editor.call(operator.getitem, new, 0, like=x, before=anchor)
+        x.replace_all_uses_with(total, propagate_meta=False)
     if node.users:
         editor.replace(node, editor.call(operator.getitem, new, 1, like=node, before=anchor))
     else:
         editor.erase(node)
-    if summands[1] is not None and not x._erased:
-        editor.replace(x, editor.call(operator.getitem, new, 0, like=x, before=anchor))
+    if not x._erased and not x.users and x.op == "call_function":
+        editor.erase(x)
     parts = (["residual sum"] if summands[1] is not None else []) + [f"{kind} norm"]
     parts += [] if quantizer is None else ["quantizer"]
     editor.applied(new, " + ".join(parts) + " in one pass")
