@@ -104,7 +104,11 @@ class Program:
         """Arguments as the flat list that the placeholders take, in order."""
         codegen = self.graph._codegen
         if isinstance(codegen, fx.graph._PyTreeCodeGen):
-            return list(codegen.process_inputs(*args, **kwargs))
+            if set(kwargs) != set(self.example_kwargs):
+                raise TypeError(f"keywords {sorted(kwargs)}, captured with {sorted(self.example_kwargs)}")
+            # Keywords are flattened in the order of the capture, whatever order the caller wrote.
+            ordered = {name: kwargs[name] for name in self.example_kwargs}
+            return list(pytree.arg_tree_leaves(*args, **ordered))
         return [*args, *kwargs.values()]
 
     def unflatten_outputs(self, flat: Any) -> Any:
