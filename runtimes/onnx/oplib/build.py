@@ -37,6 +37,7 @@ _PACKAGED = _HERE / "lib" / "libisofold_ops.so"
 _MODULES = (
     "quantize",
     "linear",
+    "linear_float",
     "norm",
     "attention",
     "rotary",

@@ -1,4 +1,4 @@
-// QuantizeActivation and PackedLinear.
+// QuantizeActivation, PackedLinear and PackedLinearFloat.
 #include "op.h"
 
 namespace isofold {
@@ -89,7 +89,7 @@ struct LinearInputs {
   size_t weight, scale, zero, wsum, bias;
 };
 
-// Check the constant inputs and point `l` at them. wsum is absent for float activations.
+// Check the constant inputs and point `l` at them. wsum 0: there is none (float activations).
 OrtStatus* read_weights(const Context& c, const LinearInputs& at, isofold_linear* l) {
   Tensor weight, scale, zero, wsum, bias;
   ISOFOLD_TRY(c.input(at.weight, &weight));
@@ -157,6 +157,32 @@ OrtStatus* compute_linear(void* memory, Context& c) {
   });
 }
 
+// ---- PackedLinearFloat
+
+OrtStatus* compute_linear_float(void* memory, Context& c) {
+  const auto& kernel = *static_cast<const LinearKernel*>(memory);
+  isofold_linear l = kernel.linear;
+  ISOFOLD_TRY(read_weights(c, {1, 2, 3, 0, 4}, &l));
+  Tensor x, residual;
+  ISOFOLD_TRY(c.input(0, &x));
+  ISOFOLD_TRY(c.input(5, &residual));
+  ISOFOLD_TRY(c.expect_last(0, x, kernel.k));
+  Shape shape = with_last(x.shape, l.n);
+  ISOFOLD_TRY(c.expect(5, residual, ORT_FLOAT, shape));
+  float* y = nullptr;
+  ISOFOLD_TRY(c.output(0, shape, &y));
+  isofold_linear_float_call call = {x.f32(), residual.f32(), y, shape.rows(), kernel.k};
+  if (call.m == 0) return nullptr;
+  int64_t tasks = isofold_linear_float_tasks(&l, call.m);
+  double rows = double(isofold_linear_row_block(&l, call.m));
+  rows = rows < double(call.m) ? rows : double(call.m);
+  // A task decodes 32 rows of weights (about 4 a nanosecond) and does 64 operations a row and input (about 60).
+  double decode = 32.0 * double(l.kp) / 4, work = rows * double(l.kp) * 64 / 60;
+  return c.parallel(tasks, worthwhile(decode > work ? decode : work), [&](int64_t begin, int64_t end) {
+    isofold_linear_float_run(kernels, &l, &call, begin, end);
+  });
+}
+
 OrtStatus* infer_linear(Inference& f) {
   SymbolicShape shape = f.input(0);
   int64_t n = f.integer("n", 0);
@@ -197,6 +223,23 @@ void define_packed_linear(Op* op) {
   op->kernel_size = sizeof(LinearKernel);
   op->create = create_linear;
   op->compute = compute_linear;
+  op->infer = infer_linear;
+}
+
+void define_packed_linear_float(Op* op) {
+  op->name = "PackedLinearFloat";
+  op->input_count = 6;
+  op->inputs[0] = {"x", ORT_FLOAT};
+  op->inputs[1] = {"weight", ORT_UNDEFINED};
+  op->inputs[2] = {"scale", ORT_UNDEFINED};
+  op->inputs[3] = {"zero", ORT_INT8, ORT_OPTIONAL};
+  op->inputs[4] = {"bias", ORT_FLOAT, ORT_OPTIONAL};
+  op->inputs[5] = {"residual", ORT_FLOAT, ORT_OPTIONAL};
+  op->output_count = 1;
+  op->outputs[0] = {"y", ORT_FLOAT};
+  op->kernel_size = sizeof(LinearKernel);
+  op->create = create_linear;
+  op->compute = compute_linear_float;
   op->infer = infer_linear;
 }
 

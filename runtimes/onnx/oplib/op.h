@@ -14,6 +14,8 @@
 
 #include "linear_driver.h"
 
+#include "linear_float_driver.h"
+
 namespace isofold {
 
 enum { MAX_RANK = 8, MAX_INPUTS = 10, MAX_OUTPUTS = 4 };
