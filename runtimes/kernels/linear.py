@@ -28,10 +28,11 @@ Tile shape. v4: 8 rows x 2 panels, 16 accumulators; a step of 4 inputs costs 2 w
 for 16 ``vpdpbusd``: 10 loads for 16 cycles on a machine with one 512-bit dot and one 512-bit load a cycle
 (Zen 4), 5 for 8 with two of each. Registers: 16 accumulators + 2 weights + 1 broadcast of 32. Shapes from 4x4
 to 9x3 all measure 97 % of the peak on Zen 4 with everything in the second-level cache, so 8x2 was chosen for
-what it divides: M = 128 without a remainder, N in steps of 32 which is also the gate/up pair. Groups keep the
-same tile: their float sums are in ``t``, one convert, one multiply-add with a memory operand and one store
-per vector and group, because 16 + 16 accumulators do not fit; the bound is 8 / 9 of the peak at groups of 32,
-32 / 33 at 128. v3: the 8x2 tile is walked in 4x1 sub-tiles (two 256-bit vectors wide).
+what it divides: M = 128 without a remainder, N in steps of 32 which is also the gate/up pair. Groups need
+integer and float sums, 16 + 16 would not fit: the tile is walked in 4x2 sub-tiles, 8 + 8 (one convert and one
+multiply-add per vector and group: the bound is 8 / 9 of the peak at groups of 32, 32 / 33 at 128; keeping the
+float sums of an 8x2 tile in memory was 10 % slower). v3: 4x1 sub-tiles of two 256-bit vectors, float sums in
+``t``.
 
 The integer sums are exact on both instruction sets while they fit int32: K <= 32768 with zero points, twice
 that without.
@@ -140,10 +141,11 @@ class _Tile:
         return load(self.acc, (row * self.vectors + vector) * self.lanes, self.lanes)
 
 
-def _sub_tiles(isa: Isa, rows: int, panels: int) -> list[tuple[int, int, int, int]]:
+def _sub_tiles(isa: Isa, rows: int, panels: int, grouped: bool) -> list[tuple[int, int, int, int]]:
     """(first row, rows, first vector, vectors) of the sub-tiles that fit the registers."""
     vectors = panels * 16 // lanes(isa)
-    high, wide = (rows, vectors) if isa.vnni else (min(rows, 4), 2)
+    wide = min(vectors, 2)
+    high = min(rows, 4) if grouped or not isa.vnni else rows
     return [(r, min(high, rows - r), v, wide) for v in range(0, vectors, wide) for r in range(0, rows, high)]
 
 
@@ -152,9 +154,9 @@ def _scale_vector(scale: Any, offset: Any, n: int) -> Any:
 
 
 def _add_group(
-    isa: Isa, tile: _Tile, where: Any, t: Any, ldt: Any, group: Any, arrays: dict[str, Any]
+    isa: Isa, tile: _Tile, where: Any, sums: Any, at: Any, group: Any, arrays: dict[str, Any]
 ) -> None:
-    """t += scale * (sum - zero * usum) for every accumulator of a sub-tile and one group."""
+    """sums[at(r, v)] += scale * (sum - zero * usum) for every accumulator of a sub-tile and one group."""
     row0, vector0 = where
     n = tile.lanes
     unit = float(arrays.get("unit", 1))
@@ -172,14 +174,44 @@ def _add_group(
             if zero is not None:
                 usum = load(arrays["usum"], arrays["ldusum"] * (row0 + r) + group, 1)
                 value = T.fma(zero, T.broadcast(usum, n), value)
-            at = ldt * (row0 + r) + column
-            store(t, at, T.fma(value, scale, load(t, at, n)), n)
+            store(sums, at(r, v), T.fma(value, scale, load(sums, at(r, v), n)), n)
 
 
 def _clear(t: Any, ldt: Any, rows: int, panels: int, dtype: str) -> None:
     for r in range(rows):
         for p in range(panels):
             store(t, ldt * r + p * 16, _splat(0, dtype, 16))
+
+
+class _Window:
+    """Where a sub-tile lies in ``t``, and how sums move between registers and there."""
+
+    def __init__(self, t: Any, ldt: Any, row0: int, rows: int, vector0: int, vectors: int, n: int) -> None:
+        self.t, self.ldt, self.row0, self.vector0, self.vectors, self.n = t, ldt, row0, vector0, vectors, n
+        self.every = [(r, v) for r in range(rows) for v in range(vectors)]
+
+    def at(self, r: int, v: int) -> Any:
+        """Offset in ``t``."""
+        return self.ldt * (self.row0 + r) + (self.vector0 + v) * self.n
+
+    def local(self, r: int, v: int) -> int:
+        """Offset in registers."""
+        return (r * self.vectors + v) * self.n
+
+    def start(self, sums: Any, dtype: str, accumulate: Any) -> None:
+        """Registers from ``t``, or zero."""
+        with T.If(accumulate != T.int32(0)):
+            with T.Then():
+                for r, v in self.every:
+                    store(sums, self.local(r, v), load(self.t, self.at(r, v), self.n), self.n)
+            with T.Else():
+                for r, v in self.every:
+                    store(sums, self.local(r, v), _splat(0, dtype, self.n), self.n)
+
+    def finish(self, sums: Any) -> None:
+        """Registers to ``t``."""
+        for r, v in self.every:
+            store(self.t, self.at(r, v), load(sums, self.local(r, v), self.n), self.n)
 
 
 def _tile(mode: str, rows: int, panels: int, small: bool, isa: Isa, *arguments: Any) -> None:
@@ -193,15 +225,15 @@ def _tile(mode: str, rows: int, panels: int, small: bool, isa: Isa, *arguments: 
         arrays["zero"], arrays["usum"], arrays["ldusum"], *rest = rest
     ahead, stride, accumulate, t, ldt = rest
     n = lanes(isa)
-    with when(accumulate == T.int32(0)):
-        _clear(t, ldt, rows, panels, "int32" if mode == "pc" else "float32")
-    for row0, r_count, vector0, v_count in _sub_tiles(isa, rows, panels):
+    in_memory = mode != "pc" and not isa.vnni
+    if in_memory:
+        with when(accumulate == T.int32(0)):
+            _clear(t, ldt, rows, panels, "float32")
+    for row0, r_count, vector0, v_count in _sub_tiles(isa, rows, panels, mode != "pc"):
         tile = _Tile(isa, r_count, v_count, small)
-        first = row0 == 0 and vector0 == 0
+        window = _Window(t, ldt, row0, r_count, vector0, v_count, n)
 
-        def run(
-            block: Any, row0: int = row0, vector0: int = vector0, tile: _Tile = tile, first: bool = first
-        ) -> None:
+        def run(block: Any, row0: int = row0, vector0: int = vector0, tile: _Tile = tile) -> None:
             """STEPS steps from step ``block * STEPS``."""
             tile.begin()
             for k in range(STEPS):
@@ -209,27 +241,34 @@ def _tile(mode: str, rows: int, panels: int, small: bool, isa: Isa, *arguments: 
                 weights = []
                 for v in range(tile.vectors):
                     panel, inside = divmod((vector0 + v) * n, 16)
-                    weights.append(bind(load(w, ldw * panel + step * 64 + inside * 4, 4 * n)))
+                    at = bind(ldw * panel + step * 64)
+                    weights.append(bind(load(w, at + inside * 4, 4 * n)))
+                    if rows <= 2 and inside == 0:  # nothing but streaming: fetch this panel's own future
+                        prefetch(w, at + PREFETCH, 3)
                 tile.step([load(u, ldu * (row0 + r) + step, 1) for r in range(tile.rows)], weights)
-                if first and k in (2, 6):
+                if rows > 2 and row0 == 0 and vector0 == 0 and k in (2, 6):
                     prefetch(ahead, block * stride + (64 if k == 6 else 0), 2)
             tile.end()
 
         if mode == "pc":
-            tile.clear()
+            window.start(tile.acc, "int32", accumulate)
             with for_range(0, inputs // (4 * STEPS)) as block:
                 run(block)
-            for r in range(tile.rows):
-                for v in range(tile.vectors):
-                    at = ldt * (row0 + r) + (vector0 + v) * n
-                    store(t, at, load(t, at, n) + tile.value(r, v), n)
-        else:
-            blocks = bind(group // (4 * STEPS))
-            with for_range(0, inputs // group) as g:
-                tile.clear()
-                with for_range(0, blocks) as b:
-                    run(g * blocks + b)
-                _add_group(isa, tile, (row0, vector0), t, ldt, g, arrays)
+            window.finish(tile.acc)
+            continue
+        sums = t
+        if not in_memory:
+            sums = registers(r_count * v_count, "float32", n)
+            window.start(sums, "float32", accumulate)
+        blocks = bind(group // (4 * STEPS))
+        with for_range(0, inputs // group) as g:
+            tile.clear()
+            with for_range(0, blocks) as b:
+                run(g * blocks + b)
+            place = window.at if in_memory else window.local
+            _add_group(isa, tile, (row0, vector0), sums, place, g, arrays)
+        if not in_memory:
+            window.finish(sums)
 
 
 def _gemv4(mode: str, rows: int, isa: Isa, *arguments: Any) -> None:
@@ -357,10 +396,14 @@ def _epilogue(activation: str, mode: str, gated: bool, isa: Isa, *arguments: Any
             for p in range(panels):
                 store(padded, p * 16, load(bias, p * 16))
         else:
-            with for_range(0, columns) as j:
-                store(padded, j, load(bias, j, 1), 1)
+            with T.If(columns == T.int64(32)):
+                with T.Then():
+                    for p in range(panels):
+                        store(padded, p * 16, load(bias, p * 16))
+                with T.Else(), for_range(0, columns) as j:
+                    store(padded, j, load(bias, j, 1), 1)
 
-    def linear(m: Any, p: int) -> Any:
+    def linear(m: Any, p: int, s: Any, sz: Any) -> Any:
         at = ldt * m + p * 16
         if mode == "pc":
             total = registers(1, "int32", 16)
@@ -371,15 +414,16 @@ def _epilogue(activation: str, mode: str, gated: bool, isa: Isa, *arguments: Any
             value = T.cast(load(total, 0), "float32x16") * load(scale, p * 16)
         else:
             value = load(t, at)
-        s = load(params, ldparams * m, 1)
-        z = load(params, ldparams * m + 1, 1)
-        centred = value * T.broadcast(multiplier, 16) - T.broadcast(z, 16) * load(wsum, p * 16)
-        return bind(T.fma(T.broadcast(s, 16), centred, load(padded, p * 16)))
+        shift = T.fma(sz, load(wsum, p * 16), load(padded, p * 16))
+        return bind(T.fma(s, value, shift))
 
     def finish(m: Any, p: int) -> None:
-        value = activate(linear(m, p), activation)
+        s = bind(load(params, ldparams * m, 1))
+        z = load(params, ldparams * m + 1, 1)
+        both = bind(T.broadcast(s * multiplier, 16)), bind(T.broadcast(T.float32(0.0) - s * z, 16))
+        value = activate(linear(m, p, *both), activation)
         if gated:
-            value = value * linear(m, 1)
+            value = value * linear(m, 1, *both)
         value = bind(value)
         at = bind(ldy * m + p * 16)
         whole = columns >= T.int64(16 * (p + 1))
