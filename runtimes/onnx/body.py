@@ -20,8 +20,11 @@ class Body:
         self._tape = Tape()
 
     def __call__(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
-        """Append a node with one output."""
-        return self._tape.op(op_type, list(inputs), attributes)
+        """Append a node with one output; inputs that are absent at the end are left out."""
+        given = list(inputs)
+        while given and given[-1] is None:  # ONNX Runtime's fusions read a trailing empty name as a value
+            given.pop()
+        return self._tape.op(op_type, given, attributes)
 
     def constant(self, value: np.ndarray) -> ir.Value:
         """A Constant node."""

@@ -129,7 +129,7 @@ def open_session(
 ) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session; `prepare` may change its options. Raises ArtefactError."""
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors are raised anyway
     if threads is not None:
         options.intra_op_num_threads = threads
     if prepare is not None:

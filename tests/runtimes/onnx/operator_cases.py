@@ -1,0 +1,243 @@
+"""Uses of every dialect operator: all combinations of optional inputs, ragged sizes, both widths, groups, gating."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isofold.compiler.dialect import packing
+
+Case = tuple[str, str, dict[str, Any]]
+"""(operator, what is special, arguments)"""
+
+
+class _Random:
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=self.generator)
+
+
+def packed(random: _Random, rows: int, k: int, bits: int, group: int, zero: bool) -> packing.PackedLinear:
+    """A packed random matrix."""
+    low, high = packing.code_range(bits, not zero)
+    codes = random.integers(low, high + 1, rows, k).to(torch.int8)
+    groups = -(-k // group) if group else 1
+    scale, _ = packing.storable_scale(random.normal(rows, groups).abs() * 0.02 + 0.001, group)
+    zeros = random.integers(-5, 6, rows, groups).to(torch.int8) if zero else None
+    return packing.pack_linear(codes, scale, zeros, bits, group)
+
+
+def cases() -> Iterator[Case]:
+    """All cases."""
+    yield from _linears()
+    yield from _embeddings()
+    yield from _convolutions()
+    yield from _norms()
+    yield from _attentions()
+    yield from _elementwise()
+
+
+def _linears() -> Iterator[Case]:
+    formats = [(8, 0), (8, 32), (4, 32), (4, 64), (4, 128)]
+    for index, ((bits, group), zero, bias, residual) in enumerate(product(formats, *[(False, True)] * 3)):
+        activation = ("none", "relu", "gelu", "gelu_tanh", "silu")[index % 5]
+        gated, k = index % 3 == 2, (70, 96, 131)[index % 3]
+        yield _linear(index, 37, k, bits, group, zero, bias, residual, activation, gated, static=index % 4 == 1)
+    # Odd ones: one row and one column, K below one group, N a multiple of 16, a 4-dimensional activation.
+    yield _linear(90, 1, 1, 8, 0, False, True, False, "none", False, static=False)
+    yield _linear(91, 16, 5, 4, 128, True, True, True, "none", False, static=False)
+    yield _linear(92, 32, 64, 4, 32, False, True, True, "silu", True, static=False)
+    yield from (_floating(_linear(93 + i, 37, k, bits, 32, i % 2 == 1, i > 1, i == 3, "gelu", gated, False))
+                for i, (k, bits, gated) in enumerate([(70, 4, False), (131, 8, True), (96, 4, True), (64, 8, False)]))  # fmt: skip
+
+
+def _linear(
+    seed: int, n: int, k: int, bits: int, group: int, zero: bool, bias: bool, residual: bool, activation: str,
+    gated: bool, static: bool,
+) -> Case:  # fmt: skip
+    random = _Random(seed)
+    rows = 2 * packing.ceil_to(n, 16) if gated else n
+    matrix = packed(random, rows, k, bits, group, zero)
+    width = packing.ceil_to(k, packing.alignment(group))
+    lead = (2, 3)
+    u = random.integers(0, 256, *lead, width).to(torch.uint8)
+    u[..., k:] = 0
+    params = torch.tensor([0.02, 131.0]) if static else random.normal(*lead, 2).abs()
+    if not static:
+        params[..., 1] = random.integers(0, 256, *lead).float()
+    arguments = {
+        "u": u,
+        "params": params,
+        "weight": matrix.weight,
+        "scale": matrix.scale,
+        "zero": matrix.zero,
+        "wsum": matrix.wsum,
+        "bias": random.normal(rows) if bias else None,
+        "residual": random.normal(*lead, n) if residual else None,
+        "n": n,
+        "k": k,
+        "bits": bits,
+        "group_size": group,
+        "scale_multiplier": matrix.scale_multiplier,
+        "activation": activation,
+        "gated": gated,
+    }
+    present = "+".join(name for name in ("zero", "bias", "residual") if arguments[name] is not None)
+    return "linear_packed", f"w{bits}g{group}-{present or 'bare'}-{activation}{'-gated' if gated else ''}-k{k}", arguments
+
+
+def _floating(case: Case) -> Case:
+    _, what, arguments = case
+    kept = {key: v for key, v in arguments.items() if key not in ("u", "params", "wsum")}
+    x = _Random(arguments["k"]).normal(2, 3, arguments["k"])
+    return "linear_packed_float", what, {"x": x, **kept}
+
+
+def _embeddings() -> Iterator[Case]:
+    for seed, (bits, group, zero, rank) in enumerate(product((8, 4), (0, 32), (False, True), (1, 2))):
+        random = _Random(seed)
+        rows, dim = 19, 45
+        low, high = packing.code_range(bits, False)
+        codes = random.integers(low, high + 1, rows, dim).to(torch.int8)
+        groups = -(-dim // group) if group else 1
+        ids = random.integers(-rows, rows, *(3, 4)[:rank]).to(torch.int32 if rank == 1 else torch.int64)
+        yield "embedding_packed", f"w{bits}g{group}-zero{zero}-rank{rank}", {
+            "ids": ids,
+            "weight": packing.pack_embedding_codes(codes, bits),
+            "scale": random.normal(rows, groups),
+            "zero": random.integers(-5, 6, rows, groups).to(torch.int8) if zero else None,
+            "dim": dim,
+            "bits": bits,
+            "group_size": group,
+        }
+
+
+def _convolutions() -> Iterator[Case]:
+    shapes = [
+        ((3, 20), (5,), (2,), (1,), (1,)),
+        ((3, 9, 11), (3, 3), (1, 2), (1, 0), (1, 1)),
+        ((3, 9, 11), (1, 1), (1, 1), (0, 0), (1, 1)),
+        ((3, 12, 11), (3, 2), (2, 1), (2, 1), (2, 3)),
+    ]
+    for seed, (((channels, *space), kernel, stride, padding, dilation), static, bias) in enumerate(
+        product(shapes, (False, True), (False, True))
+    ):
+        random = _Random(seed)
+        k = channels
+        for size in kernel:
+            k *= size
+        matrix = packed(random, 21, k, 8, 0, False)
+        yield "conv_packed", f"{'x'.join(map(str, kernel))}-static{static}-bias{bias}", {
+            "x": random.normal(2, channels, *space),
+            "params": torch.tensor([0.02, 120.0]) if static else None,
+            "weight": matrix.weight,
+            "scale": matrix.scale,
+            "wsum": matrix.wsum,
+            "bias": random.normal(21) if bias else None,
+            "kernel": list(kernel),
+            "stride": list(stride),
+            "padding": list(padding),
+            "dilation": list(dilation),
+            "n": 21,
+            "activation": "relu" if bias else "none",
+        }  # fmt: skip
+
+
+def _norms() -> Iterator[Case]:
+    for seed, (kind, residual, weight, bias) in enumerate(product(("layer", "rms"), *[(False, True)] * 3)):
+        random = _Random(seed)
+        common = {
+            "x": random.normal(2, 3, 45),
+            "residual": random.normal(2, 3, 45) if residual else None,
+            "weight": random.normal(45) if weight else None,
+            "bias": random.normal(45) if bias else None,
+        }
+        what = f"{kind}-residual{residual}-weight{weight}-bias{bias}"
+        yield "norm", what, {**common, "eps": 1e-5, "kind": kind}
+        params = torch.tensor([0.02, 128.0]) if seed % 2 else None
+        yield "norm_quantize", what, {**common, "params": params, "eps": 1e-5, "kind": kind, "align": 32}
+
+
+def _attentions() -> Iterator[Case]:
+    masks = ("none", "bool", "float")
+    for seed, (mask, causal, softcap, kv_heads) in enumerate(product(masks, (False, True), (0.0, 2.0), (4, 2))):
+        random = _Random(seed)
+        queries, keys, depth, width = 5, 7, 8, 12
+        allowed = random.integers(0, 2, 2, 1, queries, keys).bool()
+        allowed[0, 0, 2] = False  # a query that sees nothing
+        hidden = {
+            "none": None,
+            "bool": allowed,
+            "float": torch.where(allowed, random.normal(1, 1, queries, keys), -torch.inf),
+        }[mask]
+        offset = seed % 2  # q, k and v inside wider tensors
+        yield "attention", f"{mask}-causal{causal}-cap{softcap}-kv{kv_heads}-offset{offset}", {
+            "q": random.normal(2, queries, 4 + 2 * offset, depth),
+            "k": random.normal(2, keys, kv_heads + 2 * offset, depth),
+            "v": random.normal(2, keys, kv_heads + 2 * offset, width),
+            "mask": hidden,
+            "heads": 4,
+            "kv_heads": kv_heads,
+            "q_start": offset,
+            "k_start": 2 * offset,
+            "v_start": offset,
+            "scale": 0.3,
+            "causal": causal,
+            "softcap": softcap,
+        }
+
+
+def _elementwise() -> Iterator[Case]:
+    random = _Random(0)
+    for width, static, align in product((45, 64), (False, True), (32, 128)):
+        x = random.normal(2, 3, width)
+        x[0, 0] = 0.0  # an empty range
+        yield "quantize_activation", f"k{width}-static{static}-align{align}", {
+            "x": x,
+            "params": torch.tensor([0.015, 127.0]) if static else None,
+            "align": align,
+        }
+    for granularity, static in product(("token", "sample"), (False, True)):
+        yield "quantize_dequantize", f"{granularity}-static{static}", {
+            "x": random.normal(2, 3, 45),
+            "params": torch.tensor([0.015, 127.0]) if static else None,
+            "granularity": granularity,
+        }
+    for group, zero in product((0, 32), (False, True)):
+        groups = 2 if group else 1
+        yield "dequantize_weight", f"g{group}-zero{zero}", {
+            "codes": random.integers(-8, 8, 6, 64).to(torch.int8),
+            "scale": random.normal(6, groups),
+            "zero": random.integers(-5, 6, 6, groups).to(torch.int8) if zero else None,
+            "group_size": group,
+        }
+    yield "dequantize_weight", "convolution", {
+        "codes": random.integers(-8, 8, 6, 3, 2, 2).to(torch.int8),
+        "scale": random.normal(6, 1),
+        "zero": None,
+        "group_size": 0,
+    }
+    for axis, width, heads, interleaved in product((1, 2), (8, 4), (-1, 2), (False, True)):
+        shape = [2, 5, 5, 8]
+        shape[axis] = 3
+        table = [2, 1, 5, width] if axis == 1 else [1, 5, 1, width]
+        yield "rotary", f"axis{axis}-width{width}-heads{heads}-interleaved{interleaved}", {
+            "x": random.normal(*shape),
+            "cos": random.normal(*table),
+            "sin": random.normal(*table),
+            "head_dim_index": axis,
+            "heads": heads,
+            "interleaved": interleaved,
+        }
+    for activation in ("none", "relu", "gelu", "gelu_tanh", "silu"):
+        arguments = {"gate": random.normal(2, 3, 45), "up": random.normal(2, 3, 45), "activation": activation}
+        yield "gated", activation, arguments
