@@ -11,7 +11,9 @@ linear in both.
 Side conditions: four dimensions; static numbers of heads, where those of queries are a multiple of those of keys
 and values (`enable_gqa`; one key head also serves all without it); equal batch; float32; no dropout. What other
 operators read of the old layout is kept, as an exchange of the new value. The mask is passed on as it is (both
-operators add it, or take -inf where it is False), and `is_causal` sees keys t <= s in both. A row that sees nothing
+operators add it, or take -inf where it is False), and `is_causal` sees keys t <= s in both. torch takes either of the
+two; here both go together, so a mask `(t <= s) and padding` leaves only the padding `[B, 1, 1, T]`, proved for all
+sizes by its closed form. A row that sees nothing
 gives 0 in both (torch's softmax for attention is safe since 2.5).
 
 Exactness: REAL; moved factors and another order of sums round differently.
@@ -24,6 +26,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..compiler.canonicalize.closed_form import ClosedForms
+from ..compiler.canonicalize.masks import is_causal
 from ..compiler.canonicalize.match import (
     DIVISIONS,
     MULTIPLICATIONS,
@@ -41,6 +45,7 @@ from ..compiler.passes import Guarantee, define_pass
 aten = torch.ops.aten
 _SDPA = aten.scaled_dot_product_attention.default
 _NORMS = (aten.layer_norm.default, aten.rms_norm.default)
+_ANDS = (aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default)
 _LINEAR_IN_X = (rotary.overload, *RESHAPES, aten.slice.Tensor, aten.transpose.int, aten.clone.default)
 
 
@@ -48,12 +53,13 @@ _LINEAR_IN_X = (rotary.overload, *RESHAPES, aten.slice.Tensor, aten.transpose.in
 def fuse_attention(editor: Editor) -> None:
     """See the module."""
     tables: dict[fx.Node, fx.Node] = {}
+    forms = ClosedForms(editor)
     for node in editor.calls(_SDPA):
         reason = _reason_against(node)
         if reason is not None:
             editor.refused(node, reason)
         else:
-            _fuse(editor, node, tables)
+            _fuse(editor, node, forms, tables)
 
 
 def _reason_against(node: fx.Node) -> str | None:
@@ -79,7 +85,7 @@ def _reason_against(node: fx.Node) -> str | None:
     return None
 
 
-def _fuse(editor: Editor, node: fx.Node, tables: dict[fx.Node, fx.Node]) -> None:
+def _fuse(editor: Editor, node: fx.Node, forms: ClosedForms, tables: dict[fx.Node, fx.Node]) -> None:
     heads, depth = (shape(node.args[0]) or ())[1::2]  # type: ignore[arg-type]  # a node, by the operator's schema
     kv_heads = (shape(node.args[1]) or ())[1]  # type: ignore[arg-type]  # a node, by the operator's schema
     given = argument(node, "scale")
@@ -89,7 +95,7 @@ def _fuse(editor: Editor, node: fx.Node, tables: dict[fx.Node, fx.Node]) -> None
         x = node.args[position]
         assert isinstance(x, fx.Node)
         reads.append(_exchanged(editor, x, node, tables))
-    mask, causal = argument(node, "attn_mask"), argument(node, "is_causal")
+    mask, causal = _split_causal(forms, argument(node, "attn_mask"), argument(node, "is_causal"))
     new = editor.call(
         attention.overload, *reads, mask, heads, kv_heads, 0, 0, 0, scale, causal, 0.0, like=node
     )
@@ -103,6 +109,16 @@ def _fuse(editor: Editor, node: fx.Node, tables: dict[fx.Node, fx.Node]) -> None
     editor.applied(
         new, "attention without transposes", transposes_left=inserted, heads=heads, kv_heads=kv_heads
     )
+
+
+def _split_causal(forms: ClosedForms, mask: Any, causal: bool) -> tuple[Any, bool]:
+    """The mask without its part `t <= s`, and whether queries see only keys up to their own."""
+    if not is_call(mask, *_ANDS) or dtype(mask) != torch.bool or len(shape(mask) or ()) != 4:
+        return mask, causal
+    for part, other in ((0, 1), (1, 0)):
+        if is_causal(forms.as_operand(mask.args[part], mask)) and dtype(mask.args[other]) == torch.bool:  # type: ignore[arg-type]  # a node
+            return _split_causal(forms, mask.args[other], True)
+    return mask, causal
 
 
 def is_exchange(node: object) -> bool:

@@ -1,9 +1,10 @@
 """From a recipe to the passes that it means, in order.
 
-1. `canonicalize`: one spelling, so that the rest need know no architecture.
+1. `canonicalize`: one spelling, so that the rest need know no architecture; equal calls become one.
 2. `quantize_*`: activations first, as their ranges are measured on the float program, then weights.
 3. `pack_*`: codes into the layouts that kernels read; after this no float copy of a packed weight is left.
-4. `fuse_*`: attention before the linears that feed it, epilogues before norms, which then see whole sums.
+4. `fuse_*`: attention before the linears that feed it (its views then lead to them), epilogues before those linears are
+   joined and before norms, which take only the sums that no linear took.
 
 Steps that a recipe does not ask for are left out; later issues add folds between 1 and 2 (the fold solver)
 and better quantizers in 2.
@@ -19,6 +20,8 @@ from ..compiler.driver import Step
 from ..compiler.program import Program
 from ..compiler.recipe import Kind, Recipe
 from .fuse_attention import fuse_attention
+from .fuse_duplicates import fuse_duplicates
+from .fuse_duplicates import fuse_duplicates
 from .fuse_epilogues import fuse_epilogues
 from .fuse_gated import fuse_gated
 from .fuse_linears import fuse_linears
@@ -36,7 +39,10 @@ from .quantize_weights import quantize_weights
 def plan(program: Program, recipe: Recipe, calibration: Iterable[Any] | None = None) -> list[Step]:
     """The steps of `recipe` for `program`; calibration batches as in `calibrate.calibrate`."""
     options = {"recipe": recipe}
-    steps = [Step(canonicalize), Step(check_recipe, options)]
+    steps = [Step(canonicalize)]
+    if recipe.fuse:
+        steps.append(Step(fuse_duplicates))
+    steps.append(Step(check_recipe, options))
     weights, embeddings, convolutions = (
         _asks_for(recipe, kind) for kind in ("weights", "embeddings", "convolutions")
     )
@@ -57,7 +63,7 @@ def plan(program: Program, recipe: Recipe, calibration: Iterable[Any] | None = N
         if wanted:
             steps.append(Step(pack))
     if recipe.fuse:
-        fusions = (fuse_attention, fuse_linears, fuse_gated, fuse_epilogues, fuse_norms)
+        fusions = (fuse_duplicates, fuse_attention, fuse_gated, fuse_epilogues, fuse_linears, fuse_norms)
         steps.extend(Step(fuse) for fuse in fusions)
     return steps
 
