@@ -9,6 +9,7 @@ operator by operator, as it is after all passes.
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -37,7 +38,7 @@ def block_graph(captured: Program, program: Program) -> dict[str, Any]:
         `operator | dialect | packed | outside`, and edges.
     """
     blocks = _assign(program)
-    before = Counter(block for node, block in _assign(captured).items() if node.op.startswith("call"))
+    before = Counter(block for node, block in _assign(captured).items() if _computes(node))
     merged = _merge_repeated(program, blocks)
     nodes = _nodes(program, blocks, merged, before)
     edges = sorted({(merged[blocks[a]], merged[blocks[b]]) for a, b in _dataflow(blocks)})
@@ -84,6 +85,10 @@ def _dataflow(blocks: dict[fx.Node, str]) -> Iterable[tuple[fx.Node, fx.Node]]:
         )
 
 
+def _computes(node: fx.Node) -> bool:
+    return node.op.startswith("call") and node.target is not operator.getitem
+
+
 def _is_tensor(node: fx.Node) -> bool:
     return isinstance(value(node), (Tensor, tuple, list))
 
@@ -126,7 +131,7 @@ def _nodes(
         if block not in entry["modules"]:
             entry["modules"].append(block)
             entry["operators_before"] += before[block]
-        entry["operators_after"] += node.op.startswith("call")
+        entry["operators_after"] += _computes(node)
         for source in node.all_input_nodes:
             held = program.tensors.get(str(source.target)) if source.op == "get_attr" else None
             if isinstance(held, Tensor) and str(source.target) not in counted:
@@ -158,11 +163,7 @@ def _detail(program: Program, blocks: dict[fx.Node, str], merged: dict[str, str]
     if len(inside) > _DETAIL_LIMIT:
         return None
     kept = set(inside)
-    nodes = {
-        node: _operator_entry(node, chosen)
-        for node in inside
-        if _operator_name(node) != "getitem" and _is_tensor(node)
-    }
+    nodes = {node: _operator_entry(node, chosen) for node in inside if _computes(node) and _is_tensor(node)}
     edges: set[tuple[str, str]] = set()
     for target in inside:
         if target not in nodes:
@@ -182,7 +183,7 @@ def _detail(program: Program, blocks: dict[fx.Node, str], merged: dict[str, str]
 def _through_getitem(node: fx.Node) -> list[fx.Node]:
     sources = []
     for source in node.all_input_nodes:
-        while source.op == "call_function" and _operator_name(source) == "getitem":
+        while source.target is operator.getitem:
             source = source.all_input_nodes[0]
         if source.op != "get_attr" and _is_tensor(source):
             sources.append(source)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import operator
 import os
 import tempfile
 import warnings
@@ -92,8 +93,10 @@ class Program:
 
     @property
     def operator_count(self) -> int:
-        """Nodes that compute something."""
-        return sum(node.op.startswith("call") for node in self.graph.nodes)
+        """Nodes that compute something; taking one of several results is not counted."""
+        return sum(
+            node.op.startswith("call") and node.target is not operator.getitem for node in self.graph.nodes
+        )
 
     @property
     def weight_bytes(self) -> int:

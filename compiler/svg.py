@@ -82,8 +82,9 @@ class _Layout:
 
 
 def _layers(ids: list[str], edges: Sequence[Sequence[str]]) -> _Layout:
+    ids = _topological(ids, edges)
     position = {key: i for i, key in enumerate(ids)}
-    # Ids come in order of execution; the few edges against it (modules used twice) do not shape the layers.
+    # Edges against the order (modules used twice make cycles) are drawn but do not shape the layers.
     forward = sorted({(position[b], position[a], a, b) for a, b in edges if position[a] < position[b]})
     depth = dict.fromkeys(ids, 0)
     for _, _, a, b in forward:
@@ -105,6 +106,19 @@ def _layers(ids: list[str], edges: Sequence[Sequence[str]]) -> _Layout:
         chains.append([top, *bends, bottom])
     _untangle(order, chains)
     return _Layout(order, chains)
+
+
+def _topological(ids: Sequence[str], edges: Sequence[Sequence[str]]) -> list[str]:
+    """Ids so that sources come first, in the given order where there is a choice or a cycle."""
+    waiting = {key: {a for a, b in edges if b == key and a != key} for key in ids}
+    ordered: list[str] = []
+    while waiting:
+        free = next((key for key, sources in waiting.items() if not sources), next(iter(waiting)))
+        del waiting[free]
+        ordered.append(free)
+        for sources in waiting.values():
+            sources.discard(free)
+    return ordered
 
 
 def _untangle(order: list[list[str]], chains: list[list[str]]) -> None:
