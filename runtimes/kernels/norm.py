@@ -93,7 +93,7 @@ def _rows(
 
     sums, squares = _Accumulator(0.0, add), _Accumulator(0.0, add)
     lowest, highest = _Accumulator(0.0, tirx.min), _Accumulator(0.0, tirx.max)
-    moments = registers(1, "float32", 2)  # mean, 1 / deviation
+    moments = registers(1, "float32", 2)  # mean, variance
     inverse_k = bind(T.float32(1.0) / T.cast(k, "float32"))
     with for_range(begin, end) as r:
         at = bind(r * k)
@@ -118,18 +118,24 @@ def _rows(
         with T.If(is_set(RMS)):
             with T.Then():
                 store(moments, 0, T.float32(0.0), 1)
+                store(moments, 1, squares.result() * inverse_k, 1)
             with T.Else():
                 mean = bind(sums.result() * inverse_k)
-                store(moments, 0, mean, 1)
+                sums.reset()
                 squares.reset()
 
                 def deviation(i: Any, lanes: int, way: int, mean: Any = mean) -> None:
                     d = bind(load(row, i, lanes) - _spread(mean, lanes))
+                    sums.update(way, lanes, lambda old: old + d)
                     squares.update(way, lanes, lambda old: T.fma(d, d, old))
 
                 sweep(k, deviation)
+                # What is left of the sum is the rounding error of the mean: it matters far from zero.
+                shift = bind(sums.result() * inverse_k)
+                store(moments, 0, mean + shift, 1)
+                store(moments, 1, squares.result() * inverse_k - shift * shift, 1)
         centre = bind(load(moments, 0, 1))
-        factor = bind(T.float32(1.0) / T.sqrt(squares.result() * inverse_k + eps))
+        factor = bind(T.float32(1.0) / T.sqrt(load(moments, 1, 1) + eps))
 
         def normalize(chosen: list[bool], at: Any = at, centre: Any = centre, factor: Any = factor) -> None:
             has_weight, has_bias, wants_result = chosen

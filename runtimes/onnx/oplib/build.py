@@ -53,11 +53,16 @@ _LINK_FLAGS = ("-shared", "-Wl,-z,nodelete", "-Wl,--as-needed", "-Wl,--no-undefi
 
 
 def library_path(progress: Progress | None = None) -> Path:
-    """The op library: the one inside the installed package, else the cached one, else built now.
+    """The op library: the file named by `ISOFOLD_OPS_LIBRARY`, else the one inside the installed package, else
+    the cached one, else built now.
 
     Raises:
-        ToolchainError: it has to be built, and g++ or TVM is missing or fails.
+        ToolchainError: it has to be built, and g++ or TVM is missing or fails; or the named file is not there.
     """
+    if named := os.environ.get("ISOFOLD_OPS_LIBRARY"):
+        if not Path(named).is_file():
+            raise ToolchainError("There is no op library at this path", where=f"ISOFOLD_OPS_LIBRARY={named}")
+        return Path(named)
     if _PACKAGED.exists():
         return _PACKAGED
     cached = _cached()
