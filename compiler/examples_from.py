@@ -25,7 +25,7 @@ _BATCH, _LENGTH, _TARGET_LENGTH, _FRAMES = 2, 12, 7, 24
 
 @dataclass(frozen=True)
 class Examples:
-    """A module on tensors, inputs for it, and the sizes that may vary (`Dim.AUTO`: where the model allows it)."""
+    """A module on tensors, inputs for it, and the sizes that may vary."""
 
     module: nn.Module
     args: tuple[Tensor, ...]
@@ -49,8 +49,7 @@ class TensorsOnly(nn.Module):
             result = self.model(**signature.bind(*args, **kwargs).arguments, **options)
             if isinstance(result, Tensor):
                 return {"output": result}
-            kept = {k: v for k, v in result.items() if isinstance(v, Tensor) and not k.startswith("encoder_")}
-            return kept
+            return {k: v for k, v in result.items() if isinstance(v, Tensor) and not k.startswith("encoder_")}
 
         # torch.export and callers see the model's own argument names.
         forward.__signature__ = signature  # type: ignore[attr-defined]  # functions take any attribute
@@ -101,11 +100,11 @@ def _example(model: Any, name: str) -> Tensor | None:
     generator = torch.Generator().manual_seed(0)
     config = model.config
     if name in ("input_ids", "decoder_input_ids"):
-        table = model.get_input_embeddings()
-        vocabulary = getattr(table, "num_embeddings", None) or getattr(config, "vocab_size", None)
+        text = config.get_text_config(decoder=name.startswith("decoder"))
+        vocabulary = getattr(text, "vocab_size", None)
         if vocabulary is None:
             return None
-        positions = getattr(config, "max_position_embeddings", None) or _LENGTH
+        positions = getattr(text, "max_position_embeddings", None) or _LENGTH
         length = min(_LENGTH if name == "input_ids" else _TARGET_LENGTH, positions)
         # The lowest ids are padding and marks in most vocabularies.
         return torch.randint(min(3, vocabulary - 1), vocabulary, (_BATCH, length), generator=generator)
@@ -176,11 +175,8 @@ def _takes_padding(model: Any, inputs: Mapping[str, Tensor], options: Mapping[st
 
 
 def _free_sizes(name: str, tensor: Tensor) -> dict[int, Any]:
-    """Everything but channels and features may vary, where the model allows it."""
+    """The batch varies, and everything but channels and features where the model allows it."""
     last = tensor.dim() - 1
-    fixed = {
-        "pixel_values": {1},
-        "input_features": {last} if tensor.shape[1] == _FRAMES else {1},
-        "spectrogram": {last},
-    }
-    return {d: Dim.AUTO for d in range(tensor.dim()) if d not in fixed.get(name, set())}
+    features = last if tensor.shape[1] == _FRAMES else 1
+    fixed = {"pixel_values": 1, "input_features": features, "spectrogram": last}.get(name)
+    return {0: Dim("batch", min=1)} | {d: Dim.AUTO for d in range(1, tensor.dim()) if d != fixed}

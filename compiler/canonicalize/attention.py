@@ -240,8 +240,9 @@ def _spell(editor: Editor, node: fx.Node) -> None:
         editor.refused(node, "it drops weights at random" if dropout else "its head has no static size")
         return
     factor = 1.0 / math.sqrt(width) if scale is None else float(scale)
-    q, q_factor = _unscaled(editor, q, node)
-    k, k_factor = _unscaled(editor, k, node)
+    # A value that is also read as another operand keeps its factor: one scale cannot stand for both.
+    q, q_factor = _unscaled(editor, q, node) if q is not k and q is not v else (q, 1.0)
+    k, k_factor = _unscaled(editor, k, node) if k is not q and k is not v else (k, 1.0)
     if q_factor * k_factor != 1.0:
         editor.applied(
             node, f"queries and keys were scaled by {q_factor * k_factor:g}: now the operator's scale"

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from ..editor import Editor
-from ..graph import argument, dtype, shape
+from ..graph import argument, dtype, shape, value
 from ..passes import Guarantee, define_pass
 from .attention import SDPA
 from .closed_form import ClosedForms, at_most_zero, conjuncts, coordinate
@@ -181,5 +181,16 @@ def _comparison(
 
 
 def _range(editor: Editor, size: Any, of: fx.Node, like: fx.Node, node: fx.Node) -> fx.Node:
-    length = size if isinstance(size, int) else editor.call(aten.sym_size.int, of, 2, like=like, before=node)
-    return editor.call(aten.arange.default, length, like=like, before=node)
+    return editor.call(aten.arange.default, _length(editor, size, of, like, node), like=like, before=node)
+
+
+def _length(editor: Editor, size: Any, of: fx.Node, like: fx.Node, node: fx.Node) -> Any:
+    """The size as a number, or the first node of the graph that computes it."""
+    if isinstance(size, int):
+        return size
+    for known in editor.graph.nodes:
+        if known is node:
+            break
+        if isinstance(value(known), torch.SymInt) and equal_sizes(value(known), size):
+            return known
+    return editor.call(aten.sym_size.int, of, 2, like=like, before=node)

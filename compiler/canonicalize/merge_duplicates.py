@@ -1,7 +1,8 @@
-"""Two calls of one operator with the same arguments become one.
+"""Two calls of one operator with the same arguments become one, and so do sizes that are one symbol.
 
 Models compute masks, position tables and broadcasts anew in every layer; operators are functions, so the same
-arguments give the same value.
+arguments give the same value. A size equals every other with its symbolic expression, whatever tensor it is read
+from; reading all from the first keeps no other tensor alive.
 
 Side conditions: the operator draws no random numbers and writes to none of its arguments. Exactness: bitwise.
 """
@@ -12,6 +13,7 @@ import torch
 from torch import fx
 
 from ..editor import Editor
+from ..graph import value
 from ..passes import Guarantee, define_pass
 
 
@@ -23,8 +25,7 @@ def merge_duplicates(editor: Editor) -> None:
     for node in list(editor.graph.nodes):
         if node.op != "call_function" or not _is_function(node):
             continue
-        # Nodes print as their names, which are unique, and strings with quotes, so the text tells all apart.
-        kept = first.setdefault(f"{node.target} {node.args!r} {node.kwargs!r}", node)
+        kept = first.setdefault(_key(node), node)
         if kept is not node:
             name = str(node.target).removeprefix("aten.")
             merged[name] = merged.get(name, 0) + 1
@@ -32,6 +33,14 @@ def merge_duplicates(editor: Editor) -> None:
             editor.graph.erase_node(node)
     for name, count in merged.items():
         editor.applied(editor.program.output_node, f"merged {count} x {name}", merged=count)
+
+
+def _key(node: fx.Node) -> str:
+    size = value(node)
+    if node.target == torch.ops.aten.sym_size.int and isinstance(size, torch.SymInt):
+        return f"size {size.node.expr}"
+    # Nodes print as their names, which are unique, and strings with quotes, so the text tells all apart.
+    return f"{node.target} {node.args!r} {node.kwargs!r}"
 
 
 def _is_function(node: fx.Node) -> bool:
