@@ -156,7 +156,7 @@ def _rows(
         with when(is_set(QUANTIZE)), T.If(is_set(STATIC)):
             with T.Then():
                 scale, zero = bind(load(pair, 0, 1)), bind(load(pair, 1, 1))
-                write_codes(row, tirx.const(0, "int64"), k, u, r * kp, kp, scale, zero)
+                write_codes(isa, row, tirx.const(0, "int64"), k, u, r * kp, kp, scale, zero)
             with T.Else():
                 low, high = lowest.result(), highest.result()
                 scale = bind((high - low) / T.float32(255.0))
@@ -164,7 +164,7 @@ def _rows(
                 zero = bind(round_half_even((T.float32(0.0) - low) / scale))
                 store(params, r * 2, scale, 1)
                 store(params, r * 2 + 1, zero, 1)
-                write_codes(row, tirx.const(0, "int64"), k, u, r * kp, kp, scale, zero)
+                write_codes(isa, row, tirx.const(0, "int64"), k, u, r * kp, kp, scale, zero)
 
 
 KERNELS = [

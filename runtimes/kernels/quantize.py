@@ -79,10 +79,40 @@ def _code(value: Any, inverse: Any, z: Any, lanes: int) -> Any:
     return T.cast(T.cast(T.min(T.max(shifted, low), high), f"int32{suffix}"), f"uint8{suffix}")
 
 
-def write_codes(x: Any, base: Any, k: Any, u: Any, out: Any, kp: Any, s: Any, z: Any) -> None:
+def _pack64(isa: Isa, x: Any, at: Any, inverse: Any, z: Any) -> Any:
+    """Codes of x[at : at + 64] as uint8x64: converting (half to even), then narrowing with saturation as the clamp.
+
+    Packs interleave by 128-bit lanes, which one permutation of 32-bit words undoes. Converting saturates nothing, so
+    that products are cut off at 2**30 first; below -2**31 the result is the most negative integer, as it should be.
+    """
+    words = []
+    for i in range(4):
+        scaled = T.min(load(x, at + 16 * i) * _splat(inverse), _splat(2.0**30))
+        words.append(T.call_llvm_pure_intrin("int32x16", "llvm.lrint.v16i32.v16f32", scaled))
+    halves = []
+    for a, b in (words[:2], words[2:]):
+        packed = T.call_llvm_pure_intrin("int16x32", "llvm.x86.avx512.packssdw.512", a, b)
+        halves.append(T.call_llvm_pure_intrin("int16x32", "llvm.sadd.sat.v32i16", packed, z))
+    codes = T.call_llvm_pure_intrin("int8x64", "llvm.x86.avx512.packuswb.512", *halves)
+    lane = T.ramp(T.int32(0), T.int32(1), 16)
+    order = (lane & T.broadcast(T.int32(3), 16)) * T.broadcast(T.int32(4), 16) + (
+        lane >> T.broadcast(T.int32(2), 16)
+    )
+    words512 = T.reinterpret("int32x16", codes)
+    sorted_ = T.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.permvar.si.512", words512, order)
+    return T.reinterpret("uint8x64", sorted_)
+
+
+def write_codes(isa: Isa, x: Any, base: Any, k: Any, u: Any, out: Any, kp: Any, s: Any, z: Any) -> None:
     """u[out : out + kp] = codes of x[base : base + k], zeros after."""
     inverse = bind(T.float32(1.0) / s)
-    with for_range(0, k // 16) as c:
+    done: Any = T.int64(0)
+    if isa.vnni:
+        point = bind(T.broadcast(T.cast(z, "int16"), 32))
+        with for_range(0, k // 64) as c:
+            store(u, out + c * 64, _pack64(isa, x, base + c * 64, inverse, point), 64)
+        done = bind(k // 64 * 4)
+    with for_range(done, k // 16) as c:
         store(u, out + c * 16, _code(load(x, base + c * 16), inverse, z, 16))
     vectors = bind(k // 16 * 16)
     with for_range(vectors, k) as j:
@@ -91,23 +121,25 @@ def write_codes(x: Any, base: Any, k: Any, u: Any, out: Any, kp: Any, s: Any, z:
         store(u, out + j, T.uint8(0), 1)
 
 
-def quantize_row(x: Any, base: Any, k: Any, u: Any, out: Any, kp: Any, params: Any, at: Any) -> None:
+def quantize_row(
+    isa: Isa, x: Any, base: Any, k: Any, u: Any, out: Any, kp: Any, params: Any, at: Any
+) -> None:
     """Dynamic quantization of one row, for kernels that produce rows: codes to u[out:], the pair to params[at:]."""
     s, z = _pair(*_range(x, base, k))
     store(params, at, s, 1)
     store(params, at + 1, z, 1)
-    write_codes(x, base, k, u, out, kp, s, z)
+    write_codes(isa, x, base, k, u, out, kp, s, z)
 
 
 def _quantize_rows(isa: Isa, x: Any, u: Any, params: Any, rows: Any, k: Any, kp: Any) -> None:
     with for_range(0, rows) as m:
-        quantize_row(x, m * k, k, u, m * kp, kp, params, m * 2)
+        quantize_row(isa, x, m * k, k, u, m * kp, kp, params, m * 2)
 
 
 def _quantize_rows_static(isa: Isa, x: Any, u: Any, params: Any, rows: Any, k: Any, kp: Any) -> None:
     s, z = bind(load(params, 0, 1)), bind(load(params, 1, 1))
     with for_range(0, rows) as m:
-        write_codes(x, m * k, k, u, m * kp, kp, s, z)
+        write_codes(isa, x, m * k, k, u, m * kp, kp, s, z)
 
 
 def _row_range(isa: Isa, x: Any, k: Any, pair: Any) -> None:
