@@ -5,8 +5,7 @@
 Exchanging the head and sequence dimensions commutes with everything that works inside one head and position:
 rotary embedding (it then has head_dim_index 2), norms over the head, slices of it, and products with a number.
 So the exchanges move through these down to the attention, and cancel there; where there is none to cancel, one
-is inserted. A number that only scales queries or keys moves into the attention's own scale, since the logits are
-linear in both.
+is inserted.
 
 Side conditions: four dimensions; static numbers of heads, where those of queries are a multiple of those of keys
 and values (`enable_gqa`; one key head also serves all without it); equal batch; float32; no dropout. What other
@@ -16,7 +15,7 @@ two; here both go together, so a mask `(t <= s) and padding` leaves only the pad
 sizes by its closed form. A row that sees nothing
 gives 0 in both (torch's softmax for attention is safe since 2.5).
 
-Exactness: REAL; moved factors and another order of sums round differently.
+Exactness: REAL; another order of sums rounds differently.
 """
 
 from __future__ import annotations
@@ -29,24 +28,21 @@ from torch import fx
 from ..compiler.canonicalize.closed_form import ClosedForms
 from ..compiler.canonicalize.masks import is_causal
 from ..compiler.canonicalize.match import (
-    DIVISIONS,
     MULTIPLICATIONS,
     RESHAPES,
     equal_shapes,
     equal_sizes,
     is_call,
-    scalar,
 )
 from ..compiler.dialect import attention, rotary
 from ..compiler.editor import Editor
-from ..compiler.graph import argument, dtype, only_user, shape
+from ..compiler.graph import argument, dtype, shape
 from ..compiler.passes import Guarantee, define_pass
 
 aten = torch.ops.aten
 _SDPA = aten.scaled_dot_product_attention.default
 _NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 _ANDS = (aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default)
-_LINEAR_IN_X = (rotary.overload, *RESHAPES, aten.slice.Tensor, aten.transpose.int, aten.clone.default)
 
 
 @define_pass(Guarantee.REAL)
@@ -101,9 +97,6 @@ def _fuse(editor: Editor, node: fx.Node, forms: ClosedForms, tables: dict[fx.Nod
     )
     back = editor.call(aten.transpose.int, new, 1, 2, like=node)
     editor.replace(node, back)
-    for position in (0, 1):
-        scale *= _absorb_factor(editor, new, position)
-    new.args = (*new.args[:9], scale, *new.args[10:])
     _cancel(editor, back, new)
     inserted = sum(is_exchange(x) for x in new.args[:3]) + (not back._erased)
     editor.applied(
@@ -186,40 +179,6 @@ def _exchanged_table(editor: Editor, table: Any, tables: dict[fx.Node, fx.Node])
         else:
             tables[source] = editor.call(aten.unsqueeze.default, source, 2, like=table, before=after)
     return tables[source]
-
-
-def _absorb_factor(editor: Editor, reader: fx.Node, position: int) -> float:
-    """Take products with numbers out of the way to an argument of `reader`; returns their product."""
-    factor = 1.0
-    node = reader.args[position]
-    if reader.args.count(node) > 1:  # a factor of two arguments counts twice, and values have no scale
-        return factor
-    while isinstance(node, fx.Node) and only_user(node) is not None:
-        scaled = _scaled(editor, node)
-        if scaled is not None:
-            source, number = scaled
-            factor *= number
-            editor.replace(node, source)
-            node = source
-        elif is_call(node, *_LINEAR_IN_X):
-            node = node.args[0]
-        else:
-            break
-    return factor
-
-
-def _scaled(editor: Editor, node: fx.Node) -> tuple[fx.Node, float] | None:
-    """(x, c) where the node is c x, by a product or a quotient with a number."""
-    if is_call(node, *DIVISIONS):
-        x, number = node.args[0], scalar(editor, node.args[1])
-        number = 1 / number if number else None
-    elif is_call(node, *MULTIPLICATIONS):
-        x, number = node.args[0], scalar(editor, node.args[1])
-        if number is None:
-            x, number = node.args[1], scalar(editor, node.args[0])
-    else:
-        return None
-    return (x, number) if isinstance(x, fx.Node) and number is not None and equal_shapes(x, node) else None
 
 
 def _cancel(editor: Editor, back: fx.Node, new: fx.Node) -> None:

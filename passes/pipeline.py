@@ -20,8 +20,6 @@ from ..compiler.driver import Step
 from ..compiler.program import Program
 from ..compiler.recipe import Kind, Recipe
 from .fuse_attention import fuse_attention
-from .fuse_duplicates import fuse_duplicates
-from .fuse_duplicates import fuse_duplicates
 from .fuse_epilogues import fuse_epilogues
 from .fuse_gated import fuse_gated
 from .fuse_linears import fuse_linears
@@ -39,10 +37,7 @@ from .quantize_weights import quantize_weights
 def plan(program: Program, recipe: Recipe, calibration: Iterable[Any] | None = None) -> list[Step]:
     """The steps of `recipe` for `program`; calibration batches as in `calibrate.calibrate`."""
     options = {"recipe": recipe}
-    steps = [Step(canonicalize)]
-    if recipe.fuse:
-        steps.append(Step(fuse_duplicates))
-    steps.append(Step(check_recipe, options))
+    steps = [Step(canonicalize), Step(check_recipe, options)]
     weights, embeddings, convolutions = (
         _asks_for(recipe, kind) for kind in ("weights", "embeddings", "convolutions")
     )
@@ -63,7 +58,7 @@ def plan(program: Program, recipe: Recipe, calibration: Iterable[Any] | None = N
         if wanted:
             steps.append(Step(pack))
     if recipe.fuse:
-        fusions = (fuse_duplicates, fuse_attention, fuse_gated, fuse_epilogues, fuse_linears, fuse_norms)
+        fusions = (fuse_attention, fuse_gated, fuse_epilogues, fuse_linears, fuse_norms)
         steps.extend(Step(fuse) for fuse in fusions)
     return steps
 
