@@ -86,7 +86,6 @@ def _rows(
     total: Any, y: Any, u: Any, params: Any, row: Any,
     k: Any, kp: Any, begin: Any, end: Any, flags: Any, eps: Any,
 ) -> None:  # fmt: skip
-    del isa
 
     def is_set(bit: int) -> Any:
         return T.bitwise_and(flags, tirx.const(bit, "int64")) != 0
