@@ -21,11 +21,11 @@ class Artefact:
     compiled: Any
 
     def spec(self, threads: int, inputs: Path, library: bool = True) -> dict[str, Any]:
-        """How a worker opens it, with our op library or as stock ONNX Runtime would."""
+        """How a worker opens it, with the op library in its folder or as stock ONNX Runtime would."""
         return {
             "engine": "onnxruntime",
             "model": str(self.model),
-            "library": op_library() if library else None,
+            "library": str(self.folder / "libisofold_ops.so") if library else None,
             "threads": threads,
             "inputs": str(inputs),
         }

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,11 +58,17 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float(((a * b).sum(1) / norms).min())
 
 
-def _compile(folder: Path) -> dict[str, Artefact]:
+def _compile(folder: Path, recipes: Sequence[str]) -> dict[str, Artefact]:
+    """Artefacts by competitor's name; one that is in ``folder`` already is taken as it is."""
     module, feeds = bert_base()
-    return {
-        f"isofold {recipe}": compile_to(folder / recipe, module, recipe, kwargs=feeds) for recipe in RECIPES
-    }
+    found = {}
+    for recipe in recipes:
+        target = folder / recipe
+        if target.exists():
+            found[f"isofold {recipe}"] = Artefact(target, target / "model.onnx", None)
+        else:
+            found[f"isofold {recipe}"] = compile_to(target, module, recipe, kwargs=feeds)
+    return found
 
 
 def profile(results: Results, ours: dict[str, Artefact], inputs: Path, threads: int, folder: Path) -> None:
@@ -136,6 +143,10 @@ def body() -> int:
         )
         parser.add_argument("--peers-only", action="store_true", help="leave isofold out")
         parser.add_argument("--no-openvino", action="store_true", help="leave OpenVINO out")
+        parser.add_argument("--recipe", choices=RECIPES, action="append", help="only this recipe of isofold")
+        parser.add_argument(
+            "--artefacts", metavar="FOLDER", help="keep compiled artefacts here and reuse them"
+        )
         parser.add_argument(
             "--threads", type=int, choices=(1, 2), action="append", help="only this many threads"
         )
@@ -146,8 +157,9 @@ def body() -> int:
     results = Results("encoder")
     with tempfile.TemporaryDirectory(prefix="isofold-encoder-") as temporary:
         folder = Path(temporary)
-        ours = {} if arguments.peers_only else _compile(folder)
-        for threads in arguments.threads or (2, 1):
+        kept = Path(arguments.artefacts) if arguments.artefacts else folder
+        ours = {} if arguments.peers_only else _compile(kept, arguments.recipe or RECIPES)
+        for threads in (1,) if arguments.cpu_time else arguments.threads or (2, 1):
             if arguments.profile:
                 profile(results, ours, bert_onnx()[1], threads, folder)
             else:

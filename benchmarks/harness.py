@@ -110,6 +110,7 @@ class Results:
                 "benchmark": self.benchmark,
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
                 "quick": bool(arguments.quick),
+                "clock": Worker.clock,
                 "machine": machine(),
                 "rows": self.rows,
                 "notes": self.notes,
@@ -162,9 +163,16 @@ def parse(
     parser.add_argument(
         "--quick", action="store_true", help="fewer rounds and shapes: for a look, not for a record"
     )
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="processor time instead of wall time, 1 thread only: for a look while others use the machine",
+    )
     if extra is not None:
         extra(parser)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    Worker.clock = "cpu" if arguments.cpu_time else "wall"
+    return arguments
 
 
 def main(body: Callable[[], int]) -> None:
@@ -257,6 +265,8 @@ def probe_library() -> Path:
 class Worker:
     """A competitor's process. Between turns it is stopped; use it as a context manager."""
 
+    clock = "wall"
+
     def __init__(self, name: str, spec: dict[str, Any], python: Path | str = sys.executable) -> None:
         self.name = name
         environment = dict(os.environ, OMP_NUM_THREADS=str(spec["threads"]), PYTHONUNBUFFERED="1")
@@ -270,7 +280,7 @@ class Worker:
             env=environment,
         )
         self.stopped = False
-        self.ask(spec)
+        self.ask({"clock": self.clock, **spec})
         self.stop()
 
     def ask(self, message: dict[str, Any]) -> dict[str, Any]:

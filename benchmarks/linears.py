@@ -175,7 +175,7 @@ def body() -> int:
     arguments = parse(__doc__, extra)
     results = Results("linears")
     shapes = arguments.shape or (["4096x4096"] if arguments.quick else list(SHAPES))
-    for threads in arguments.threads or (1, 2):
+    for threads in (1,) if arguments.cpu_time else arguments.threads or (1, 2):
         with Worker(
             "vpdpbusd",
             {"engine": "vnni", "probe": str(probe_library()), "rounds": 200000, "threads": threads},

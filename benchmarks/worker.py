@@ -6,9 +6,9 @@ the engine, nothing of isofold.
 
 Specification: ``engine`` (onnxruntime | openvino | read | vnni), ``threads``, and for models ``model``,
 ``inputs`` (an .npz), optionally ``library`` (custom operators), ``optimize`` (onnxruntime's graph
-optimization level), ``precision`` (OpenVINO's inference precision). Commands: ``time`` (n runs, seconds of
-each), ``outputs`` (write an .npz), ``memory`` (bytes of this process), ``profile`` (n runs, microseconds and
-count by operator type), ``quit``.
+optimization level), ``precision`` (OpenVINO's inference precision), ``clock`` (cpu: processor time instead of
+wall time). Commands: ``time`` (n runs, seconds of each), ``outputs`` (write an .npz), ``memory`` (bytes of
+this process), ``profile`` (n runs, microseconds and count by operator type), ``quit``.
 """
 
 from __future__ import annotations
@@ -59,11 +59,13 @@ class OnnxRuntime:
         # The first run allocates the outputs, the timed ones write into the same memory again.
         for name in self.names:
             self.binding.bind_output(name, "cpu")
-        self.session.run_with_iobinding(self.binding)
+        self.runs = 0
+        self.run()
         for name, value in zip(self.names, self.binding.get_outputs(), strict=True):
             self.binding.bind_ortvalue_output(name, value)
 
     def run(self) -> None:
+        self.runs += 1
         self.session.run_with_iobinding(self.binding)
 
     def outputs(self) -> list[Any]:
@@ -82,8 +84,8 @@ class OnnxRuntime:
                 entry = total.setdefault(event["args"]["op_name"], [0.0, 0])
                 entry[0] += event["dur"]
                 entry[1] += 1
-        # The run that bound the outputs is in the same profile.
-        return {name: [value / (runs + 1), count / (runs + 1)] for name, (value, count) in total.items()}
+        # The profile holds every run since the session was opened.
+        return {name: [value / self.runs, count / self.runs] for name, (value, count) in total.items()}
 
 
 class OpenVino:
@@ -124,13 +126,13 @@ class Probe:
 
         library = ctypes.CDLL(spec["probe"])
         library.probe_read.restype = ctypes.c_double
-        library.probe_read.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int]
+        library.probe_read.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3]
         library.probe_vnni.restype = ctypes.c_double
-        library.probe_vnni.argtypes = [ctypes.c_long, ctypes.c_int]
-        threads = spec["threads"]
+        library.probe_vnni.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_int]
+        threads, cpu = spec["threads"], int(spec.get("clock") == "cpu")
         self.measure: Callable[[], float]
         if spec["engine"] == "vnni":
-            self.measure = lambda: library.probe_vnni(spec["rounds"], threads)
+            self.measure = lambda: library.probe_vnni(spec["rounds"], threads, cpu)
             return
         size = spec["bytes"]
         # Weights in a mapped file lie in small pages; MADV_HUGEPAGE shows what the memory could do with large
@@ -142,7 +144,7 @@ class Probe:
         array[start : start + size] = 1
         address = array.ctypes.data + start
         streams = spec.get("streams", 1)
-        self.measure = lambda: library.probe_read(address, size, threads, streams)
+        self.measure = lambda: library.probe_read(address, size, threads, streams, cpu)
 
 
 def memory() -> dict[str, int]:
@@ -168,6 +170,7 @@ def serve(answers: Any) -> None:
         answers.write(json.dumps(value) + "\n")
         answers.flush()
 
+    clock = time.process_time if spec.get("clock") == "cpu" else time.perf_counter
     answer({"ready": True})
     for line in sys.stdin:
         command = json.loads(line)
@@ -179,9 +182,9 @@ def serve(answers: Any) -> None:
                 if isinstance(engine, Probe):
                     seconds.append(engine.measure())
                     continue
-                start = time.perf_counter()
+                start = clock()
                 engine.run()
-                seconds.append(time.perf_counter() - start)
+                seconds.append(clock() - start)
             answer({"seconds": seconds})
         elif command["do"] == "outputs":
             np.savez(command["file"], *engine.outputs())
