@@ -28,7 +28,10 @@ HERE = Path(__file__).parent
 
 def info(library: Path, isa: str | None) -> str:
     """`isofold_ops_info()` in a fresh process."""
-    code = "import ctypes, sys; f = ctypes.CDLL(sys.argv[1]).isofold_ops_info; f.restype = ctypes.c_char_p; print(f().decode())"
+    code = (
+        "import ctypes, sys; f = ctypes.CDLL(sys.argv[1]).isofold_ops_info; f.restype = ctypes.c_char_p; "
+        "print(f().decode())"
+    )
     environment = {k: v for k, v in os.environ.items() if k != "ISOFOLD_ISA"}
     if isa is not None:
         environment["ISOFOLD_ISA"] = isa
@@ -200,20 +203,35 @@ def _linear(**changes: Any) -> list[Any]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"u": torch.zeros(2, 32, dtype=torch.uint8)}, r"input 0 \(u\): expected a last dimension of 64, got uint8 \[2, 32\]"),
-        ({"params": torch.ones(3, 2)}, r"input 1 \(params\): expected float32 \[2, 2\], got float32 \[3, 2\]"),
-        ({"weight": torch.zeros(3, 8, 16, 4, dtype=torch.int8)}, r"input 2 \(weight\): expected uint8 \[3, 8, 16, 4\], got int8"),
-        ({"weight": torch.zeros(2, 8, 16, 4, dtype=torch.uint8)}, r"expected uint8 \[3, 8, 16, 4\], got uint8 \[2, 8, 16, 4\]"),
+        (
+            {"u": torch.zeros(2, 32, dtype=torch.uint8)},
+            r"input 0 \(u\): expected a last dimension of 64, got uint8 \[2, 32\]",
+        ),
+        (
+            {"params": torch.ones(3, 2)},
+            r"input 1 \(params\): expected float32 \[2, 2\], got float32 \[3, 2\]",
+        ),
+        (
+            {"weight": torch.zeros(3, 8, 16, 4, dtype=torch.int8)},
+            r"input 2 \(weight\): expected uint8 \[3, 8, 16, 4\], got int8",
+        ),
+        (
+            {"weight": torch.zeros(2, 8, 16, 4, dtype=torch.uint8)},
+            r"expected uint8 \[3, 8, 16, 4\], got uint8 \[2, 8, 16, 4\]",
+        ),
         ({"scale": torch.zeros(3, 2, 16)}, r"input 3 \(scale\): expected float16 \[3, 2, 16\], got float32"),
         ({"wsum": torch.zeros(40)}, r"input 5 \(wsum\): expected float32 \[48\], got float32 \[40\]"),
         ({"bias": torch.zeros(48)}, r"input 6 \(bias\): expected float32 \[40\], got float32 \[48\]"),
         ({"residual": torch.zeros(2, 48)}, r"input 7 \(residual\): expected float32 \[2, 40\]"),
         ({"bits": 3}, r"attribute 'bits' is 3; expected 4 or 8"),
         ({"group_size": 20}, r"attribute 'group_size' is 20; expected 0 or a multiple of 32"),
-        ({"activation": "swish"}, r"attribute 'activation' is 'swish'; expected one of none, relu, gelu, gelu_tanh, silu"),
+        (
+            {"activation": "swish"},
+            r"attribute 'activation' is 'swish'; expected one of none, relu, gelu, gelu_tanh, silu",
+        ),
         ({"n": 0}, r"attribute 'n' is 0; expected at least 1"),
     ],
-)  # fmt: skip
+)
 def test_bad_linears_are_errors_that_say_why(
     run_operator: Run, changes: dict[str, Any], message: str
 ) -> None:
@@ -224,19 +242,59 @@ def test_bad_linears_are_errors_that_say_why(
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("norm", [torch.ones(2, 8), torch.ones(8), None, None, 1e-5, "layer"], r"input 1 \(residual\): expected float32 \[2, 8\]"),
-        ("norm", [torch.ones(2, 8), None, torch.ones(7), None, 1e-5, "layer"], r"input 2 \(weight\): expected float32 \[8\]"),
+        (
+            "norm",
+            [torch.ones(2, 8), torch.ones(8), None, None, 1e-5, "layer"],
+            r"input 1 \(residual\): expected float32 \[2, 8\]",
+        ),
+        (
+            "norm",
+            [torch.ones(2, 8), None, torch.ones(7), None, 1e-5, "layer"],
+            r"input 2 \(weight\): expected float32 \[8\]",
+        ),
         ("norm", [torch.ones(2, 8), None, None, None, 1e-5, "batch"], r"expected one of layer, rms"),
-        ("gated", [torch.ones(2, 8), torch.ones(2, 7), "silu"], r"input 1 \(up\): expected float32 \[2, 8\], got float32 \[2, 7\]"),
-        ("rotary", [torch.ones(1, 2, 3, 8), torch.ones(2, 3), torch.ones(2, 3), 2, -1, False], r"even last dimension"),
-        ("rotary", [torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 8), torch.ones(1, 2, 1, 8), 2, -1, False], r"broadcasts to"),
-        ("rotary", [torch.ones(1, 2, 3, 8), torch.ones(2, 1, 8), torch.ones(2, 1, 8), 3, -1, False], r"'head_dim_index' is 3"),
-        ("attention", [torch.ones(1, 2, 8)] * 3 + [None, 2, 2, 0, 0, 0, 1.0, False, 0.0], r"expected \[batch, sequence, heads, width\]"),
-        ("attention", [torch.ones(1, 2, 2, 8)] * 3 + [None, 4, 2, 0, 0, 0, 1.0, False, 0.0], r"at least 4 heads in dimension 2"),
-        ("attention", [torch.ones(1, 2, 4, 8)] * 3 + [None, 4, 3, 0, 0, 0, 1.0, False, 0.0], r"not a multiple of attribute 'kv_heads'"),
-        ("attention", [torch.ones(1, 2, 2, 8)] * 3 + [torch.ones(3, 2), 2, 2, 0, 0, 0, 1.0, False, 0.0], r"input 3 \(mask\): expected a shape that broadcasts to float32 \[1, 2, 2, 2\]"),
+        (
+            "gated",
+            [torch.ones(2, 8), torch.ones(2, 7), "silu"],
+            r"input 1 \(up\): expected float32 \[2, 8\], got float32 \[2, 7\]",
+        ),
+        (
+            "rotary",
+            [torch.ones(1, 2, 3, 8), torch.ones(2, 3), torch.ones(2, 3), 2, -1, False],
+            r"even last dimension",
+        ),
+        (
+            "rotary",
+            [torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 8), torch.ones(1, 2, 1, 8), 2, -1, False],
+            r"broadcasts to",
+        ),
+        (
+            "rotary",
+            [torch.ones(1, 2, 3, 8), torch.ones(2, 1, 8), torch.ones(2, 1, 8), 3, -1, False],
+            r"'head_dim_index' is 3",
+        ),
+        (
+            "attention",
+            [torch.ones(1, 2, 8)] * 3 + [None, 2, 2, 0, 0, 0, 1.0, False, 0.0],
+            r"expected \[batch, sequence, heads, width\]",
+        ),
+        (
+            "attention",
+            [torch.ones(1, 2, 2, 8)] * 3 + [None, 4, 2, 0, 0, 0, 1.0, False, 0.0],
+            r"at least 4 heads in dimension 2",
+        ),
+        (
+            "attention",
+            [torch.ones(1, 2, 4, 8)] * 3 + [None, 4, 3, 0, 0, 0, 1.0, False, 0.0],
+            r"not a multiple of attribute 'kv_heads'",
+        ),
+        (
+            "attention",
+            [torch.ones(1, 2, 2, 8)] * 3 + [torch.ones(3, 2), 2, 2, 0, 0, 0, 1.0, False, 0.0],
+            r"\(mask\): expected a shape that broadcasts to float32 \[1, 2, 2, 2\]",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_inputs_are_errors_that_say_why(
     run_operator: Run, name: str, arguments: list[Any], message: str
 ) -> None:
