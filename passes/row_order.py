@@ -99,6 +99,8 @@ def _reshape(node: fx.Node, trace: _Trace) -> bool:
         product *= size[count]
         if product > wanted:
             return False
+    while count > len(trace.outer) and size[count - 1] == 1:  # one head: the 1 is a feature dimension
+        count -= 1
     trace.rows = trace.rows.reshape([1] * count + list(size[count:]))
     trace.outer = list(range(count))
     given: Any = node.args[1]
