@@ -365,3 +365,7 @@ def main() -> None:
     # Without this, a SIGTERM would skip the clean-up of temporary files.
     signal.signal(signal.SIGTERM, terminate)
     app()
+
+
+if __name__ == "__main__":
+    main()

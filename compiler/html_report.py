@@ -120,8 +120,10 @@ def _number(x: float | None) -> str:
 
 
 def _block_svg(blocks: Mapping[str, Any]) -> str:
-    joined = {end for edge in blocks["edges"] for end in edge}
-    nodes = [node for node in blocks["nodes"] if node["id"] in joined]
+    # Blocks that only check something (asserts) feed nothing and would be dead ends.
+    feeding = {source for source, _ in blocks["edges"]}
+    nodes = [node for node in blocks["nodes"] if node["id"] in feeding or node["kind"] == "output"]
+    shown = {node["id"] for node in nodes}
     if not 0 < len(nodes) <= _SHOWN_NODES:
         return ""
     drawn = []
@@ -138,7 +140,7 @@ def _block_svg(blocks: Mapping[str, Any]) -> str:
                 "kind": node["kind"],
             }
         )
-    return graph_svg(drawn, blocks["edges"])
+    return graph_svg(drawn, [edge for edge in blocks["edges"] if shown.issuperset(edge)])
 
 
 def _detail_svg(detail: Mapping[str, Any] | None) -> str:
