@@ -113,7 +113,12 @@ def _write_external(model: ir.Model, file: BinaryIO, location: str) -> Written:
         offset = position
         append(_bytes_of(tensor))
         value.const_value = ir.ExternalTensor(
-            location, offset, tensor.nbytes, tensor.dtype, shape=ir.Shape(_sizes(tensor)), name=str(value.name)
+            location,
+            offset,
+            tensor.nbytes,
+            tensor.dtype,
+            shape=ir.Shape(_sizes(tensor)),
+            name=str(value.name),
         )
     return Written(location, position, digest.hexdigest())
 

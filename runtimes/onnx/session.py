@@ -187,7 +187,9 @@ class OnnxModel:
         """Run once on arrays by input name; results by output name. Raises InputError for inputs that do not fit."""
         names = [port.name for port in self.inputs]
         if set(arrays) != set(names):
-            raise InputError("These are not the model's inputs", expected=", ".join(names), got=", ".join(arrays))
+            raise InputError(
+                "These are not the model's inputs", expected=", ".join(names), got=", ".join(arrays)
+            )
         sizes: dict[str, tuple[int, str]] = {}
         problems = [problem for port in self.inputs for problem in _misfit(port, arrays[port.name], sizes)]
         if problems:

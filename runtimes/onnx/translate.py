@@ -157,7 +157,12 @@ def _without_gradients(program: Program) -> Program:
     """
     tensors = {name: t.detach() if isinstance(t, torch.Tensor) else t for name, t in program.tensors.items()}
     return Program(
-        program.graph, tensors, program.example_args, program.example_kwargs, program.dynamic_shapes, program.records
+        program.graph,
+        tensors,
+        program.example_args,
+        program.example_kwargs,
+        program.dynamic_shapes,
+        program.records,
     )
 
 

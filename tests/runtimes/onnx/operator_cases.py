@@ -7,9 +7,8 @@ from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from isofold.compiler.dialect import packing
+from torch import Tensor
 
 Case = tuple[str, str, dict[str, Any]]
 """(operator, what is special, arguments)"""
@@ -51,13 +50,16 @@ def _linears() -> Iterator[Case]:
     for index, ((bits, group), zero, bias, residual) in enumerate(product(formats, *[(False, True)] * 3)):
         activation = ("none", "relu", "gelu", "gelu_tanh", "silu")[index % 5]
         gated, k = index % 3 == 2, (70, 96, 131)[index % 3]
-        yield _linear(index, 37, k, bits, group, zero, bias, residual, activation, gated, static=index % 4 == 1)
+        yield _linear(
+            index, 37, k, bits, group, zero, bias, residual, activation, gated, static=index % 4 == 1
+        )
     # Odd ones: one row and one column, K below one group, N a multiple of 16, a 4-dimensional activation.
     yield _linear(90, 1, 1, 8, 0, False, True, False, "none", False, static=False)
     yield _linear(91, 16, 5, 4, 128, True, True, True, "none", False, static=False)
     yield _linear(92, 32, 64, 4, 32, False, True, True, "silu", True, static=False)
-    yield from (_floating(_linear(93 + i, 37, k, bits, 32, i % 2 == 1, i > 1, i == 3, "gelu", gated, False))
-                for i, (k, bits, gated) in enumerate([(70, 4, False), (131, 8, True), (96, 4, True), (64, 8, False)]))  # fmt: skip
+    floating = [(70, 4, False), (131, 8, True), (96, 4, True), (64, 8, False)]
+    for i, (k, bits, gated) in enumerate(floating):
+        yield _floating(_linear(93 + i, 37, k, bits, 32, i % 2 == 1, i > 1, i == 3, "gelu", gated, False))
 
 
 def _linear(
@@ -92,7 +94,8 @@ def _linear(
         "gated": gated,
     }
     present = "+".join(name for name in ("zero", "bias", "residual") if arguments[name] is not None)
-    return "linear_packed", f"w{bits}g{group}-{present or 'bare'}-{activation}{'-gated' if gated else ''}-k{k}", arguments
+    what = f"w{bits}g{group}-{present or 'bare'}-{activation}{'-gated' if gated else ''}-k{k}"
+    return "linear_packed", what, arguments
 
 
 def _floating(case: Case) -> Case:
@@ -110,15 +113,19 @@ def _embeddings() -> Iterator[Case]:
         codes = random.integers(low, high + 1, rows, dim).to(torch.int8)
         groups = -(-dim // group) if group else 1
         ids = random.integers(-rows, rows, *(3, 4)[:rank]).to(torch.int32 if rank == 1 else torch.int64)
-        yield "embedding_packed", f"w{bits}g{group}-zero{zero}-rank{rank}", {
-            "ids": ids,
-            "weight": packing.pack_embedding_codes(codes, bits),
-            "scale": random.normal(rows, groups),
-            "zero": random.integers(-5, 6, rows, groups).to(torch.int8) if zero else None,
-            "dim": dim,
-            "bits": bits,
-            "group_size": group,
-        }
+        yield (
+            "embedding_packed",
+            f"w{bits}g{group}-zero{zero}-rank{rank}",
+            {
+                "ids": ids,
+                "weight": packing.pack_embedding_codes(codes, bits),
+                "scale": random.normal(rows, groups),
+                "zero": random.integers(-5, 6, rows, groups).to(torch.int8) if zero else None,
+                "dim": dim,
+                "bits": bits,
+                "group_size": group,
+            },
+        )
 
 
 def _convolutions() -> Iterator[Case]:
@@ -169,7 +176,9 @@ def _norms() -> Iterator[Case]:
 
 def _attentions() -> Iterator[Case]:
     masks = ("none", "bool", "float")
-    for seed, (mask, causal, softcap, kv_heads) in enumerate(product(masks, (False, True), (0.0, 2.0), (4, 2))):
+    for seed, (mask, causal, softcap, kv_heads) in enumerate(
+        product(masks, (False, True), (0.0, 2.0), (4, 2))
+    ):
         random = _Random(seed)
         queries, keys, depth, width = 5, 7, 8, 12
         allowed = random.integers(0, 2, 2, 1, queries, keys).bool()
@@ -180,20 +189,24 @@ def _attentions() -> Iterator[Case]:
             "float": torch.where(allowed, random.normal(1, 1, queries, keys), -torch.inf),
         }[mask]
         offset = seed % 2  # q, k and v inside wider tensors
-        yield "attention", f"{mask}-causal{causal}-cap{softcap}-kv{kv_heads}-offset{offset}", {
-            "q": random.normal(2, queries, 4 + 2 * offset, depth),
-            "k": random.normal(2, keys, kv_heads + 2 * offset, depth),
-            "v": random.normal(2, keys, kv_heads + 2 * offset, width),
-            "mask": hidden,
-            "heads": 4,
-            "kv_heads": kv_heads,
-            "q_start": offset,
-            "k_start": 2 * offset,
-            "v_start": offset,
-            "scale": 0.3,
-            "causal": causal,
-            "softcap": softcap,
-        }
+        yield (
+            "attention",
+            f"{mask}-causal{causal}-cap{softcap}-kv{kv_heads}-offset{offset}",
+            {
+                "q": random.normal(2, queries, 4 + 2 * offset, depth),
+                "k": random.normal(2, keys, kv_heads + 2 * offset, depth),
+                "v": random.normal(2, keys, kv_heads + 2 * offset, width),
+                "mask": hidden,
+                "heads": 4,
+                "kv_heads": kv_heads,
+                "q_start": offset,
+                "k_start": 2 * offset,
+                "v_start": offset,
+                "scale": 0.3,
+                "causal": causal,
+                "softcap": softcap,
+            },
+        )
 
 
 def _elementwise() -> Iterator[Case]:
@@ -201,43 +214,63 @@ def _elementwise() -> Iterator[Case]:
     for width, static, align in product((45, 64), (False, True), (32, 128)):
         x = random.normal(2, 3, width)
         x[0, 0] = 0.0  # an empty range
-        yield "quantize_activation", f"k{width}-static{static}-align{align}", {
-            "x": x,
-            "params": torch.tensor([0.015, 127.0]) if static else None,
-            "align": align,
-        }
+        yield (
+            "quantize_activation",
+            f"k{width}-static{static}-align{align}",
+            {
+                "x": x,
+                "params": torch.tensor([0.015, 127.0]) if static else None,
+                "align": align,
+            },
+        )
     for granularity, static in product(("token", "sample"), (False, True)):
-        yield "quantize_dequantize", f"{granularity}-static{static}", {
-            "x": random.normal(2, 3, 45),
-            "params": torch.tensor([0.015, 127.0]) if static else None,
-            "granularity": granularity,
-        }
+        yield (
+            "quantize_dequantize",
+            f"{granularity}-static{static}",
+            {
+                "x": random.normal(2, 3, 45),
+                "params": torch.tensor([0.015, 127.0]) if static else None,
+                "granularity": granularity,
+            },
+        )
     for group, zero in product((0, 32), (False, True)):
         groups = 2 if group else 1
-        yield "dequantize_weight", f"g{group}-zero{zero}", {
-            "codes": random.integers(-8, 8, 6, 64).to(torch.int8),
-            "scale": random.normal(6, groups),
-            "zero": random.integers(-5, 6, 6, groups).to(torch.int8) if zero else None,
-            "group_size": group,
-        }
-    yield "dequantize_weight", "convolution", {
-        "codes": random.integers(-8, 8, 6, 3, 2, 2).to(torch.int8),
-        "scale": random.normal(6, 1),
-        "zero": None,
-        "group_size": 0,
-    }
+        yield (
+            "dequantize_weight",
+            f"g{group}-zero{zero}",
+            {
+                "codes": random.integers(-8, 8, 6, 64).to(torch.int8),
+                "scale": random.normal(6, groups),
+                "zero": random.integers(-5, 6, 6, groups).to(torch.int8) if zero else None,
+                "group_size": group,
+            },
+        )
+    yield (
+        "dequantize_weight",
+        "convolution",
+        {
+            "codes": random.integers(-8, 8, 6, 3, 2, 2).to(torch.int8),
+            "scale": random.normal(6, 1),
+            "zero": None,
+            "group_size": 0,
+        },
+    )
     for axis, width, heads, interleaved in product((1, 2), (8, 4), (-1, 2), (False, True)):
         shape = [2, 5, 5, 8]
         shape[axis] = 3
         table = [2, 1, 5, width] if axis == 1 else [1, 5, 1, width]
-        yield "rotary", f"axis{axis}-width{width}-heads{heads}-interleaved{interleaved}", {
-            "x": random.normal(*shape),
-            "cos": random.normal(*table),
-            "sin": random.normal(*table),
-            "head_dim_index": axis,
-            "heads": heads,
-            "interleaved": interleaved,
-        }
+        yield (
+            "rotary",
+            f"axis{axis}-width{width}-heads{heads}-interleaved{interleaved}",
+            {
+                "x": random.normal(*shape),
+                "cos": random.normal(*table),
+                "sin": random.normal(*table),
+                "head_dim_index": axis,
+                "heads": heads,
+                "interleaved": interleaved,
+            },
+        )
     for activation in ("none", "relu", "gelu", "gelu_tanh", "silu"):
         arguments = {"gate": random.normal(2, 3, 45), "up": random.normal(2, 3, 45), "activation": activation}
         yield "gated", activation, arguments

@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
-from torch import Tensor
-
 from isofold.compiler.dialect import ONNX_DOMAIN, ONNX_VERSION, OPERATORS
 from isofold.runtimes.onnx.body import OPSET
 from isofold.runtimes.onnx.functions import build_function
 from isofold.runtimes.onnx.translate import IR_VERSION, is_tensor
+from torch import Tensor
 
 
 def model_of(name: str, arguments: dict[str, Any], constants: tuple[str, ...] = ()) -> ir.Model:
@@ -31,7 +30,9 @@ def model_of(name: str, arguments: dict[str, Any], constants: tuple[str, ...] = 
     ]
     function = build_function(name, inputs, attributes)
     outputs = len(operator.overload._schema.returns)
-    node = ir.Node(ONNX_DOMAIN, operator.onnx_name, list(inputs.values()), attributes, num_outputs=outputs, name="n")
+    node = ir.Node(
+        ONNX_DOMAIN, operator.onnx_name, list(inputs.values()), attributes, num_outputs=outputs, name="n"
+    )
     for index, output in enumerate(node.outputs):
         output.name = f"y{index}"
     given = [v for v in inputs.values() if v is not None]
@@ -44,7 +45,9 @@ def model_of(name: str, arguments: dict[str, Any], constants: tuple[str, ...] = 
         name="single",
     )
     expected = operator.reference(**arguments)
-    for output, result in zip(node.outputs, expected if isinstance(expected, tuple) else (expected,), strict=True):
+    for output, result in zip(
+        node.outputs, expected if isinstance(expected, tuple) else (expected,), strict=True
+    ):
         output.type = ir.TensorType(ir.DataType.from_numpy(result.numpy().dtype))
         output.shape = ir.Shape([None] * result.dim())
     model = ir.Model(graph, ir_version=IR_VERSION)

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from isofold.compiler.dialect import OPERATORS
 from isofold.runtimes.onnx.functions import BODIES
 
@@ -51,7 +50,9 @@ def test_stock_runtime_computes_the_reference(name: str, what: str, arguments: d
 
 
 @pytest.mark.parametrize(("name", "what", "arguments"), CASES, ids=IDS)
-def test_library_computes_the_reference(name: str, what: str, arguments: dict[str, Any], library: str) -> None:
+def test_library_computes_the_reference(
+    name: str, what: str, arguments: dict[str, Any], library: str
+) -> None:
     if name in NOT_IN_LIBRARY:
         pytest.skip("runs through its body with the library too")
     model = model_of(name, arguments, CONSTANT)
