@@ -101,6 +101,7 @@ def _example(model: Any, name: str) -> Tensor | None:
     config = model.config
     if name in ("input_ids", "decoder_input_ids"):
         text = config.get_text_config(decoder=name.startswith("decoder"))
+        text = text if hasattr(text, "vocab_size") else getattr(config, "text_config", config)
         vocabulary = getattr(text, "vocab_size", None)
         if vocabulary is None:
             return None

@@ -156,10 +156,13 @@ def _read_scores(editor: Editor, node: object) -> Scores | str:
 
 def _added(editor: Editor, bias: fx.Node) -> tuple[str, fx.Node, float]:
     """An added `where(m, 0, low)` is masking by m, because low absorbs every score."""
-    if is_call(bias, aten.where.ScalarOther) and scalar(editor, operands(bias)[1]) == 0.0:
-        low = float(operands(bias)[2])
-        if low <= _LOW:
-            return "keep", operands(bias)[0], low
+    if is_call(bias, aten.where.ScalarOther, aten.where.Scalar, aten.where.self, aten.where.ScalarSelf):
+        mask, chosen, other = operands(bias)
+        kept, filled = scalar(editor, chosen), scalar(editor, other)
+        if kept == 0.0 and filled is not None and filled <= _LOW:
+            return "keep", mask, filled
+        if filled == 0.0 and kept is not None and kept <= _LOW:
+            return "fill", mask, kept
     return "add", bias, 0.0
 
 

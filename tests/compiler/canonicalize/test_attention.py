@@ -1,0 +1,276 @@
+"""Attention written out, its masks, and grouped queries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.export import Dim
+from torch.nn import functional as F
+
+B, H, S, T, D = 2, 4, 5, 7, 8
+LOW = torch.finfo(torch.float32).min
+
+
+def qkv(heads: int = H, keys: int = T) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(B, H, S, D), torch.randn(B, heads, keys, D), torch.randn(B, heads, keys, D)
+
+
+WRITTEN_OUT: dict[str, Callable[..., Tensor]] = {
+    "transpose, multiply": lambda q, k, v: (q @ k.transpose(-1, -2) * 0.25).softmax(-1) @ v,
+    "divide": lambda q, k, v: torch.softmax(torch.matmul(q, k.transpose(2, 3)) / 4.0, dim=-1) @ v,
+    "permute": lambda q, k, v: F.softmax(q @ k.permute(0, 1, 3, 2) * 0.5 * 0.5, dim=3) @ v,
+    "scaled queries": lambda q, k, v: ((q * 0.25) @ k.mT).softmax(-1) @ v,
+    "both scaled": lambda q, k, v: ((q * 0.5) @ (k * 0.5).mT).softmax(-1) @ v,
+    "casts and dropout": lambda q, k, v: (
+        F.dropout((q @ k.mT * 0.25).float().softmax(-1).to(q.dtype), 0.1, False) @ v
+    ),
+    "softmax in float32": lambda q, k, v: (
+        F.softmax(q @ k.mT * 0.25, dim=-1, dtype=torch.float32).to(q.dtype) @ v
+    ),
+    "operator": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=0.25),
+}
+
+
+@pytest.mark.parametrize("spelling", WRITTEN_OUT)
+def test_one_spelling(spelling: str, canonical: Any, of: Any) -> None:
+    found = canonical(of(WRITTEN_OUT[spelling]), *qkv())
+    assert found.text == (
+        "%0 = scaled_dot_product_attention(inputs_0, inputs_1, inputs_2, None, 0, False, "
+        "scale=0.25, enable_gqa=False)\nreturn [%0]"
+    )
+
+
+def test_default_scale_is_spelled_out(canonical: Any, of: Any) -> None:
+    found = canonical(of(F.scaled_dot_product_attention), *qkv())
+    assert "scale=0.3535534, enable_gqa=False" in found.text
+
+
+def test_added_biases(canonical: Any, of: Any) -> None:
+    def biased(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return (a + q @ k.mT * 0.25 + b).softmax(-1) @ v
+
+    found = canonical(of(biased), *qkv(), torch.randn(1, H, S, T), torch.randn(B, 1, 1, T))
+    assert found.text == (
+        "%0 = add.Tensor(inputs_3, inputs_4)\n"
+        "%1 = scaled_dot_product_attention(inputs_0, inputs_1, inputs_2, %0, 0, False, "
+        "scale=0.25, enable_gqa=False)\nreturn [%1]"
+    )
+
+
+MASKED: dict[str, Callable[..., Tensor]] = {
+    "masked_fill": lambda q, k, v, keep: (q @ k.mT).masked_fill(~keep, LOW).softmax(-1) @ v,
+    "masked_fill, -inf": lambda q, k, v, keep: (q @ k.mT).masked_fill(~keep, float("-inf")).softmax(-1) @ v,
+    "where": lambda q, k, v, keep: torch.where(keep, q @ k.mT, LOW).softmax(-1) @ v,
+    "where a tensor": lambda q, k, v, keep: torch.where(keep, q @ k.mT, torch.full([], LOW)).softmax(-1) @ v,
+    "added": lambda q, k, v, keep: (q @ k.mT + torch.where(keep, 0.0, LOW)).softmax(-1) @ v,
+}
+
+
+@pytest.mark.parametrize("spelling", MASKED)
+def test_masks_written_out(spelling: str, canonical: Any, of: Any) -> None:
+    keep = torch.rand(B, 1, S, T) > 0.4
+    keep[..., 0] = True
+    found = canonical(of(MASKED[spelling]), *qkv(), keep)
+    assert found.text.count("scaled_dot_product_attention(") == 1
+    assert "softmax" not in found.text
+    assert "matmul" not in found.text
+
+
+def test_a_row_without_keys_keeps_its_uniform_weights(canonical: Any, of: Any) -> None:
+    keep = torch.zeros(B, 1, S, T, dtype=torch.bool)
+    found = canonical(of(MASKED["masked_fill"]), *qkv(), keep)
+    assert "scaled_dot_product_attention" in found.text
+
+
+REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
+    "weights returned": (
+        lambda q, k, v: ((w := (q @ k.mT).softmax(-1)) @ v, w),
+        "its weights are also read by something else than the product with the values",
+    ),
+    "scores returned": (
+        lambda q, k, v: ((s := q @ k.mT * 0.5).softmax(-1) @ v, s),
+        "the scores are also read by something else than the softmax",
+    ),
+    "soft cap": (
+        lambda q, k, v: (torch.tanh(q @ k.mT / 30.0) * 30.0).softmax(-1) @ v,
+        "the scores are soft-capped, which the operator cannot say",
+    ),
+    "scaled after the mask": (
+        lambda q, k, v: ((q @ k.mT + torch.ones(T)) * 0.5).softmax(-1) @ v,
+        "the scores are scaled after a bias or mask was applied",
+    ),
+    "mild mask": (
+        lambda q, k, v: (
+            (q @ k.mT).masked_fill(torch.ones(S, T, dtype=torch.bool).triu(1), -10.0).softmax(-1) @ v
+        ),
+        "masked scores become -10, where a score still counts",
+    ),
+    "scaled by a tensor": (
+        lambda q, k, v: (q @ k.mT * torch.arange(1.0, H + 1).view(1, H, 1, 1)).softmax(-1) @ v,
+        "the scores are multiplied by a tensor",
+    ),
+    "another function": (
+        lambda q, k, v: torch.relu(q @ k.mT).softmax(-1) @ v,
+        "aten.relu.default stands between the product of queries and keys and the softmax",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(case: str, canonical: Any, of: Any) -> None:
+    function, reason = REFUSED[case]
+    found = canonical(of(function), *qkv())
+    assert reason in found.refused
+    assert "scaled_dot_product" not in found.text
+
+
+def test_softmax_over_queries_is_no_attention(canonical: Any, of: Any) -> None:
+    assert "scaled_dot" not in canonical(of(lambda q, k, v: (q @ k.mT).softmax(-2) @ v), *qkv()).text
+
+
+def repeat_kv(x: Tensor, times: int) -> Tensor:
+    b, heads, t, d = x.shape
+    return x[:, :, None].expand(b, heads, times, t, d).reshape(b, heads * times, t, d)
+
+
+GROUPED: dict[str, Callable[..., Tensor]] = {
+    "expand": lambda q, k, v: F.scaled_dot_product_attention(q, repeat_kv(k, 2), repeat_kv(v, 2), scale=0.25),
+    "repeat_interleave": lambda q, k, v: F.scaled_dot_product_attention(
+        q, k.repeat_interleave(2, 1), v.repeat_interleave(2, dim=1), scale=0.25
+    ),
+    "written out": lambda q, k, v: (q @ repeat_kv(k, 2).mT * 0.25).softmax(-1) @ repeat_kv(v, 2),
+    "operator": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=0.25, enable_gqa=True),
+}
+
+
+@pytest.mark.parametrize("spelling", GROUPED)
+def test_grouped_queries(spelling: str, canonical: Any, of: Any) -> None:
+    found = canonical(of(GROUPED[spelling]), *qkv(heads=2))
+    assert found.text == (
+        "%0 = scaled_dot_product_attention(inputs_0, inputs_1, inputs_2, None, 0, False, "
+        "scale=0.25, enable_gqa=True)\nreturn [%0]"
+    )
+
+
+def test_one_head_for_all_queries(canonical: Any, of: Any) -> None:
+    def shared(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k.expand(B, H, T, D), v.expand(B, H, T, D))
+
+    assert "inputs_1, inputs_2, None, 0, False" in (found := canonical(of(shared), *qkv(heads=1))).text
+    assert "enable_gqa=True" in found.text
+
+
+def test_repeated_blocks_are_refused(canonical: Any, of: Any) -> None:
+    blocks = canonical(
+        of(lambda q, k, v: F.scaled_dot_product_attention(q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1))),
+        *qkv(heads=2),
+    )
+    assert blocks.refused == ["whole blocks of heads are repeated, so query head h reads key head h % groups"]
+    uneven = canonical(
+        of(lambda q, k, v: F.scaled_dot_product_attention(q, repeat_kv(k, 2), v)),
+        qkv()[0],
+        qkv(2)[1],
+        qkv()[2],
+    )
+    assert uneven.refused == ["keys and values are not repeated alike"]
+    assert "enable_gqa=True" not in blocks.text + uneven.text
+
+
+FREE = tuple({0: Dim("b", min=1, max=9), 2: Dim("s", min=1, max=99)} for _ in range(3))
+
+
+def self_attention() -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(B, H, S, D), torch.randn(B, H, S, D), torch.randn(B, H, S, D)
+
+
+def positions(x: Tensor) -> Tensor:
+    return torch.arange(x.shape[2])
+
+
+CAUSAL: dict[str, Callable[[Tensor], Tensor]] = {
+    "compare": lambda q: positions(q)[None, :] <= positions(q)[:, None],
+    "tril": lambda q: torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril(),
+    "not triu": lambda q: ~torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1),
+    "shifted": lambda q: positions(q) < positions(q).view(-1, 1) + 1,
+    "expanded": lambda q: (positions(q) <= positions(q)[:, None])[None, None].expand(q.shape[0], -1, -1, -1),
+    "gathered": lambda q: positions(q)[positions(q)][None] <= positions(q)[:, None],
+    "and true": lambda q: (positions(q) <= positions(q)[:, None]) & (positions(q) >= 0),
+}
+
+
+@pytest.mark.parametrize("spelling", CAUSAL)
+@pytest.mark.parametrize("additive", [False, True])
+def test_causal_masks(spelling: str, additive: bool, canonical: Any, of: Any) -> None:
+    def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = CAUSAL[spelling](q)
+        if additive:
+            return (q @ k.mT * 0.25 + torch.where(mask, 0.0, LOW)).softmax(-1) @ v
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=0.25)
+
+    found = canonical(of(causal), *self_attention(), dynamic_shapes=((*FREE,),))
+    assert found.text == (
+        "%0 = scaled_dot_product_attention(inputs_0, inputs_1, inputs_2, None, 0, True, "
+        "scale=0.25, enable_gqa=False)\nreturn [%0]"
+    )
+
+
+def test_a_static_causal_buffer(canonical: Any, of: Any) -> None:
+    def cut(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, mask.bool()[:, :, : q.shape[2], : q.shape[2]])
+
+    triangle = torch.ones(1, 1, 16, 16).tril()
+    found = canonical(of(cut, mask=triangle), *self_attention())
+    assert ", None, 0, True," in found.text
+
+
+NOT_CAUSAL: dict[str, Callable[[Tensor], Tensor]] = {
+    "strict": lambda q: positions(q) < positions(q)[:, None],
+    "reversed": lambda q: positions(q) >= positions(q)[:, None],
+    "window": lambda q: (positions(q) <= positions(q)[:, None]) & (positions(q) > positions(q)[:, None] - 3),
+    "one ahead": lambda q: positions(q) <= positions(q)[:, None] + 1,
+}
+
+
+@pytest.mark.parametrize("spelling", NOT_CAUSAL)
+def test_other_masks_stay(spelling: str, canonical: Any, of: Any) -> None:
+    def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, NOT_CAUSAL[spelling](q), scale=0.25)
+
+    found = canonical(of(masked), *self_attention(), dynamic_shapes=((*FREE,),))
+    assert "True, scale" not in found.text
+    assert "None, 0, False" not in found.text
+
+
+def test_a_mask_that_is_always_true_goes(canonical: Any, of: Any) -> None:
+    def nothing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = (positions(q)[:, None] >= 0).expand(-1, q.shape[2])
+        return F.scaled_dot_product_attention(q, k, v, mask)
+
+    assert ", None, 0, False," in canonical(of(nothing), *self_attention(), dynamic_shapes=((*FREE,),)).text
+
+
+def test_a_padding_mask_loses_its_copies(canonical: Any, of: Any) -> None:
+    def padded(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        mask = keep[:, None, None, :].expand(-1, 1, q.shape[2], -1) & (positions(q)[:, None] >= 0)
+        return F.scaled_dot_product_attention(q, k, v, mask)
+
+    keep = torch.rand(B, S) > 0.3
+    keep[:, 0] = True
+    free = (*FREE, {0: FREE[0][0], 1: FREE[0][2]})
+    found = canonical(of(padded), *self_attention(), keep, dynamic_shapes=((*free,),))
+    assert found.text.splitlines()[:2] == ["%0 = unsqueeze(inputs_3, 1)", "%1 = unsqueeze(%0, 2)"]
+    assert "inputs_2, %1, 0, False" in found.text
+
+
+def test_a_mask_with_an_offset_is_rebuilt(canonical: Any, of: Any) -> None:
+    def windowed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = (positions(q) <= positions(q)[:, None] + 2).expand(q.shape[0], H, -1, -1)
+        return F.scaled_dot_product_attention(q, k, v, mask)
+
+    found = canonical(of(windowed), *self_attention(), dynamic_shapes=((*FREE,),))
+    assert "expand" not in found.text
+    assert "add.Tensor" in found.text

@@ -1,0 +1,237 @@
+"""Linears, folded constants, batch norm and weight norm, no-ops, slices, equal calls."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from isofold.compiler.canonicalize import strip_no_ops
+from isofold.compiler.capture import capture
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+LINEAR: dict[str, Callable[..., Tensor]] = {
+    "transposed": lambda x, w, b: x @ w.T + b,
+    "bias first": lambda x, w, b: b + torch.matmul(x, w.transpose(0, 1)),
+    "einsum": lambda x, w, b: torch.einsum("bsk,nk->bsn", x, w) + b,
+    "einsum, dots": lambda x, w, b: torch.einsum("...k,nk->...n", x, w) + b,
+    "operator": F.linear,
+    "operator and bias": lambda x, w, b: F.linear(x, w) + b,
+    "wide bias": lambda x, w, b: F.linear(x, w) + b.view(1, 1, -1),
+}
+
+
+@pytest.mark.parametrize("spelling", LINEAR)
+def test_one_spelling(spelling: str, canonical: Any, of: Any) -> None:
+    found = canonical(of(LINEAR[spelling], w=torch.randn(6, 8), b=torch.randn(6)), torch.randn(2, 3, 8))
+    assert found.text == "%0 = linear(inputs_0, c[6,8], c[6])\nreturn [%0]"
+
+
+def test_a_matrix_the_other_way_round_is_transposed_once(canonical: Any, of: Any) -> None:
+    found = canonical(of(lambda x, w: (x @ w, torch.mm(x[0], w)), w=torch.randn(8, 6)), torch.randn(2, 3, 8))
+    assert found.text.count("linear(") == 2
+    assert "c[6,8]" in found.text
+    assert "c[8,6]" not in found.text
+
+
+def test_addmm(canonical: Any, of: Any) -> None:
+    tensors = {"w": torch.randn(8, 6), "b": torch.randn(6)}
+    plain = canonical(of(lambda x, w, b: torch.addmm(b, x, w), **tensors), torch.randn(3, 8))
+    assert plain.text == "%0 = linear(inputs_0, c[6,8], c[6])\nreturn [%0]"
+    scaled = canonical(of(lambda x, w, b: torch.addmm(b, x, w, alpha=2.0), **tensors), torch.randn(3, 8))
+    assert scaled.refused == ["addmm scales its operands by alpha or beta"]
+
+
+def test_two_biases_become_one(canonical: Any, of: Any) -> None:
+    found = canonical(
+        of(lambda x, w, b, c: F.linear(x, w, b) + c, w=torch.randn(6, 8), b=torch.randn(6), c=torch.randn(6)),
+        torch.randn(3, 8),
+    )
+    assert found.text == "%0 = linear(inputs_0, c[6,8], c[6])\nreturn [%0]"
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w, b: ((y := F.linear(x, w)) + b, y),  # the linear has another reader
+        lambda x, w, b: F.linear(x, w) + b[:, None],  # runs over rows
+        lambda x, w, b: torch.add(F.linear(x, w), b, alpha=2),
+    ],
+)
+def test_what_is_no_bias_stays_a_sum(function: Any, canonical: Any, of: Any) -> None:
+    found = canonical(of(function, w=torch.randn(6, 8), b=torch.randn(6)), torch.randn(6, 8))
+    assert "add.Tensor" in found.text
+
+
+def test_products_of_activations_stay(canonical: Any, of: Any) -> None:
+    found = canonical(of(lambda x, y: x @ y.mT), torch.randn(2, 3, 8), torch.randn(2, 5, 8))
+    assert "linear" not in found.text
+
+
+def test_tied_weights_stay_one_tensor(canonical: Any, of: Any) -> None:
+    def tied(ids: Tensor, w: Tensor) -> Tensor:
+        return F.embedding(ids, w) @ w.t()
+
+    found = canonical(of(tied, w=torch.randn(16, 8)), torch.randint(0, 16, (2, 3)))
+    assert found.text == "%0 = embedding(c[16,8], inputs_0)\n%1 = linear(%0, c[16,8])\nreturn [%1]"
+    assert len(found.program.tensors) == 1
+
+
+class Normed(nn.Module):
+    """A layer and a batch norm with random statistics."""
+
+    def __init__(self, layer: nn.Module, channels: int, kind: type[nn.Module], **options: Any) -> None:
+        super().__init__()
+        self.layer, self.norm = layer, kind(channels, **options)
+        for tensor in [*self.norm.parameters(), *self.norm.buffers()]:
+            if tensor.dtype.is_floating_point:
+                tensor.data = torch.rand_like(tensor) + 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.layer(x))
+
+
+FOLDED = {
+    "conv2d": (lambda: Normed(nn.Conv2d(4, 6, 3, padding=1), 6, nn.BatchNorm2d), (2, 4, 5, 5)),
+    "no bias": (lambda: Normed(nn.Conv2d(4, 6, 3, bias=False), 6, nn.BatchNorm2d), (2, 4, 5, 5)),
+    "groups": (lambda: Normed(nn.Conv2d(4, 6, 3, groups=2), 6, nn.BatchNorm2d), (2, 4, 5, 5)),
+    "not affine": (lambda: Normed(nn.Conv1d(4, 6, 3), 6, nn.BatchNorm1d, affine=False), (2, 4, 9)),
+    "transposed": (lambda: Normed(nn.ConvTranspose1d(4, 6, 3, 2), 6, nn.BatchNorm1d), (2, 4, 9)),
+    "transposed, groups": (
+        lambda: Normed(nn.ConvTranspose2d(4, 6, 3, groups=2), 6, nn.BatchNorm2d),
+        (2, 4, 5, 5),
+    ),
+    "linear": (lambda: Normed(nn.Linear(4, 6), 6, nn.BatchNorm1d), (3, 4)),
+}
+
+
+@pytest.mark.parametrize("case", FOLDED)
+def test_batch_norm_is_folded(case: str, canonical: Any) -> None:
+    make, size = FOLDED[case]
+    module = make()
+    found = canonical(module, torch.randn(size))
+    assert found.program.operator_count == 1
+    assert "batch norm folded into the weight before it" in found.applied
+
+
+def test_batch_norm_refusals(canonical: Any) -> None:
+    class Shared(Normed):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layer(x)
+            return self.norm(y) + y
+
+    shared = canonical(Shared(nn.Conv1d(4, 6, 3), 6, nn.BatchNorm1d), torch.randn(2, 4, 9))
+    assert shared.refused == ["the convolution or linear before it has other readers"]
+    alone = canonical(Normed(nn.ReLU(), 4, nn.BatchNorm1d), torch.randn(2, 4, 9))
+    assert alone.refused == ["there is no convolution or linear right before it"]
+    sequence = canonical(Normed(nn.Linear(9, 9), 4, nn.BatchNorm1d), torch.randn(2, 4, 9))
+    assert sequence.refused == [
+        "the linear's features are its last dimension, the batch norm's channels the second"
+    ]
+
+
+def test_a_weight_shared_with_another_layer_keeps_its_value(canonical: Any) -> None:
+    class Twice(Normed):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.layer(x)) + F.conv1d(x, self.layer.weight)
+
+    found = canonical(Twice(nn.Conv1d(4, 6, 3), 6, nn.BatchNorm1d), torch.randn(2, 4, 9))
+    assert found.text.count("conv1d(") == 2
+
+
+def test_weight_norm_is_folded(canonical: Any) -> None:
+    old = torch.nn.utils.weight_norm(nn.Conv1d(4, 6, 3))
+    new = parametrizations.weight_norm(nn.Conv1d(4, 6, 3), dim=2)
+    for module in (old, new):
+        found = canonical(module, torch.randn(2, 4, 9))
+        assert found.program.operator_count == 1
+        assert "c[6,4,3], c[6]" in found.text
+
+
+def test_constants_are_folded_once_and_rounded_once(canonical: Any, of: Any) -> None:
+    gain = torch.rand(8)
+    found = canonical(of(lambda x, g: x * (1 + g).exp().sqrt(), g=gain), torch.randn(2, 8))
+    assert found.text == "%0 = mul.Tensor(inputs_0, c[8])\nreturn [%0]"
+    held = next(iter(found.program.tensors.values()))
+    assert torch.equal(held, (1 + gain.double()).exp().sqrt().float())
+
+
+def test_a_constant_that_would_grow_is_kept(canonical: Any, of: Any) -> None:
+    found = canonical(
+        of(lambda x, g: x + g.expand(512, 512).exp(), g=torch.rand(1, 512)), torch.randn(512, 512)
+    )
+    assert found.refused == ["its 262144 elements come from far fewer: kept as an expression"]
+
+
+def test_random_numbers_are_no_constant(of: Any) -> None:
+    from isofold.compiler.canonicalize import canonicalize
+
+    program = canonicalize(capture(of(lambda x: x + torch.rand(4)), (torch.randn(4),))).program
+    assert any("rand" in str(node.target) for node in program.graph.nodes)
+
+
+NO_OPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "cast": lambda x: x.to(torch.float32).float(),
+    "clone": lambda x: x.clone().contiguous(),
+    "dropout": lambda x: F.dropout(x, 0.5, False),
+    "whole slice": lambda x: x[:, :, 0:].narrow(1, 0, 3),
+    "views": lambda x: x.view(6, 8).reshape(2, 24).view(2, 3, 8),
+    "transposes": lambda x: x.transpose(1, 2).permute(0, 2, 1),
+    "one": lambda x: x * 1.0 / 1,
+    "expand": lambda x: x.expand(2, 3, 8),
+}
+
+
+@pytest.mark.parametrize("case", NO_OPS)
+def test_no_ops_go(case: str, canonical: Any, of: Any) -> None:
+    found = canonical(of(lambda x: torch.relu(NO_OPS[case](x))), torch.randn(2, 3, 8))
+    assert found.text == "%0 = relu(inputs_0)\nreturn [%0]"
+    assert found.error == 0.0
+
+
+OPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "cast": lambda x: x.half(),
+    "slice": lambda x: x[:, 1:],
+    "strided slice": lambda x: x[:, ::2],
+    "zero": lambda x: x + 0.0,  # turns -0.0 into 0.0
+    "transpose": lambda x: x.transpose(1, 2),
+    "two": lambda x: x * 2.0,
+}
+
+
+@pytest.mark.parametrize("case", OPS)
+def test_what_changes_values_stays(case: str, of: Any) -> None:
+    captured = capture(of(lambda x: torch.relu(OPS[case](x))), (torch.randn(2, 3, 8),))
+    assert strip_no_ops(captured).program.operator_count == 2
+
+
+def test_parts_are_slices(canonical: Any, of: Any) -> None:
+    parts = canonical(
+        of(lambda x: (lambda a, b, c: a * b + c)(*x.split([2, 2, 4], -1)[:2], x[..., 6:])), torch.randn(3, 8)
+    )
+    chunks = canonical(
+        of(lambda x: (lambda a, b, c: a * b + c)(*x.chunk(4, -1)[:2], x[..., -2:])), torch.randn(3, 8)
+    )
+    assert parts.text == chunks.text
+    assert parts.text.startswith(
+        "%0 = slice.Tensor(inputs_0, 1, 0, 2, 1)\n%1 = slice.Tensor(inputs_0, 1, 2, 4, 1)"
+    )
+
+
+def test_equal_calls_are_one(canonical: Any, of: Any) -> None:
+    found = canonical(of(lambda x: torch.exp(x) + torch.exp(x.clone()) * torch.exp(-x)), torch.randn(3, 2))
+    assert found.text.count("exp(") == 2
+
+
+def test_the_same_program_comes_out_twice(canonical: Any, of: Any) -> None:
+    module = of(lambda x, w, b: torch.softmax(F.linear(x, w) + b, -1), w=torch.randn(6, 8), b=torch.randn(6))
+    first, second = (canonical(copy.deepcopy(module), torch.ones(2, 8)) for _ in range(2))
+    assert first.text == second.text
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(first.program.tensors.values(), second.program.tensors.values(), strict=True)
+    )
