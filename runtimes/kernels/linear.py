@@ -62,14 +62,14 @@ from .math import ACTIVATIONS, activate
 ROWS = (8, 4, 2, 1)
 """Rows of the tiles; the driver covers M with them, largest first."""
 
-GEMV_ROWS = (4, 3, 2, 1)
-"""Rows of the int4 kernels that unpack in registers."""
+GEMV_ROWS = (8, 4, 3, 2, 1)
+"""Rows of the int4 kernels that unpack in registers; 8 rows hide the unpacking behind the dot products."""
 
 STEPS = 8
 """Steps of 4 inputs that are unrolled: 32 inputs, the unit of Kp and the smallest group."""
 
-PREFETCH = 1024
-"""Bytes ahead of the weight stream that the kernels for few rows prefetch."""
+PREFETCH = 4096
+"""Bytes that the kernels for few rows prefetch ahead: a page, at whose end the hardware stops by itself."""
 
 _TILE = "u: const i32*, ldu: i64, w: const i8*, ldw: i64, inputs: i64"
 _GROUPS = ", group: i64, scale: const f16*, lds: i64"
@@ -154,13 +154,13 @@ def _scale_vector(scale: Any, offset: Any, n: int) -> Any:
 
 
 def _add_group(
-    isa: Isa, tile: _Tile, where: Any, sums: Any, at: Any, group: Any, arrays: dict[str, Any]
+    isa: Isa, tile: _Tile, where: Any, vectors: int, sums: Any, at: Any, group: Any, arrays: dict[str, Any]
 ) -> None:
-    """sums[at(r, v)] += scale * (sum - zero * usum) for every accumulator of a sub-tile and one group."""
+    """sums[at(r, v)] += scale * (sum - zero * usum) for the accumulators of a sub-tile and one group."""
     row0, vector0 = where
     n = tile.lanes
     unit = float(arrays.get("unit", 1))
-    for v in range(tile.vectors):
+    for v in range(vectors):
         column = (vector0 + v) * n
         panel, inside = divmod(column, 16)
         offset = bind(arrays["lds"] * panel + group * 16 + inside)
@@ -266,13 +266,16 @@ def _tile(mode: str, rows: int, panels: int, small: bool, isa: Isa, *arguments: 
             with for_range(0, blocks) as b:
                 run(g * blocks + b)
             place = window.at if in_memory else window.local
-            _add_group(isa, tile, (row0, vector0), sums, place, g, arrays)
+            _add_group(isa, tile, (row0, vector0), v_count, sums, place, g, arrays)
         if not in_memory:
             window.finish(sums)
 
 
 def _gemv4(mode: str, rows: int, isa: Isa, *arguments: Any) -> None:
-    """Emit one int4 kernel for few rows: one panel, unpacked in registers, two accumulators a row."""
+    """Emit one int4 kernel for few rows: one panel, unpacked in registers.
+
+    Up to 4 rows have two accumulators each (low and high nibbles): fewer chains than that would wait for themselves.
+    """
     u, ldu, w, inputs, *rest = arguments
     arrays: dict[str, Any] = {"unit": int4_unit(isa), "lds": 0}
     group: Any = None
@@ -282,54 +285,48 @@ def _gemv4(mode: str, rows: int, isa: Isa, *arguments: Any) -> None:
         arrays["zero"], arrays["usum"], arrays["ldusum"], *rest = rest
     t, ldt = rest
     n = lanes(isa)
-    _clear(t, ldt, rows, 1, "int32" if mode == "pc" else "float32")
-    for vector in range(16 // n):
-        tile = _Tile(isa, rows, 2, True)  # vector 0: low nibbles, vector 1: high nibbles of the same features
+    columns = 2 if rows <= 4 else 1
+    high = rows if isa.vnni else min(rows, 4)
+    for vector, row0 in [(v, r) for v in range(16 // n) for r in range(0, rows, high)]:
+        tile = _Tile(isa, high, columns, True)
+        window = _Window(t, ldt, row0, high, vector, 1, n)
 
-        def run(block: Any, vector: int = vector, tile: _Tile = tile) -> None:
+        def run(block: Any, vector: int = vector, row0: int = row0, tile: _Tile = tile) -> None:
             tile.begin()
             for k in range(STEPS // 2):
                 step = block * (STEPS // 2) + k
                 halves = unpack_int4(isa, bind(load(w, step * 64 + vector * n * 4, 4 * n)))
-                if vector == 0:
+                if vector == 0 and row0 == 0:
                     prefetch(w, step * 64 + PREFETCH, 3)
                 for h, weight in enumerate(halves):
-                    words = [load(u, ldu * r + step * 2 + h, 1) for r in range(rows)]
-                    _step_column(tile, words, weight, h)
+                    words = [load(u, ldu * (row0 + r) + step * 2 + h, 1) for r in range(high)]
+                    _step_column(tile, words, weight, h % columns)
             tile.end()
 
-        def total(r: int, tile: _Tile = tile) -> Any:
-            return tile.value(r, 0) + tile.value(r, 1)
+        def merge(tile: _Tile = tile) -> None:
+            """Low and high sums into column 0."""
+            for r in range(high if columns == 2 else 0):
+                store(tile.acc, r * 2 * n, tile.value(r, 0) + tile.value(r, 1), n)
 
+        tile.clear()
         if mode == "pc":
-            tile.clear()
             with for_range(0, inputs // (4 * STEPS)) as block:
                 run(block)
-            for r in range(rows):
-                store(t, ldt * r + vector * n, total(r), n)
-        else:
-            sums = registers(rows, "float32", n)
-            for r in range(rows):
-                store(sums, r * n, _splat(0, "float32", n), n)
-            blocks = bind(group // (4 * STEPS))
-            with for_range(0, inputs // group) as g:
-                tile.clear()
-                with for_range(0, blocks) as b:
-                    run(g * blocks + b)
-                offset = bind(g * 16 + vector * n)
-                scale = bind(_scale_vector(arrays["scale"], offset, n))
-                zero = None
-                if mode == "gz":
-                    zero = T.cast(load(arrays["zero"], offset, n), f"float32x{n}")
-                    zero = bind(zero * _splat(-float(int4_unit(isa)), "float32", n))
-                for r in range(rows):
-                    value = T.cast(total(r), f"float32x{n}")
-                    if zero is not None:
-                        usum = load(arrays["usum"], arrays["ldusum"] * r + g, 1)
-                        value = T.fma(zero, T.broadcast(usum, n), value)
-                    store(sums, r * n, T.fma(value, scale, load(sums, r * n, n)), n)
-            for r in range(rows):
-                store(t, ldt * r + vector * n, load(sums, r * n, n), n)
+            merge()
+            for r in range(high):
+                store(t, window.at(r, 0), tile.value(r, 0), n)
+            continue
+        sums = registers(high, "float32", n)
+        for r in range(high):
+            store(sums, r * n, _splat(0, "float32", n), n)
+        blocks = bind(group // (4 * STEPS))
+        with for_range(0, inputs // group) as g:
+            tile.clear()
+            with for_range(0, blocks) as b:
+                run(g * blocks + b)
+            merge()
+            _add_group(isa, tile, (row0, vector), 1, sums, window.local, g, arrays)
+        window.finish(sums)
 
 
 def _step_column(tile: _Tile, words: list[Any], weight: Any, column: int) -> None:

@@ -33,7 +33,7 @@ GEMV_ROWS = (4, 2, 1)
 BLOCK = 32
 """Inputs that share one scale in every group size."""
 
-PREFETCH = 1024
+PREFETCH = 4096
 
 
 def _splat(value: float, dtype: str = "float32") -> Any:

@@ -92,7 +92,8 @@ def check(
 def test_shapes(library: ctypes.CDLL, isa: str, bits: int, group_size: int, zero: bool) -> None:
     rng = np.random.default_rng(0)
     sizes = [(1, 16, 32), (1, 5, 7), (2, 33, 70), (3, 48, 128), (4, 40, 200), (5, 17, 130), (8, 31, 64)]
-    sizes += [(13, 100, 300), (130, 37, 129), (7, 64, 4200)]
+    # 70 rows and 16 blocks of panels: int4 is unpacked to scratch, in two chunks of K
+    sizes += [(13, 100, 300), (130, 37, 129), (7, 64, 4200), (70, 500, 4200)]
     for i, (m, n, k) in enumerate(sizes):
         case = random_case(
             rng, n, k, bits, group_size, zero=zero, bias=i % 2 == 0, activation=ACTIVATIONS[i % 5]
