@@ -70,21 +70,21 @@ def _tile(
                 store(acc, index, T.fma(left, right[j], load(acc, index)))
 
 
-def _pack_queries(q: Any, qt: View, q_row: Any, nq: Any, d: Any, scale: Any, nv: int) -> None:
+def _pack_queries(q: View, qt: View, q_row: Any, nq: Any, d: Any, scale: Any, nv: int) -> None:
     """qt[dim, lane] = scale * q[lane, dim]; lanes past the last query repeat it."""
     whole = bind(d // 16 * 16)
     for j in range(nv):
         offsets = [bind(tirx.min(_i64(16 * j + lane), nq - 1) * q_row) for lane in range(16)]
         with for_range(0, d // 16) as block:
-            rows = [bind(load(q, offset + block * 16)) for offset in offsets]
+            rows = [bind(q.load(offset + block * 16)) for offset in offsets]
             for i, column in enumerate(transpose16(rows)):
                 qt.store((block * 16 + i) * LANES + 16 * j, column * T.broadcast(scale, 16))
         with for_range(whole, d) as dim:
             for lane, offset in enumerate(offsets):
-                qt.store(dim * LANES + 16 * j + lane, load(q, offset + dim, 1) * scale, 1)
+                qt.store(dim * LANES + 16 * j + lane, q.load(offset + dim, 1) * scale, 1)
 
 
-def _write_output(o: View, out: Any, out_row: Any, nq: Any, dv: Any, inverse: list[Any], nv: int) -> None:
+def _write_output(o: View, out: View, out_row: Any, nq: Any, dv: Any, inverse: list[Any], nv: int) -> None:
     """out[lane, dim] = o[dim, lane] * inverse[lane] for the first nq lanes."""
     whole = bind(dv // 16 * 16)
     for j in range(nv):
@@ -92,11 +92,11 @@ def _write_output(o: View, out: Any, out_row: Any, nq: Any, dv: Any, inverse: li
             columns = [bind(o.load((block * 16 + i) * LANES + 16 * j) * inverse[j]) for i in range(16)]
             for lane, row in enumerate(transpose16(columns)):
                 with when(nq > 16 * j + lane):
-                    store(out, (16 * j + lane) * out_row + block * 16, row)
+                    out.store((16 * j + lane) * out_row + block * 16, row)
         with for_range(whole, dv) as dim:
             o.store(dim * LANES + 16 * j, o.load(dim * LANES + 16 * j) * inverse[j])
             with for_range(_i64(16 * j), tirx.min(nq, _i64(16 * j + 16))) as lane:
-                store(out, lane * out_row + dim, o.load(dim * LANES + lane, 1), 1)
+                out.store(lane * out_row + dim, o.load(dim * LANES + lane, 1), 1)
 
 
 def _masked(kind: str, score: Any, mask: Any, lanes: int) -> Any:
@@ -112,12 +112,12 @@ def _splat_element(buffer: Any, offset: Any) -> Any:
 
 
 def _apply_mask(
-    kind: str, mask: Any, p: View, nq: Any, t0: Any, count: Any, mask_s: Any, mask_t: Any, nv: int
+    kind: str, mask: View, p: View, nq: Any, t0: Any, count: Any, mask_s: Any, mask_t: Any, nv: int
 ) -> None:
     """Mask the scores p[t, lane], t = t0 .. t0 + count."""
     with T.If(mask_s == 0):
         with T.Then(), for_range(0, count) as t:  # one value for all queries: a padding mask
-            value = bind(_splat_element(mask, (t0 + t) * mask_t))
+            value = bind(T.broadcast(mask.load((t0 + t) * mask_t, 1), 16))
             for j in range(nv):
                 at = t * LANES + 16 * j
                 p.store(at, _masked(kind, p.load(at), value, 16))
@@ -128,7 +128,7 @@ def _apply_mask(
                 ]
                 vectors = bind(T.Select(mask_t == 1, count // 16, _i64(0)))
                 with for_range(0, vectors) as block:
-                    rows = [load(mask, offset + block * 16) for offset in offsets]
+                    rows = [mask.load(offset + block * 16) for offset in offsets]
                     if kind == "u8":
                         rows = [T.cast(row, "float32x16") for row in rows]
                     for i, column in enumerate(transpose16([bind(row) for row in rows])):
@@ -141,111 +141,161 @@ def _apply_mask(
                 with for_range(vectors * 16, count) as t:
                     for lane, offset in enumerate(offsets):
                         at = t * LANES + 16 * j + lane
-                        p.store(at, _masked(kind, p.load(at, 1), load(mask, offset + t * mask_t, 1), 1), 1)
+                        p.store(at, _masked(kind, p.load(at, 1), mask.load(offset + t * mask_t, 1), 1), 1)
 
 
-def _emit_block(
-    isa: Isa,
-    q: Any, k: Any, v: Any, mask_f: Any, mask_b: Any, out: Any, scratch: Any,
-    nq: Any, q_row: Any, k_row: Any, v_row: Any, out_row: Any, keys: Any, d: Any, dv: Any,
-    first_query: Any, causal: Any, mask_kind: Any, mask_s: Any, mask_t: Any, scale: Any, softcap: Any,
-    *, vectors: int,
-) -> None:  # fmt: skip
-    nv = vectors
-    wide = isa.registers == 32
-    mr = 8 if wide else 6
-    halves = [list(range(nv))] if wide else [[j] for j in range(nv)]  # AVX2 has registers for 16 lanes only
-    width = len(halves[0])
-    qt = View(scratch, _i64(0))
-    p = View(scratch, bind(d * LANES))
-    o = View(scratch, bind(p.base + (KEY_BLOCK + 8) * LANES))
-    running_max = View(scratch, bind(o.base + (dv + 8) * LANES))
-    running_sum = View(scratch, bind(running_max.base + LANES))
-    acc = registers(mr * width, "float32")
-    maxima, sums = registers(nv, "float32"), registers(nv, "float32")
+class _Block:
+    """Emits the block kernel. Up to 32 * sub queries; each group of 32 has its own running state in scratch."""
 
-    _pack_queries(q, qt, q_row, nq, d, scale, nv)
-    for j in range(nv):
-        running_max.store(16 * j, _vector(NEG_INF))
-        running_sum.store(16 * j, _vector(0.0))
+    def __init__(self, isa: Isa, vectors: int, values: tuple[Any, ...]) -> None:
+        (self.q, self.k, self.v, self.mask_f, self.mask_b, self.out, self.scratch,
+         self.nq, self.q_row, self.k_row, self.v_row, self.out_row, self.keys, self.d, self.dv,
+         self.first_query, self.causal, self.mask_kind, self.mask_s, self.mask_t,
+         self.scale, self.softcap) = values  # fmt: skip
+        self.vectors = vectors
+        wide = isa.registers == 32
+        self.mr = 8 if wide else 6
+        # AVX2 has registers for the sums of 16 lanes only: walk the two halves one after the other.
+        self.parts = [list(range(vectors))] if wide else [[j] for j in range(vectors)]
+        self.width = len(self.parts[0])
+        self.acc = registers(self.mr * self.width, "float32")
+        self.maxima, self.sums = registers(vectors, "float32"), registers(vectors, "float32")
+        self.p = View(self.scratch, _i64(0))
+        self.states = bind(tirx.const((KEY_BLOCK + 8) * LANES, "int64"))
+        self.state = bind((self.d + self.dv + 10) * LANES)
 
-    with for_range(0, (keys + KEY_BLOCK - 1) // KEY_BLOCK) as key_block:
-        t0 = bind(key_block * KEY_BLOCK)
-        count = bind(tirx.min(keys - t0, _i64(KEY_BLOCK)))
-        with for_range(0, (count + mr - 1) // mr) as tile:
-            base = bind(tile * mr)
-            rows = [bind((t0 + tirx.min(base + i, count - 1)) * k_row) for i in range(mr)]
-            for half in halves:
-                for i in range(mr * width):
-                    store(acc, i * 16, _vector(0.0))
-                _tile(mr, width, k, rows, _i64(1), qt, 16 * half[0], d, acc)
-                for i in range(mr):
-                    for w, j in enumerate(half):
-                        p.store((base + i) * LANES + 16 * j, load(acc, (i * width + w) * 16))
+    def enter(self, sub: Any) -> None:
+        """Point the views at one group of queries."""
+        at = bind(self.states + sub * self.state)
+        self.qt = View(self.scratch, at)
+        self.o = View(self.scratch, bind(at + self.d * LANES))
+        self.running_max = View(self.scratch, bind(self.o.base + (self.dv + 8) * LANES))
+        self.running_sum = View(self.scratch, bind(self.running_max.base + LANES))
+        first = bind(sub * LANES)
+        self.count = bind(tirx.min(self.nq - first, _i64(LANES)))
+        self.q_view = View(self.q, bind(first * self.q_row))
+        self.out_view = View(self.out, bind(first * self.out_row))
+        self.mask_at = bind(first * self.mask_s)
+        self.query = bind(self.first_query + first)
+        seen = tirx.min(self.keys, self.query + self.count)
+        self.visible = bind(T.Select(self.causal != 0, seen, self.keys))
 
-        with when(softcap > T.float32(0.0)), for_range(0, count) as t:
-            cap = T.broadcast(softcap, 16)
-            for j in range(nv):
-                p.store(t * LANES + 16 * j, cap * tanh(p.load(t * LANES + 16 * j) / cap))
-        with when(mask_kind == 1):
-            _apply_mask("f32", mask_f, p, nq, t0, count, mask_s, mask_t, nv)
-        with when(mask_kind == 2):
-            _apply_mask("u8", mask_b, p, nq, t0, count, mask_s, mask_t, nv)
-        with when(tirx.all(causal != 0, t0 + count - 1 > first_query)), for_range(0, count) as t:
-            limit = bind(T.broadcast(T.cast(t0 + t - first_query, "int32"), 16))
-            for j in range(nv):
+    def emit(self) -> None:
+        groups = bind((self.nq + LANES - 1) // LANES)
+        with for_range(0, groups) as sub:
+            self.enter(sub)
+            _pack_queries(self.q_view, self.qt, self.q_row, self.count, self.d, self.scale, self.vectors)
+            for j in range(self.vectors):
+                self.running_max.store(16 * j, _vector(NEG_INF))
+                self.running_sum.store(16 * j, _vector(0.0))
+        # Keys outside, groups of queries inside: a block of K and V is read once for all of them.
+        with for_range(0, (self.keys + KEY_BLOCK - 1) // KEY_BLOCK) as block, for_range(0, groups) as sub:
+            self.enter(sub)
+            with when(self.visible > block * KEY_BLOCK):
+                t0 = bind(block * KEY_BLOCK)
+                keys = bind(tirx.min(self.visible - t0, _i64(KEY_BLOCK)))
+                self.scores(t0, keys)
+                self.hide(t0, keys)
+                self.values(t0, keys, self.softmax(keys))
+        with for_range(0, groups) as sub:
+            self.enter(sub)
+            self.finish()
+
+    def _clear(self) -> None:
+        for i in range(self.mr * self.width):
+            store(self.acc, i * 16, _vector(0.0))
+
+    def _store_tile(self, target: View, base: Any, part: list[int]) -> None:
+        for i in range(self.mr):
+            for w, j in enumerate(part):
+                target.store((base + i) * LANES + 16 * j, load(self.acc, (i * self.width + w) * 16))
+
+    def scores(self, t0: Any, keys: Any) -> None:
+        """p[t, s] = sum_d k[t, d] q[s, d]."""
+        with for_range(0, (keys + self.mr - 1) // self.mr) as tile:
+            base = bind(tile * self.mr)
+            rows = [bind((t0 + tirx.min(base + i, keys - 1)) * self.k_row) for i in range(self.mr)]
+            for part in self.parts:
+                self._clear()
+                _tile(self.mr, self.width, self.k, rows, _i64(1), self.qt, 16 * part[0], self.d, self.acc)
+                self._store_tile(self.p, base, part)
+
+    def hide(self, t0: Any, keys: Any) -> None:
+        """Softcap, mask and causality."""
+        with when(self.softcap > T.float32(0.0)), for_range(0, keys) as t:
+            cap = T.broadcast(self.softcap, 16)
+            for j in range(self.vectors):
+                at = t * LANES + 16 * j
+                self.p.store(at, cap * tanh(self.p.load(at) / cap))
+        for code, kind, mask in ((1, "f32", self.mask_f), (2, "u8", self.mask_b)):
+            with when(self.mask_kind == code):
+                view = View(mask, self.mask_at)
+                _apply_mask(kind, view, self.p, self.count, t0, keys, self.mask_s, self.mask_t, self.vectors)
+        with when(tirx.all(self.causal != 0, t0 + keys - 1 > self.query)), for_range(0, keys) as t:
+            limit = bind(T.broadcast(T.cast(t0 + t - self.query, "int32"), 16))
+            for j in range(self.vectors):
                 lanes = T.ramp(T.int32(16 * j), T.int32(1), 16)
                 at = t * LANES + 16 * j
-                p.store(at, T.Select(limit <= lanes, p.load(at), _vector(NEG_INF)))
+                self.p.store(at, T.Select(limit <= lanes, self.p.load(at), _vector(NEG_INF)))
 
-        for j in range(nv):
-            store(maxima, 16 * j, running_max.load(16 * j))
-        with for_range(0, count) as t:
-            for j in range(nv):
-                store(maxima, 16 * j, tirx.max(load(maxima, 16 * j), p.load(t * LANES + 16 * j)))
+    def softmax(self, keys: Any) -> list[Any]:
+        """p = exp(p - maximum so far); returns the factors that bring earlier sums to the new maximum."""
+        for j in range(self.vectors):
+            store(self.maxima, 16 * j, self.running_max.load(16 * j))
+        with for_range(0, keys) as t:
+            for j in range(self.vectors):
+                value = self.p.load(t * LANES + 16 * j)
+                store(self.maxima, 16 * j, tirx.max(load(self.maxima, 16 * j), value))
         references, corrections = [], []
-        for j in range(nv):
-            highest = bind(load(maxima, 16 * j))
+        for j in range(self.vectors):
+            highest = bind(load(self.maxima, 16 * j))
             # -inf - -inf would be NaN: where nothing was seen so far, subtract 0; each weight is exp(-inf).
             references.append(bind(T.Select(highest == _vector(NEG_INF), _vector(0.0), highest)))
-            corrections.append(bind(exp(running_max.load(16 * j) - references[j])))
-            running_max.store(16 * j, highest)
-            store(sums, 16 * j, running_sum.load(16 * j) * corrections[j])
-        with for_range(0, count) as t:
-            for j in range(nv):
-                weight = bind(exp(p.load(t * LANES + 16 * j) - references[j]))
-                p.store(t * LANES + 16 * j, weight)
-                store(sums, 16 * j, load(sums, 16 * j) + weight)
-        for j in range(nv):
-            running_sum.store(16 * j, load(sums, 16 * j))
+            corrections.append(bind(exp(self.running_max.load(16 * j) - references[j])))
+            self.running_max.store(16 * j, highest)
+            store(self.sums, 16 * j, self.running_sum.load(16 * j) * corrections[j])
+        with for_range(0, keys) as t:
+            for j in range(self.vectors):
+                at = t * LANES + 16 * j
+                weight = bind(exp(self.p.load(at) - references[j]))
+                self.p.store(at, weight)
+                store(self.sums, 16 * j, load(self.sums, 16 * j) + weight)
+        for j in range(self.vectors):
+            self.running_sum.store(16 * j, load(self.sums, 16 * j))
+        return corrections
 
-        with for_range(0, (dv + mr - 1) // mr) as tile:
-            base = bind(tile * mr)
-            columns = [bind(t0 * v_row + tirx.min(base + i, dv - 1)) for i in range(mr)]
-            for half in halves:
-                with T.If(key_block == 0):
+    def values(self, t0: Any, keys: Any, corrections: list[Any]) -> None:
+        """o[d, s] = o[d, s] * correction[s] + sum_t v[t, d] p[t, s]."""
+        with for_range(0, (self.dv + self.mr - 1) // self.mr) as tile:
+            base = bind(tile * self.mr)
+            columns = [bind(t0 * self.v_row + tirx.min(base + i, self.dv - 1)) for i in range(self.mr)]
+            for part in self.parts:
+                with T.If(t0 == 0):
                     with T.Then():
-                        for i in range(mr * width):
-                            store(acc, i * 16, _vector(0.0))
+                        self._clear()
                     with T.Else():
-                        for i in range(mr):
-                            for w, j in enumerate(half):
-                                old = o.load((base + i) * LANES + 16 * j)
-                                store(acc, (i * width + w) * 16, old * corrections[j])
-                _tile(mr, width, v, columns, v_row, p, 16 * half[0], count, acc)
-                for i in range(mr):
-                    for w, j in enumerate(half):
-                        o.store((base + i) * LANES + 16 * j, load(acc, (i * width + w) * 16))
+                        for i in range(self.mr):
+                            for w, j in enumerate(part):
+                                old = self.o.load((base + i) * LANES + 16 * j)
+                                store(self.acc, (i * self.width + w) * 16, old * corrections[j])
+                _tile(self.mr, self.width, self.v, columns, self.v_row, self.p, 16 * part[0], keys, self.acc)
+                self._store_tile(self.o, base, part)
 
-    inverse = []
-    for j in range(nv):
-        total = bind(running_sum.load(16 * j))
-        inverse.append(bind(T.Select(total > _vector(0.0), _vector(1.0) / total, _vector(0.0))))
-    with T.If(keys > 0):
-        with T.Then():
-            _write_output(o, out, out_row, nq, dv, inverse, nv)
-        with T.Else(), for_range(0, nq) as s, for_range(0, dv) as dim:
-            store(out, s * out_row + dim, T.float32(0.0), 1)
+    def finish(self) -> None:
+        """out[s, d] = o[d, s] / sum[s]."""
+        inverse = []
+        for j in range(self.vectors):
+            total = bind(self.running_sum.load(16 * j))
+            inverse.append(bind(T.Select(total > _vector(0.0), _vector(1.0) / total, _vector(0.0))))
+        with T.If(self.keys > 0):
+            with T.Then():
+                _write_output(self.o, self.out_view, self.out_row, self.count, self.dv, inverse, self.vectors)
+            with T.Else(), for_range(0, self.count) as s, for_range(0, self.dv) as dim:
+                self.out_view.store(s * self.out_row + dim, T.float32(0.0), 1)
+
+
+def _emit_block(isa: Isa, *values: Any, vectors: int) -> None:
+    _Block(isa, vectors, values).emit()
 
 
 def _row(
@@ -341,9 +391,9 @@ _ROW = (
 )
 
 KERNELS = [
-    # nq <= 32 queries; scratch 32 (d + dv + KEY_BLOCK + 24) floats, 64-byte aligned
+    # any number of queries; scratch 32 (ceil(nq / 32) (d + dv + 10) + KEY_BLOCK + 8) floats, 64-byte aligned
     Kernel("attention_block32", _BLOCK, partial(_emit_block, vectors=2), "attention"),
-    # nq <= 16 queries; same scratch
+    # nq <= 16 queries; the same scratch
     Kernel("attention_block16", _BLOCK, partial(_emit_block, vectors=1), "attention"),
     # one query; scratch ceil(keys, 16) + 16 floats
     Kernel("attention_row", _ROW, _row, "attention"),

@@ -4,7 +4,7 @@
 namespace isofold {
 namespace {
 
-enum { KEY_BLOCK = 128, FEW_QUERIES = 4 };  // KEY_BLOCK as in attention.py
+enum { KEY_BLOCK = 128, LANES = 32, FEW_QUERIES = 4, MOST_GROUPS = 4 };  // the first two as in attention.py
 
 struct AttentionKernel : KernelBase {
   int64_t heads, kv_heads, q_start, k_start, v_start;
@@ -84,10 +84,14 @@ OrtStatus* compute(void* memory, Context& c) {
   // One query of several heads that share their keys is a block whose rows are the heads.
   bool heads_as_rows = queries == 1 && group >= FEW_QUERIES;
   bool single_rows = !heads_as_rows && queries < FEW_QUERIES;
-  int64_t block = single_rows ? 1 : 32;
   int64_t rows = heads_as_rows ? group : queries, columns = heads_as_rows ? a.kv_heads : a.heads;
+  // Larger blocks read keys and values less often, smaller ones make enough tasks for all threads.
+  int64_t groups = 1, wanted = pieces(1 << 20, 1);
+  while (groups < MOST_GROUPS && groups * LANES < rows && batch * columns * (rows / (2 * groups * LANES)) >= wanted)
+    groups *= 2;
+  int64_t block = single_rows ? 1 : LANES * groups;
   int64_t blocks = (rows + block - 1) / block, tasks = batch * columns * blocks;
-  size_t floats = single_rows ? size_t(keys + 32) : size_t(32 * (d + dv + KEY_BLOCK + 24));
+  size_t floats = single_rows ? size_t(keys + 32) : size_t(LANES * (groups * (d + dv + 10) + KEY_BLOCK + 8));
   double flops = 2.0 * double((rows < block ? rows : block) * keys * (d + dv));
   bool failed = false;
   ISOFOLD_TRY(c.parallel(tasks, worthwhile(flops / 60 + 100), [&](int64_t begin, int64_t end) {

@@ -31,6 +31,7 @@ SHAPES = [
     (1, 5, 300, 2, 1, 64, 48),
     (1, 40, 259, 1, 1, 7, 5),
     (2, 70, 130, 2, 2, 80, 96),
+    (3, 200, 150, 16, 16, 8, 12),  # many tasks: several groups of queries in one
     (1, 1, 77, 3, 3, 24, 40),  # decoding
     (2, 1, 150, 8, 2, 32, 32),  # decoding, heads share keys: heads are the rows
     (1, 3, 3, 2, 1, 16, 16),
