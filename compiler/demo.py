@@ -74,13 +74,14 @@ def sentences() -> list[str]:
 
 
 def run_demo(
-    output: Path, *, threads: int | None = None, seconds: float = _SECONDS, say: Say
+    output: Path, *, threads: int | None = None, seconds: float | None = None, say: Say
 ) -> dict[str, Any]:
     """Compile, embed, measure. Returns `{model, sentences, threads, seconds, rows, reports}`; rows as in `show_demo`.
 
     Artefacts and reports are written to `output`. Raises InputError where the model's package is missing.
     """
     started = time.perf_counter()
+    seconds = _SECONDS if seconds is None else seconds
     folder = model_folder()
     output.mkdir(parents=True, exist_ok=True)
     threads = threads or os.cpu_count() or 1

@@ -1,6 +1,6 @@
 """Compile your own nn.Module with activation ranges measured on your own data, and a recipe of your own.
 
-    python examples/calibrate_your_own_module.py [artefact folder]
+python examples/calibrate_your_own_module.py [artefact folder]
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def main(folder: str = "classifier-int8") -> None:
         overwrite=True,
     )
     for row in compiled.report["layers"]:
-        print(f"{row['module']}: {row['bytes_before']:,} -> {row['bytes_after']:,} bytes, error {row['error']:.4f}")
+        print(
+            f"{row['module']}: {row['bytes_before']:,} -> {row['bytes_after']:,} bytes, error {row['error']:.4f}"
+        )
     for group in compiled.report["refused"]:
         print(f"left alone in {len(group['places'])} places: {group['reason']}")
     agree = compiled(example).argmax(1) == model(example).argmax(1)

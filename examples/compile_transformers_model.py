@@ -32,7 +32,9 @@ def main(folder: str = "llama-w4a8") -> None:
 
     # Any batch and length: the sizes that the model allows to vary are free.
     ids = torch.randint(0, config.vocab_size, (1, 23))
-    inputs = {port.name: ids if port.name == "input_ids" else torch.ones_like(ids) for port in compiled.inputs}
+    inputs = {
+        port.name: ids if port.name == "input_ids" else torch.ones_like(ids) for port in compiled.inputs
+    }
     found = compiled(**inputs)
     logits = found["logits"] if isinstance(found, dict) else found
     with torch.no_grad():
