@@ -43,6 +43,7 @@ _MODULES = (
     "rotary",
     "elementwise",
     "embedding",
+    "conv",
 )
 _FLAGS = (
     "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics",

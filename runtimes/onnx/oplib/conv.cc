@@ -50,28 +50,35 @@ struct Geometry {
   int64_t positions() const { return out[0] * out[1]; }
 };
 
-// rows[p, 4j..4j+3] = the four bytes at offsets[4j..] from the sample's byte for position first + p.
+enum { SLACK = 32 };  // bytes behind the samples that the gather kernels may read
+
+// Rows of the linear's input for positions first .. first + count, one after the other in output order.
 void gather(const ConvKernel& kernel, const Geometry& g, const uint8_t* sample, const int64_t* offsets, int64_t k,
-            int64_t kp, int64_t first, int64_t count, int64_t* bases, uint8_t* rows) {
-  for (int64_t p = 0; p < count; ++p) {
+            int64_t kp, int64_t first, int64_t count, uint8_t* rows) {
+  int64_t step = kernel.stride[1], words = k / 4, run = kernel.dilation[1] == 1 ? kernel.kernel[1] : 1;
+  for (int64_t p = 0; p < count;) {
     int64_t y = (first + p) / g.out[1], x = (first + p) % g.out[1];
-    bases[p] = y * kernel.stride[0] * g.padded[1] + x * kernel.stride[1];
-  }
-  int64_t whole = k / 4 * 4;
-  for (int64_t j = 0; j < whole; j += 4) {
-    const uint8_t *a = sample + offsets[j], *b = sample + offsets[j + 1], *c = sample + offsets[j + 2],
-                  *d = sample + offsets[j + 3];
-    uint8_t* out = rows + j;
-    for (int64_t p = 0; p < count; ++p, out += kp) {
-      int64_t at = bases[p];
-      uint32_t word = uint32_t(a[at]) | uint32_t(b[at]) << 8 | uint32_t(c[at]) << 16 | uint32_t(d[at]) << 24;
-      memcpy(out, &word, 4);
+    int64_t base = y * kernel.stride[0] * g.padded[1] + x * step;
+    int64_t together = g.out[1] - x < count - p ? g.out[1] - x : count - p;
+    uint8_t* out = rows + p * kp;
+    if (step <= 2) {
+      together = together < 16 ? together : 16;
+      auto kernel_of = step == 1 ? kernels->gather_patches_1 : kernels->gather_patches_2;
+      kernel_of(sample, offsets, reinterpret_cast<int32_t*>(out), base, together, words, kp / 4);
+      for (int64_t i = 0; i < together; ++i)
+        for (int64_t j = words * 4; j < k; ++j) out[i * kp + j] = sample[base + i * step + offsets[j]];
+    } else if (run >= 4) {
+      for (int64_t i = 0; i < together; ++i)
+        for (int64_t j = 0; j < k; j += run)
+          memcpy(out + i * kp + j, sample + base + i * step + offsets[j], size_t(run));
+    } else {
+      for (int64_t i = 0; i < together; ++i)
+        for (int64_t j = 0; j < k; ++j) out[i * kp + j] = sample[base + i * step + offsets[j]];
     }
+    p += together;
   }
-  for (int64_t p = 0; p < count; ++p) {
-    for (int64_t j = whole; j < k; ++j) rows[p * kp + j] = sample[offsets[j] + bases[p]];
-    memset(rows + p * kp + k, 0, size_t(kp - k));
-  }
+  if (kp > k)
+    for (int64_t p = 0; p < count; ++p) memset(rows + p * kp + k, 0, size_t(kp - k));
 }
 
 OrtStatus* compute(void* memory, Context& c) {
@@ -124,7 +131,7 @@ OrtStatus* compute(void* memory, Context& c) {
   if (shape.count() == 0 || k == 0) return nullptr;
 
   int64_t elements = g.channels * g.in[0] * g.in[1], chunks = (elements + 16383) / 16384;
-  size_t sample_bytes = size_t(ceil_to(g.channels * g.plane(), 64));
+  size_t sample_bytes = size_t(ceil_to(g.channels * g.plane() + SLACK, 64));
   size_t params_at = size_t(batch) * sample_bytes, ranges_at = params_at + size_t(ceil_to(batch * 8, 64));
   size_t offsets_at = ranges_at + size_t(ceil_to(batch * chunks * 8, 64));
   size_t bytes = offsets_at + size_t(k) * sizeof(int64_t);
@@ -182,22 +189,21 @@ OrtStatus* compute(void* memory, Context& c) {
   int64_t block = ceil_to((batch * positions + 31) / 32, 16);
   block = block < 16 ? 16 : block > 128 ? 128 : block;
   int64_t blocks = (positions + block - 1) / block;
-  size_t rows_bytes = size_t(ceil_to(block * kp, 64)), bases_bytes = size_t(block) * sizeof(int64_t);
-  size_t thread_bytes = rows_bytes + bases_bytes + size_t(block * kernel.n) * sizeof(float);
+  size_t rows_bytes = size_t(ceil_to(block * kp, 64));
+  size_t thread_bytes = rows_bytes + size_t(block * kernel.n) * sizeof(float);
   bool failed = false;
-  double nanoseconds = double(block * k) + double(block * kernel.n) * double(k) * 2 / 500;
+  double nanoseconds = 0.2 * double(block * k) + double(block * kernel.n) * double(k) * 2 / 500;
   ISOFOLD_TRY(c.parallel(batch * blocks, worthwhile(nanoseconds), [&](int64_t begin, int64_t end) {
     auto* rows = static_cast<uint8_t*>(thread_scratch(thread_bytes));
     if (!rows) {
       __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
       return;
     }
-    auto* bases = reinterpret_cast<int64_t*>(rows + rows_bytes);
-    auto* result = reinterpret_cast<float*>(rows + rows_bytes + bases_bytes);
+    auto* result = reinterpret_cast<float*>(rows + rows_bytes);
     for (int64_t i = begin; i < end; ++i) {
       int64_t b = i / blocks, first = i % blocks * block;
       int64_t count = positions - first < block ? positions - first : block;
-      gather(kernel, g, samples + size_t(b) * sample_bytes, offsets, k, kp, first, count, bases, rows);
+      gather(kernel, g, samples + size_t(b) * sample_bytes, offsets, k, kp, first, count, rows);
       isofold_linear_call call = {};
       call.u = rows;
       call.params = params + 2 * b;
