@@ -50,12 +50,13 @@ class ActivationFormat(_Strict):
 
     mode: `float` (not quantized), `dynamic` (int8 per token, per sample for convolutions) or `static` (int8 per
     tensor, needs calibration data). percentile: for static ranges, the share of values kept inside (100: all).
-    range: how static ranges are found within that, `minmax` (all of it) or `mse` (least expected squared error).
+    range: how static ranges are found within that, `minmax` (all of it) or `mse` (least squared error, each token
+    relative to its own power).
     """
 
     mode: Literal["float", "dynamic", "static"] = "dynamic"
     percentile: float = Field(default=100.0, gt=50.0, le=100.0)
-    range: Literal["minmax", "mse"] = "minmax"
+    range: Literal["minmax", "mse"] = "mse"
 
 
 class EmbeddingFormat(_Strict):

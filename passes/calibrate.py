@@ -3,7 +3,9 @@
 Each observed value gets a histogram whose bins are multiples of a power of two. When a larger value arrives
 the bins double in width and merge in pairs, so counts stay exact, whatever the order of the batches, and
 nothing but the counts is kept. Ranges are then read off: least and largest, percentiles, or the range with
-the least expected squared error.
+the least squared error, in which each token (each sample for convolutions) counts relative to its own
+power: norms bring all tokens to one size, so that otherwise the few with massive activations (Sun et al.,
+arXiv 2402.17762) would decide the range for all.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from ..compiler.dialect.quantization import LEVELS
+from ..compiler.dialect.quantize_dequantize import granularity_dims
 from ..compiler.errors import InputError
 from ..compiler.program import Program
 
@@ -31,10 +34,11 @@ class Histogram:
     def __init__(self) -> None:
         self.width = 0.0
         self.counts = torch.zeros(2 * BINS, dtype=torch.float64)
+        self.relative = torch.zeros(2 * BINS, dtype=torch.float64)
         self.low, self.high = math.inf, -math.inf
 
-    def add(self, values: Tensor) -> None:
-        """Count finite float values of any shape."""
+    def add(self, values: Tensor, dims: tuple[int, ...] = (-1,)) -> None:
+        """Count finite float values of any shape; `dims` are those of one token (or sample)."""
         if values.numel() == 0:
             return
         flat = values.detach().flatten().to(torch.float32)
@@ -52,14 +56,20 @@ class Histogram:
             self._double()
         index = torch.floor(flat / self.width).to(torch.int64).add_(BINS).clamp_(0, 2 * BINS - 1)
         self.counts += torch.bincount(index, minlength=2 * BINS)
+        power = (
+            values.detach().square().mean(dims, keepdim=True, dtype=torch.float64).expand_as(values).flatten()
+        )
+        share = torch.where(power > 0, 1 / power, torch.zeros_like(power))
+        self.relative += torch.bincount(index, share, minlength=2 * BINS)
 
     def _fits(self, width: float) -> bool:
         return self.low >= -BINS * width and self.high < BINS * width
 
     def _double(self) -> None:
-        pairs = self.counts.reshape(-1, 2).sum(1)
-        self.counts = torch.zeros_like(self.counts)
-        self.counts[BINS // 2 : BINS // 2 + BINS] = pairs
+        for bins in (self.counts, self.relative):
+            pairs = bins.reshape(-1, 2).sum(1)
+            bins.zero_()
+            bins[BINS // 2 : BINS // 2 + BINS] = pairs
         self.width *= 2
 
     def range(self, percentile: float = 100.0, search: str = "minmax") -> tuple[float, float]:
@@ -75,14 +85,14 @@ class Histogram:
         return self._least_error(low, high) if search == "mse" else (low, high)
 
     def _least_error(self, low: float, high: float) -> tuple[float, float]:
-        """The shrunken ends whose codes have the least squared error on the counted values.
+        """The shrunken ends whose codes have the least squared error, relative to each token's power.
 
         The rounding is carried out, not modelled: where most values lie within a few steps of zero (behind a
         GELU), it matters how they fall between the codes.
         """
         used = self.counts > 0
         centre = (torch.arange(-BINS, BINS, dtype=torch.float64)[used] + 0.5) * self.width
-        count = self.counts[used]
+        weight = self.relative[used]
         best, least = (low, high), math.inf
         factors = torch.tensor(_SHRINK, dtype=torch.float64)
         for shrink in _SHRINK:
@@ -90,7 +100,7 @@ class Histogram:
             scale = torch.where(scale > 0, scale, torch.ones_like(scale))[:, None]
             zero = torch.round(-low * shrink / scale).clamp(0, LEVELS)
             rounded = scale * ((torch.round(centre / scale) + zero).clamp(0, LEVELS) - zero)
-            error = (rounded - centre).square() @ count
+            error = (rounded - centre).square() @ weight
             at = int(error.argmin())
             if float(error[at]) < least:
                 least, best = float(error[at]), (low * shrink, high * _SHRINK[at])
@@ -106,12 +116,13 @@ def static_params(low: float, high: float) -> Tensor:
 
 def calibrate(
     program: Program,
-    nodes: Iterable[str],
+    nodes: Mapping[str, str],
     batches: Iterable[Any],
     progress: Callable[[int, int | None], None] | None = None,
 ) -> dict[str, Histogram]:
-    """Histograms of the values of the named nodes over all batches.
+    """Histograms of the values of some nodes over all batches.
 
+    nodes: names, and the granularity (`token | sample`) in which each will be read.
     batches: an iterable, read once. A batch is a tuple or list of arguments, a mapping of keyword arguments (or of
     parameter names), or a single tensor. progress is called with (batches done, batches in all or None).
     Raises InputError that names the batch and the input: NaN or infinity, a wrong structure, shape or dtype, a
@@ -138,7 +149,7 @@ def calibrate(
                     "The model computes NaN or infinity on calibration data",
                     where=f"batch {index}, value {node.name!r}",
                 )
-            histograms[node.name].add(found)
+            histograms[node.name].add(found, granularity_dims(found, nodes[node.name]))
 
         try:
             program.run_observed(observe, args, kwargs)

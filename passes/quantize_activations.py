@@ -92,7 +92,11 @@ def _measure(
     calibration: Iterable[Any] | None,
     progress: Callable[[int, int | None], None] | None,
 ) -> dict[str, Histogram]:
-    names = {x.name for x, _, form in wanted if form.mode == "static"}
+    names = {
+        x.name: "sample" if readers[0].kind == "convolutions" else "token"
+        for (x, _, form), readers in wanted.items()
+        if form.mode == "static"
+    }
     if not names:
         return {}
     if calibration is None:
@@ -102,7 +106,7 @@ def _measure(
             expected="calibration: an iterable of batches of inputs",
             hint="pass calibration=..., or use activations: {mode: dynamic}",
         )
-    return calibrate(editor.program, sorted(names), calibration, progress)
+    return calibrate(editor.program, names, calibration, progress)
 
 
 def _after(x: fx.Node) -> fx.Node:
