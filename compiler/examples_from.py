@@ -71,7 +71,7 @@ def examples_from(model: nn.Module) -> Examples | None:
     if "attention_mask" in parameters and _takes_padding(model, inputs, options):
         inputs["attention_mask"] = torch.ones(next(iter(inputs.values())).shape[:2], dtype=torch.int64)
     ordered = {name: inputs[name] for name in parameters if name in inputs}
-    module = TensorsOnly(model, tuple(ordered), options).eval()
+    module = TensorsOnly(model, tuple(ordered), options)
     shapes = tuple(_free_sizes(name, tensor) for name, tensor in ordered.items())
     return Examples(module, tuple(ordered.values()), shapes)
 
@@ -155,7 +155,7 @@ def _takes_padding(model: Any, inputs: Mapping[str, Tensor], options: Mapping[st
         return True
     changed = main.clone()
     changed[:, -1] = torch.where(main[:, -1] == main.max(), main.min(), main.max())
-    mode = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
@@ -163,7 +163,8 @@ def _takes_padding(model: Any, inputs: Mapping[str, Tensor], options: Mapping[st
                 model(**{**inputs, model.main_input_name: ids}, **options) for ids in (main, changed)
             )
     finally:
-        model.train(mode)
+        for module, training in modes.items():
+            module.training = training
     before, after = next(
         (
             (first[k], second[k])

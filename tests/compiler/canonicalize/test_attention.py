@@ -170,11 +170,9 @@ def test_repeated_blocks_are_refused(canonical: Any, of: Any) -> None:
         *qkv(heads=2),
     )
     assert blocks.refused == ["whole blocks of heads are repeated, so query head h reads key head h % groups"]
+    q, k, v = qkv()
     uneven = canonical(
-        of(lambda q, k, v: F.scaled_dot_product_attention(q, repeat_kv(k, 2), v)),
-        qkv()[0],
-        qkv(2)[1],
-        qkv()[2],
+        of(lambda q, k, v: F.scaled_dot_product_attention(q, repeat_kv(k, 2), v)), q, k[:, :2], v
     )
     assert uneven.refused == ["keys and values are not repeated alike"]
     assert "enable_gqa=True" not in blocks.text + uneven.text
