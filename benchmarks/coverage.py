@@ -69,9 +69,9 @@ class Runner:
         self.nodes = len(onnx.load(str(optimized), load_external_data=False).graph.node)
         optimized.unlink()
 
-    def __call__(self, program: Program, case: ModelCase, args: Sequence[Any]) -> list[np.ndarray]:
+    def __call__(self, program: Program, args: Sequence[Any]) -> list[np.ndarray]:
         """Outputs on these arguments."""
-        given = program.flatten_inputs(args, case.kwargs)
+        given = program.flatten_inputs(args, {})
         names = [node.name for node in self.session.get_inputs()]
         # A placeholder that nothing reads has no input in the file; the others keep their names.
         named = {node.name: value for node, value in zip(program.placeholders, given, strict=True)}
@@ -112,9 +112,7 @@ def cover(results: Results, case: ModelCase, recipe: str, folder: Path, library:
     """Rows of one model in one recipe."""
     label = f"{case.name} {recipe}"
     started = time.perf_counter()
-    lowerable = prepare(
-        case.module, case.args, dict(case.kwargs), recipe=recipe, dynamic_shapes=case.dynamic_shapes
-    )
+    lowerable = prepare(case.module, case.args, recipe=recipe, dynamic_shapes=case.dynamic_shapes)
     report = report_of(lowerable, "cpu")
     artefact = folder / label.replace(" ", "-")
     artefact.mkdir()
@@ -126,8 +124,8 @@ def cover(results: Results, case: ModelCase, recipe: str, folder: Path, library:
         for args in (case.args, case.other_args):
             with torch.no_grad():
                 source = case.module if recipe == "float32" else lowerable.program
-                wanted = flat(source(*args, **case.kwargs))
-            worst = max(worst, relative_error(runner(lowerable.program, case, args), wanted))
+                wanted = flat(source(*args))
+            worst = max(worst, relative_error(runner(lowerable.program, args), wanted))
         results.add(f"{label}, {name}: relative error", worst, "", BAR[recipe])
         results.add(f"{label}, {name}: nodes in ONNX Runtime", runner.nodes, "")
     before, after = lowerable.captured.operator_count, lowerable.program.operator_count
