@@ -13,13 +13,14 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import platform
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from importlib import import_module, metadata, util
 from pathlib import Path
@@ -90,7 +91,7 @@ def build(out: Path | str | None = None, force: bool = False, progress: Progress
     compiler = _require_tools()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_name(path.name + ".lock")):
+        with _locked(cache_directory() / "build.lock") if out is None else nullcontext():
             if not force and path.exists() and out is None:
                 return path  # another process built it while this one waited
             with tempfile.TemporaryDirectory(prefix=".build-", dir=path.parent) as scratch:
@@ -100,6 +101,8 @@ def build(out: Path | str | None = None, force: bool = False, progress: Progress
                     with _progress_bar() as bar:
                         made = _compile(Path(scratch), compiler, bar)
                 os.replace(made, path)
+            if out is None:
+                _forget_old_builds(keep=8)
     except OSError as error:
         raise ToolchainError(
             "The op library cannot be written",
@@ -126,6 +129,13 @@ def _cached() -> Path | None:
         matches = sorted(cache_directory().glob(f"libisofold_ops-{_source_hash()}-*.so"))
         return matches[0] if matches else None
     return None
+
+
+def _forget_old_builds(keep: int) -> None:
+    """Remove all but the newest builds; a process that has loaded one keeps its mapping."""
+    builds = sorted(cache_directory().glob("libisofold_ops-*.so"), key=lambda p: p.stat().st_mtime)
+    for path in builds[:-keep]:
+        path.unlink(missing_ok=True)
 
 
 def _file_name() -> str:
@@ -173,6 +183,12 @@ def _tvm_version() -> str:
 
 
 def _require_tools() -> str:
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        raise ToolchainError(
+            "The op library is for x86-64 Linux only",
+            got=f"{sys.platform} on {platform.machine()}",
+            hint="artefacts run without it: ONNX Runtime then uses the operators' function bodies",
+        )
     missing, hints = [], []
     if _compiler_version() == "none":
         missing.append(f"the C++ compiler ({_compiler()})")

@@ -77,7 +77,29 @@ def test_a_failed_build_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(module, "_compile", broken)
     with pytest.raises(ToolchainError, match="Linking the op library failed"):
         module.build(tmp_path / "x.so")
-    assert [p.name for p in tmp_path.iterdir()] == ["x.so.lock"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_platforms_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(module.platform, "machine", lambda: "aarch64")
+    with pytest.raises(
+        ToolchainError, match=r"x86-64 Linux only[\s\S]*linux on aarch64[\s\S]*run without it"
+    ):
+        module.build(tmp_path / "x.so")
+
+
+def test_old_builds_are_forgotten(tmp_path: Path) -> None:
+    for i in range(12):
+        old = tmp_path / f"libisofold_ops-{i:016x}-01234567.so"
+        old.write_bytes(b"old")
+        os.utime(old, (1000 + i, 1000 + i))
+    done = python(
+        BUILD + FAKE + "print(module.library_path())", ISOFOLD_CACHE=str(tmp_path), LOG=str(tmp_path / "log")
+    )
+    left = sorted(p.name for p in tmp_path.glob("*.so"))
+    assert len(left) == 8
+    assert Path(done.stdout.strip()).name in left
+    assert f"libisofold_ops-{4:016x}-01234567.so" not in left
 
 
 def test_a_compiler_error_is_shown(tmp_path: Path) -> None:
