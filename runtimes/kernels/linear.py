@@ -414,33 +414,44 @@ def _epilogue(activation: str, mode: str, gated: bool, isa: Isa, *arguments: Any
         shift = T.fma(sz, load(wsum, p * 16), load(padded, p * 16))
         return bind(T.fma(s, value, shift))
 
-    def finish(m: Any, p: int) -> None:
+    def output(m: Any, p: int, s: Any, sz: Any) -> Any:
+        value = activate(linear(m, p, s, sz), activation)
+        return bind(value * linear(m, 1, s, sz) if gated else value)
+
+    def factors(m: Any) -> tuple[Any, Any]:
+        """s * multiplier and -s * z of a row."""
         s = bind(load(params, ldparams * m, 1))
         z = load(params, ldparams * m + 1, 1)
-        both = bind(T.broadcast(s * multiplier, 16)), bind(T.broadcast(T.float32(0.0) - s * z, 16))
-        value = activate(linear(m, p, *both), activation)
-        if gated:
-            value = value * linear(m, 1, *both)
-        value = bind(value)
-        at = bind(ldy * m + p * 16)
-        whole = columns >= T.int64(16 * (p + 1))
-        with T.If(whole):
-            with T.Then(), T.If(flag(HAS_RESIDUAL)):
-                with T.Then():
-                    store(y, at, value + load(residual, at))
-                with T.Else():
-                    store(y, at, value)
-            with T.Else():
-                store(spill, 0, value)
-                with for_range(0, columns - T.int64(16 * p)) as j, T.If(flag(HAS_RESIDUAL)):
-                    with T.Then():
-                        store(y, at + j, load(spill, j, 1) + load(residual, at + j, 1), 1)
-                    with T.Else():
-                        store(y, at + j, load(spill, j, 1), 1)
+        return bind(T.broadcast(s * multiplier, 16)), bind(T.broadcast(T.float32(0.0) - s * z, 16))
 
-    for p in range(outputs):
-        with when(columns > T.int64(16 * p)), for_range(0, rows) as m:
-            finish(m, p)
+    def whole(m: Any, p: int, s: Any, sz: Any) -> None:
+        value = output(m, p, s, sz)
+        at = bind(ldy * m + p * 16)
+        with T.If(flag(HAS_RESIDUAL)):
+            with T.Then():
+                store(y, at, value + load(residual, at))
+            with T.Else():
+                store(y, at, value)
+
+    def ragged(m: Any, p: int) -> None:
+        value = output(m, p, *factors(m))
+        at = bind(ldy * m + p * 16)
+        store(spill, 0, value)
+        with for_range(0, tirx.min(columns - T.int64(16 * p), T.int64(16))) as j, T.If(flag(HAS_RESIDUAL)):
+            with T.Then():
+                store(y, at + j, load(spill, j, 1) + load(residual, at + j, 1), 1)
+            with T.Else():
+                store(y, at + j, load(spill, j, 1), 1)
+
+    with T.If(columns == T.int64(16 * outputs)):
+        with T.Then(), for_range(0, rows) as m:
+            both = factors(m)
+            for p in range(outputs):
+                whole(m, p, *both)
+        with T.Else():
+            for p in range(outputs):
+                with when(columns > T.int64(16 * p)), for_range(0, rows) as m:
+                    ragged(m, p)
 
 
 def _kernels() -> list[Kernel]:

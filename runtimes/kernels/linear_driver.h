@@ -97,6 +97,20 @@ static inline void isofold_linear_prepare(const struct isofold_kernels* k, const
                 floats + begin * groups);
 }
 
+// The kernels' types, from kernels.h.
+typedef void (*isofold_tile_pc)(const int32_t*, int64_t, const int8_t*, int64_t, int64_t, const int8_t*, int64_t,
+                                int32_t, int32_t*, int64_t);
+typedef void (*isofold_tile_g)(const int32_t*, int64_t, const int8_t*, int64_t, int64_t, int64_t, const uint16_t*,
+                               int64_t, const int8_t*, int64_t, int32_t, float*, int64_t);
+typedef void (*isofold_tile_gz)(const int32_t*, int64_t, const int8_t*, int64_t, int64_t, int64_t, const uint16_t*,
+                                int64_t, const int8_t*, const float*, int64_t, const int8_t*, int64_t, int32_t, float*,
+                                int64_t);
+typedef void (*isofold_epilogue_pc)(const int32_t*, int64_t, const float*, const int8_t*, const int32_t*, int32_t,
+                                    const float*, int64_t, const float*, const float*, const float*, float*, int64_t,
+                                    int64_t, int64_t, float, int32_t);
+typedef void (*isofold_epilogue_g)(const float*, int64_t, const float*, int64_t, const float*, const float*,
+                                   const float*, float*, int64_t, int64_t, int64_t, float, int32_t);
+
 // Everything one block of panels needs, resolved once.
 struct isofold_linear_block {
   const struct isofold_kernels* k;
@@ -108,51 +122,65 @@ struct isofold_linear_block {
   const int32_t* usum_int;
   const float* wsum;      // of the block's first panel
   int32_t unit;           // the kernels' codes are unit * w
+  union {
+    isofold_tile_pc pc[4][2];
+    isofold_tile_g g[4][2];
+    isofold_tile_gz gz[4][2];
+  } tiles;                // [rows 8, 4, 2, 1][panels 1, 2]
+  isofold_epilogue_pc epilogue_pc;
+  isofold_epilogue_g epilogue_g;
 };
 
 static inline int isofold_row_index(int64_t rows) { return rows >= 8 ? 0 : rows >= 4 ? 1 : rows >= 2 ? 2 : 3; }
-
-#define ISOFOLD_TILES(K, P, M) \
-  {{K->P##_##M##_8x1, K->P##_##M##_8x2}, {K->P##_##M##_4x1, K->P##_##M##_4x2}, \
-   {K->P##_##M##_2x1, K->P##_##M##_2x2}, {K->P##_##M##_1x1, K->P##_##M##_1x2}}
 
 // One tile: rows m..m+rows (rows one of 8, 4, 2, 1), inputs k0..k0+inputs, int8 panels at w, sums into t [rows, 32].
 static inline void isofold_linear_tile(const struct isofold_linear_block* b, int64_t m, int64_t rows, int64_t k0,
                                        int64_t inputs, const int8_t* w, int64_t ldw, const int8_t* ahead,
                                        int64_t stride, void* t) {
-  const struct isofold_kernels* k = b->k;
   const struct isofold_linear* l = b->l;
   const int32_t* u = (const int32_t*)(b->c->u + m * l->kp + k0);
   int r = isofold_row_index(rows), p = (int)b->panels - 1;
   int32_t accumulate = k0 != 0;
   if (l->group_size == 0) {
-    void (*const t8[4][2])(const int32_t*, int64_t, const int8_t*, int64_t, int64_t, const int8_t*, int64_t, int32_t,
-                           int32_t*, int64_t) = ISOFOLD_TILES(k, tile8, pc);
-    void (*const t4[4][2])(const int32_t*, int64_t, const int8_t*, int64_t, int64_t, const int8_t*, int64_t, int32_t,
-                           int32_t*, int64_t) = ISOFOLD_TILES(k, tile4, pc);
-    (l->bits == 4 ? t4 : t8)[r][p](u, l->kp / 4, w, ldw, inputs, ahead, stride, accumulate, (int32_t*)t, 32);
+    b->tiles.pc[r][p](u, l->kp / 4, w, ldw, inputs, ahead, stride, accumulate, (int32_t*)t, 32);
     return;
   }
   int64_t lds = b->groups * 16, at = b->panel * lds + k0 / l->group_size * 16;
   const uint16_t* scale = (const uint16_t*)l->scale + at;
   if (!l->zero) {
-    void (*const t8[4][2])(const int32_t*, int64_t, const int8_t*, int64_t, int64_t, int64_t, const uint16_t*, int64_t,
-                           const int8_t*, int64_t, int32_t, float*, int64_t) = ISOFOLD_TILES(k, tile8, g);
-    void (*const t4[4][2])(const int32_t*, int64_t, const int8_t*, int64_t, int64_t, int64_t, const uint16_t*, int64_t,
-                           const int8_t*, int64_t, int32_t, float*, int64_t) = ISOFOLD_TILES(k, tile4, g);
-    (l->bits == 4 ? t4 : t8)[r][p](u, l->kp / 4, w, ldw, inputs, l->group_size, scale, lds, ahead, stride, accumulate,
-                                   (float*)t, 32);
+    b->tiles.g[r][p](u, l->kp / 4, w, ldw, inputs, l->group_size, scale, lds, ahead, stride, accumulate, (float*)t, 32);
     return;
   }
   const float* usum = b->usum + m * b->groups + k0 / l->group_size;
-  void (*const t8[4][2])(const int32_t*, int64_t, const int8_t*, int64_t, int64_t, int64_t, const uint16_t*, int64_t,
-                         const int8_t*, const float*, int64_t, const int8_t*, int64_t, int32_t, float*, int64_t) =
-      ISOFOLD_TILES(k, tile8, gz);
-  void (*const t4[4][2])(const int32_t*, int64_t, const int8_t*, int64_t, int64_t, int64_t, const uint16_t*, int64_t,
-                         const int8_t*, const float*, int64_t, const int8_t*, int64_t, int32_t, float*, int64_t) =
-      ISOFOLD_TILES(k, tile4, gz);
-  (l->bits == 4 ? t4 : t8)[r][p](u, l->kp / 4, w, ldw, inputs, l->group_size, scale, lds, l->zero + at, usum,
-                                 b->groups, ahead, stride, accumulate, (float*)t, 32);
+  b->tiles.gz[r][p](u, l->kp / 4, w, ldw, inputs, l->group_size, scale, lds, l->zero + at, usum, b->groups, ahead,
+                    stride, accumulate, (float*)t, 32);
+}
+
+// Kernels that do not change within a call, looked up once.
+static inline void isofold_linear_select(struct isofold_linear_block* b) {
+  const struct isofold_kernels* k = b->k;
+  const struct isofold_linear* l = b->l;
+#define ISOFOLD_TILE(M, T, R, I) b->tiles.M[I][0] = k->T##_##M##_##R##x1, b->tiles.M[I][1] = k->T##_##M##_##R##x2
+#define ISOFOLD_TILES(M, T) \
+  ISOFOLD_TILE(M, T, 8, 0), ISOFOLD_TILE(M, T, 4, 1), ISOFOLD_TILE(M, T, 2, 2), ISOFOLD_TILE(M, T, 1, 3)
+#define ISOFOLD_TILES_OF(M) (l->bits == 4 ? (void)(ISOFOLD_TILES(M, tile4)) : (void)(ISOFOLD_TILES(M, tile8)))
+  if (l->group_size == 0)
+    ISOFOLD_TILES_OF(pc);
+  else if (!l->zero)
+    ISOFOLD_TILES_OF(g);
+  else
+    ISOFOLD_TILES_OF(gz);
+#undef ISOFOLD_TILES_OF
+#undef ISOFOLD_TILES
+#undef ISOFOLD_TILE
+#define ISOFOLD_EPILOGUES(M, G) \
+  {k->epilogue_##M##_none##G, k->epilogue_##M##_relu##G, k->epilogue_##M##_gelu##G, k->epilogue_##M##_gelu_tanh##G, \
+   k->epilogue_##M##_silu##G}
+  isofold_epilogue_pc pc[2][5] = {ISOFOLD_EPILOGUES(pc, ), ISOFOLD_EPILOGUES(pc, _gated)};
+  isofold_epilogue_g g[2][5] = {ISOFOLD_EPILOGUES(g, ), ISOFOLD_EPILOGUES(g, _gated)};
+#undef ISOFOLD_EPILOGUES
+  b->epilogue_pc = pc[l->gated != 0][l->activation];
+  b->epilogue_g = g[l->gated != 0][l->activation];
 }
 
 // Rows the int4 kernels take at once.
@@ -183,13 +211,8 @@ static inline void isofold_linear_gemv4(const struct isofold_linear_block* b, in
 #undef ISOFOLD_GEMVS
 }
 
-#define ISOFOLD_EPILOGUES(K, M, G) \
-  {K->epilogue_##M##_none##G, K->epilogue_##M##_relu##G, K->epilogue_##M##_gelu##G, K->epilogue_##M##_gelu_tanh##G, \
-   K->epilogue_##M##_silu##G}
-
 // Scratch sums t [rows, 32] of rows m..m+rows to outputs.
 static inline void isofold_linear_finish(const struct isofold_linear_block* b, int64_t m, int64_t rows, const void* t) {
-  const struct isofold_kernels* k = b->k;
   const struct isofold_linear* l = b->l;
   const struct isofold_linear_call* c = b->c;
   int64_t from = b->panel * 16, column = l->gated ? from / 2 : from, width = l->gated ? 16 : 16 * b->panels;
@@ -200,21 +223,14 @@ static inline void isofold_linear_finish(const struct isofold_linear_block* b, i
   int64_t ldparams = c->static_params ? 0 : 2;
   int32_t flags = (l->bias ? 1 : 0) | (c->residual ? 2 : 0) | (l->zero ? 4 : 0);
   float multiplier = l->scale_multiplier / (float)b->unit;
-  if (l->group_size == 0) {
-    void (*const f[2][5])(const int32_t*, int64_t, const float*, const int8_t*, const int32_t*, int32_t, const float*,
-                          int64_t, const float*, const float*, const float*, float*, int64_t, int64_t, int64_t, float,
-                          int32_t) = {ISOFOLD_EPILOGUES(k, pc, ), ISOFOLD_EPILOGUES(k, pc, _gated)};
-    f[l->gated != 0][l->activation]((const int32_t*)t, 32, (const float*)l->scale + from,
-                                    l->zero ? l->zero + from : (const int8_t*)b->wsum,
-                                    l->zero ? b->usum_int + m : (const int32_t*)b->wsum, b->unit, params, ldparams,
-                                    b->wsum, bias, residual, c->y + at, l->n, rows, columns, multiplier, flags);
-  } else {
-    void (*const f[2][5])(const float*, int64_t, const float*, int64_t, const float*, const float*, const float*,
-                          float*, int64_t, int64_t, int64_t, float, int32_t) = {ISOFOLD_EPILOGUES(k, g, ),
-                                                                               ISOFOLD_EPILOGUES(k, g, _gated)};
-    f[l->gated != 0][l->activation]((const float*)t, 32, params, ldparams, b->wsum, bias, residual, c->y + at,
-                                    l->n, rows, columns, multiplier, flags);
-  }
+  if (l->group_size == 0)
+    b->epilogue_pc((const int32_t*)t, 32, (const float*)l->scale + from,
+                   l->zero ? l->zero + from : (const int8_t*)b->wsum,
+                   l->zero ? b->usum_int + m : (const int32_t*)b->wsum, b->unit, params, ldparams, b->wsum, bias,
+                   residual, c->y + at, l->n, rows, columns, multiplier, flags);
+  else
+    b->epilogue_g((const float*)t, 32, params, ldparams, b->wsum, bias, residual, c->y + at, l->n, rows, columns,
+                  multiplier, flags);
 }
 
 static inline int64_t isofold_tile_rows(int64_t rows) { return rows >= 8 ? 8 : rows >= 4 ? 4 : rows >= 2 ? 2 : 1; }
@@ -235,6 +251,7 @@ static inline void isofold_linear_run(const struct isofold_kernels* k, enum isof
   b.usum_int = (const int32_t*)c->scratch;
   b.usum = (const float*)(b.usum_int + (b.usum_int ? c->m * b.groups : 0));
   b.unit = l->bits == 4 && isa == ISOFOLD_V4 ? 16 : 1;
+  isofold_linear_select(&b);
   for (int64_t task = begin; task < end; ++task) {
     int64_t m0 = task / blocks * height, m1 = isofold_min(m0 + height, c->m);
     b.panel = task % blocks * 2;

@@ -104,6 +104,7 @@ static inline void isofold_linear_float_run(const struct isofold_kernels* k, con
   b.usum_int = 0;
   b.wsum = zeros;
   b.unit = 1;
+  isofold_linear_select(&b);
   for (int64_t task = begin; task < end; ++task) {
     int64_t m0 = task / blocks * height, m1 = isofold_min(m0 + height, c->m);
     b.panel = task % blocks * 2;
