@@ -231,7 +231,7 @@ def test_build_is_quick_the_second_time() -> None:
         (("compile", "python:net.py:mke"), ("has no 'mke'", "did you mean 'make'")),
         (
             ("compile", "python:net.py:broken"),
-            ("raised an error", "net.py:25", "ValueError: no weights here"),
+            ("raised an error", "net.py:23", "ValueError: no weights here"),
         ),
         (("compile", "python:net.py:number"), ("does not give a model", "got: int")),
         (("compile", "python:net.py"), ("The Python reference is incomplete", "python:file.py:name")),
@@ -249,7 +249,7 @@ def test_build_is_quick_the_second_time() -> None:
             ("compile", "python:net.py:make", "-o", "net-w8a8"),
             ("The output folder exists", "allow overwriting"),
         ),
-        (("compile", "python:net.py:branching"), ("net.py:33", "torch.where")),
+        (("compile", "python:net.py:branching"), ("net.py:29", "torch.where")),
         (("compile", "python:net.py:make", "-r", "w8a8-static"), ("static activation ranges", "calibration")),
         (
             ("compile", "python:net.py:make", "--calibration", "none.npz"),
