@@ -1,0 +1,51 @@
+"""Whole models: uncompressed equal to PyTorch, compressed equal with and without the op library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from isofold.compiler.capture import capture
+from isofold.compiler.driver import run_steps
+from isofold.compiler.recipe import resolve
+from isofold.compiler.registry import pipeline
+from isofold.models import registry
+from isofold.runtimes.onnx.check import relative_difference
+from isofold.runtimes.onnx.export import export_onnx
+from isofold.runtimes.onnx.session import open_session
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_uncompressed_models_equal_pytorch_at_other_sizes(name: str, tmp_path: Path) -> None:
+    case = registry.get(name)
+    program = capture(case.module, case.args, None, case.dynamic_shapes)
+    export_onnx(program, tmp_path / "m.onnx", "m.data")
+    session = open_session(tmp_path / "m.onnx", library=None)
+    for args in (case.args, case.other_args):
+        with torch.no_grad():
+            want = case.module(*args)
+        names = [i.name for i in session.get_inputs()]
+        got = session.run(None, {n: a.numpy() for n, a in zip(names, args, strict=True)})
+        assert relative_difference([want.numpy()], got) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_compressed_models_agree_with_and_without_the_library(
+    name: str, tmp_path: Path, library: str
+) -> None:
+    case = registry.get(name)
+    captured = capture(case.module, case.args, None, case.dynamic_shapes)
+    program, _ = run_steps(captured, pipeline()(captured, resolve("w8a8"), None), verify=False)
+    export_onnx(program, tmp_path / "m.onnx", "m.data")
+    feed = dict(
+        zip([p.name for p in program.placeholders], (a.numpy() for a in case.other_args), strict=True)
+    )
+    with torch.no_grad():
+        want = program(*case.other_args).numpy()
+    for chosen in (None, Path(library)):
+        got = open_session(tmp_path / "m.onnx", library=chosen).run(None, feed)
+        assert np.isfinite(got[0]).all()
+        # A last bit that moves one code moves the result by much less than rounding to eight bits does.
+        assert relative_difference([want], got) < 0.02
