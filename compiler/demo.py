@@ -84,7 +84,7 @@ def run_demo(
     seconds = _SECONDS if seconds is None else seconds
     folder = model_folder()
     output.mkdir(parents=True, exist_ok=True)
-    threads = threads or os.cpu_count() or 1
+    threads = threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     say("load MiniLM")
     module = load_model(folder)
