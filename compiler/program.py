@@ -123,6 +123,8 @@ class Program:
         """Raise InputError, listing every input whose rank, static size or dtype does not fit."""
         try:
             flat = self.flatten_inputs(args, kwargs)
+            if len(flat) != len(self.placeholders):
+                raise ValueError(f"{len(flat)} values for {len(self.placeholders)} inputs")
         except (TypeError, ValueError, AssertionError) as error:
             raise InputError(
                 "The arguments do not have the structure the program was captured with",

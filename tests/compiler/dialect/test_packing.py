@@ -15,12 +15,16 @@ GROUP = st.sampled_from([0, 32, 64, 128])
 
 def codes_for(n: int, k: int, bits: int, seed: int) -> torch.Tensor:
     low, high = packing.code_range(bits, symmetric=False)
-    return torch.randint(low, high + 1, (n, k), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+    return torch.randint(
+        low, high + 1, (n, k), generator=torch.Generator().manual_seed(seed), dtype=torch.int8
+    )
 
 
 @settings(deadline=None, max_examples=60)
 @given(n=st.integers(1, 70), k=st.integers(1, 200), bits=BITS, group_size=GROUP, seed=st.integers(0, 99))
-def test_codes_survive_packing_and_follow_the_index_formula(n: int, k: int, bits: int, group_size: int, seed: int) -> None:
+def test_codes_survive_packing_and_follow_the_index_formula(
+    n: int, k: int, bits: int, group_size: int, seed: int
+) -> None:
     codes = codes_for(n, k, bits, seed)
     packed = packing.pack_codes(codes, bits, group_size)
     rows = packing.ceil_to(n, 16)
@@ -46,22 +50,33 @@ def test_the_example_of_the_documentation() -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(
-    n=st.integers(1, 40), k=st.integers(1, 300), bits=BITS, group_size=GROUP, zeros=st.booleans(), seed=st.integers(0, 99)
+    n=st.integers(1, 40),
+    k=st.integers(1, 300),
+    bits=BITS,
+    group_size=GROUP,
+    zeros=st.booleans(),
+    seed=st.integers(0, 99),
 )
 def test_a_packed_linear_decodes_to_the_dequantized_weight(
     n: int, k: int, bits: int, group_size: int, zeros: bool, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     groups = -(-k // group_size) if group_size else 1
-    scale, _ = packing.storable_scale(torch.rand(n, groups, generator=generator) * 10.0 ** (seed % 7 - 5), group_size)
+    scale, _ = packing.storable_scale(
+        torch.rand(n, groups, generator=generator) * 10.0 ** (seed % 7 - 5), group_size
+    )
     low, high = packing.code_range(bits, symmetric=False)
     zero = torch.randint(low, high + 1, (n, groups), generator=generator, dtype=torch.int8) if zeros else None
     codes = codes_for(n, k, bits, seed)
     p = packing.pack_linear(codes, scale, zero, bits, group_size)
     expected = packing.dequantize(codes, scale.double(), zero, group_size)
-    decoded = packing.unpack_weight(p.weight, p.scale, p.zero, n, k, bits, group_size, p.scale_multiplier, torch.float64)
+    decoded = packing.unpack_weight(
+        p.weight, p.scale, p.zero, n, k, bits, group_size, p.scale_multiplier, torch.float64
+    )
     assert torch.equal(decoded, expected)
-    assert torch.allclose(p.wsum[:n].double(), expected.sum(1), rtol=1e-6, atol=1e-6 * float(expected.abs().sum(1).max()))
+    assert torch.allclose(
+        p.wsum[:n].double(), expected.sum(1), rtol=1e-6, atol=1e-6 * float(expected.abs().sum(1).max())
+    )
     assert not p.wsum[n:].any()
     assert p.scale.dtype == (torch.float16 if group_size else torch.float32)
 
