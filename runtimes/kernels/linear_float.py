@@ -7,7 +7,7 @@ owns the ragged edge in N.
 * Few rows (``float_gemv{bits}_{mode}_R``): a panel's 64-byte vector holds 4 (int4: 8) inputs of 16 features;
   each input is moved to the top of its 32-bit lane and back (two shifts, the second one extends the sign),
   converted, and multiplied by the broadcast activation. Weights are read once, 5-10 operations for each 16;
-  the sum over a block of 32 inputs is scaled once. Registers: R sums, R scaled sums, a few temporaries.
+  the sum over a block of 32 inputs is scaled once. Registers: 4 chains of sums, R scaled sums, a few temporaries.
 * Many rows: ``float_unpack{bits}_{mode}`` dequantizes a chunk of two panels to ``[inputs, 32]`` float32 in
   the first-level cache, ``float_tile_R`` multiplies it by R rows: 2 R accumulators (16 for R = 8), 2 loads
   and R broadcasts for 2 R multiply-adds.
@@ -64,17 +64,28 @@ def _gemv(bits: int, mode: str, rows: int, isa: Isa, *arguments: Any) -> None:
     per_word = 32 // bits
     grouped = mode.startswith("g")
     per_group = bind(group // BLOCK)
+    ways = 4 // rows  # chains of multiply-adds in flight, each waits 4 cycles for itself
     total = registers(rows, "float32")
-    part = registers(rows, "float32")
+    part = registers(rows * ways, "float32")
+
+    def clear() -> None:
+        for i in range(rows * ways):
+            store(part, i * 16, _splat(0.0))
+
+    def merged(r: int) -> Any:
+        parts = [load(part, (r * ways + i) * 16) for i in range(ways)]
+        while len(parts) > 1:
+            parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        return parts[0]
+
     for r in range(rows):
         store(total, r * 16, load(t, ldt * r))
-        if not grouped:
-            store(part, r * 16, _splat(0.0))
+    if not grouped:
+        clear()
     with for_range(begin, end) as block:
         zeros = None if zero is None else bind(_group_vector(zero, block, per_group))
         if grouped:
-            for r in range(rows):
-                store(part, r * 16, _splat(0.0))
+            clear()
         for v in range(vectors):
             at = (block * vectors + v) * 64
             prefetch(w, at + PREFETCH, 3)
@@ -84,14 +95,15 @@ def _gemv(bits: int, mode: str, rows: int, isa: Isa, *arguments: Any) -> None:
                 column = (block - begin) * BLOCK + v * per_word + k
                 for r in range(rows):
                     activation = T.broadcast(load(x, ldx * r + column, 1), 16)
-                    store(part, r * 16, T.fma(activation, weight, load(part, r * 16)))
+                    i = (r * ways + k % ways) * 16
+                    store(part, i, T.fma(activation, weight, load(part, i)))
         if grouped:
             scales = bind(_group_vector(scale, block, per_group))
             for r in range(rows):
-                store(total, r * 16, T.fma(load(part, r * 16), scales, load(total, r * 16)))
+                store(total, r * 16, T.fma(merged(r), scales, load(total, r * 16)))
     for r in range(rows):
         value = load(total, r * 16)
-        store(t, ldt * r, value if grouped else T.fma(load(part, r * 16), load(scale, 0), value))
+        store(t, ldt * r, value if grouped else T.fma(merged(r), load(scale, 0), value))
 
 
 def _unpack(bits: int, mode: str, isa: Isa, *arguments: Any) -> None:

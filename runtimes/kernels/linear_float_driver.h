@@ -135,7 +135,7 @@ static inline void isofold_linear_float_run(const struct isofold_kernels* k, con
           const float* x = partial ? tail + (m - m0) * ISOFOLD_FLOAT_BLOCK : c->x + m * c->k + from * ISOFOLD_FLOAT_BLOCK;
           void (*tile)(const float*, int64_t, const float*, int64_t, float*, int64_t) =
               rows == 8 ? k->float_tile_8 : rows == 4 ? k->float_tile_4 : rows == 2 ? k->float_tile_2 : k->float_tile_1;
-          tile(x, partial ? ISOFOLD_FLOAT_BLOCK : c->k, weights, inputs, t + (m - m0) * 32, 32);
+          tile(x, partial ? (int64_t)ISOFOLD_FLOAT_BLOCK : c->k, weights, inputs, t + (m - m0) * 32, 32);
           m += rows;
         }
         from = to;
