@@ -151,6 +151,18 @@ OrtStatus* infer(const OrtCustomOp* custom, OrtShapeInferContext* context) {
   return self(custom).infer(inference);
 }
 
+// ONNX Runtime's minor version, 0 while unknown.
+int ort_minor = 0;
+
+// Before 1.24, ONNX Runtime dereferences null when it prepares shape inference for a node that leaves out an optional
+// input before its last one. There, the shapes written in the model have to do.
+bool infers_safely(const Op& op) {
+  if (!op.infer) return false;
+  for (size_t i = 0; i < op.input_count; ++i)
+    if (op.inputs[i].presence == ORT_OPTIONAL && ort_minor < 24) return false;
+  return true;
+}
+
 void fill(Op* op) {
   op->version = ORT_ABI_VERSION;
   op->GetName = [](const OrtCustomOp* op) { return self(op).name; };
@@ -169,7 +181,7 @@ void fill(Op* op) {
   op->CreateKernelV2 = create_kernel;
   op->KernelComputeV2 = compute;
   op->KernelDestroy = [](void* kernel) { free(kernel); };
-  op->InferOutputShape = op->infer ? infer : nullptr;
+  op->InferOutputShape = infers_safely(*op) ? infer : nullptr;
   op->GetStartVersion = [](const OrtCustomOp*) { return 1; };
   op->GetEndVersion = [](const OrtCustomOp*) { return 1; };
 }
@@ -191,16 +203,26 @@ void initialize() {
   load_error = choose_isa();
   processors = usable_processors();
   pthread_key_create(&scratch_key, release_scratch);
-  for (size_t i = 0; i < op_count; ++i) {
-    definitions[i](&ops[i]);
-    fill(&ops[i]);
-  }
 }
 
 pthread_mutex_t domain_mutex = PTHREAD_MUTEX_INITIALIZER;
 
-OrtStatus* shared_domain(OrtApi api) {
+// "1.23.2" -> 23; everything from 2.0 on is newer than any minor version asked for.
+int minor_version(const char* text) {
+  if (strncmp(text, "1.", 2) != 0) return 1000;
+  int minor = 0;
+  for (const char* digit = text + 2; *digit >= '0' && *digit <= '9'; ++digit) minor = 10 * minor + (*digit - '0');
+  return minor;
+}
+
+OrtStatus* shared_domain(OrtApi api, const char* version) {
   if (domain) return nullptr;
+  ort_minor = minor_version(version);
+  for (size_t i = 0; i < op_count; ++i) {
+    ops[i] = Op();
+    definitions[i](&ops[i]);
+    fill(&ops[i]);
+  }
   OrtCustomOpDomain* created = nullptr;
   ISOFOLD_TRY(OrtCreateCustomOpDomain(api, "ai.isofold", &created));
   for (Op& op : ops) ISOFOLD_TRY(OrtCustomOpDomain_Add(api, created, &op));
@@ -479,7 +501,7 @@ ISOFOLD_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const Or
   if (load_error) return fail(api, ORT_NOT_IMPLEMENTED, "%s", load_error);
   pthread_mutex_lock(&domain_mutex);
   global_api = api;
-  OrtStatus* status = shared_domain(api);
+  OrtStatus* status = shared_domain(api, base->GetVersionString());
   pthread_mutex_unlock(&domain_mutex);
   return status ? status : OrtAddCustomOpDomain(api, options, domain);
 }
