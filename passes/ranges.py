@@ -90,7 +90,7 @@ def quantize_matrix(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Operators this small lose more at the barriers of torch's threads than they gain: ten times, on a busy machine."""
+    """Operators this small lose more at the barriers of torch's threads than they gain."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

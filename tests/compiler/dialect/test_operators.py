@@ -120,7 +120,7 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
             0.5,
             False,
             20.0,
-        ),  # fmt: skip
+        ),
     ],
     "conv_packed": [conv_arguments],
     "dequantize_weight": [dequantize_arguments],

@@ -1,0 +1,137 @@
+"""Capture: modules, exported programs and files; tied weights; errors with the user's line and what to try."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from isofold.compiler.capture import capture
+from isofold.compiler.errors import ArtefactError, CaptureError, InputError
+from isofold.compiler.graph import module_path, source_line
+from torch import Tensor, nn
+from torch.export import Dim
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(10, 4)
+        self.head = nn.Linear(4, 10, bias=False)
+        self.head.weight = self.table.weight
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.dropout(self.table(ids)))
+
+
+IDS = torch.tensor([[1, 2, 3]])
+
+
+def test_tied_weights_stay_one_tensor_with_two_readers() -> None:
+    program = capture(Tied(), (IDS,))
+    assert len(program.parameters) == 1
+    (read,) = [n for n in program.graph.nodes if n.op == "get_attr"]
+    assert len(read.users) == 2
+    assert program.weight_bytes == 10 * 4 * 4
+
+
+def test_the_module_keeps_its_mode_and_shares_its_memory() -> None:
+    model = Tied()
+    model.head.eval()
+    program = capture(model, (IDS,))
+    assert (model.training, model.head.training, model.dropout.training) == (True, False, True)
+    (tensor,) = program.parameters.values()
+    assert tensor.data_ptr() == model.table.weight.data_ptr()
+    assert torch.equal(program(IDS), model.eval()(IDS))
+
+
+def test_views_of_one_tensor_that_differ_stay_apart() -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            whole = torch.randn(4, 6)
+            self.register_buffer("whole", whole)
+            self.register_buffer("first", whole[:2])
+            self.register_buffer("turned", whole.t())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.turned @ self.whole + (x @ self.first.t()).sum()
+
+    model = Halves()
+    x = torch.randn(3, 6)
+    program = capture(model, (x,))
+    assert len(program.parameters) == 3
+    assert torch.allclose(program(x), model(x))
+
+
+def test_exported_programs_and_files_bring_examples_and_dynamic_shapes(tmp_path: Path) -> None:
+    exported = torch.export.export(
+        Tied().eval(), (IDS.repeat(2, 1),), dynamic_shapes=({0: Dim("batch"), 1: Dim("length")},)
+    )
+    torch.export.save(exported, tmp_path / "model.pt2")
+    for program in (capture(exported), capture(tmp_path / "model.pt2")):
+        assert len(program.parameters) == 1
+        assert program(torch.zeros(5, 7, dtype=torch.int64)).shape == (5, 7, 10)
+        again = program.to_exported_program()
+        assert again.module()(torch.zeros(6, 8, dtype=torch.int64)).shape == (6, 8, 10)
+    assert capture(program) is program
+
+
+def test_nodes_know_their_module_and_the_users_line() -> None:
+    program = capture(Tied(), (IDS,))
+    (node,) = [n for n in program.graph.nodes if n.target == torch.ops.aten.linear.default]
+    assert module_path(node) == "head"
+    line = source_line(node)
+    assert line is not None
+    assert line.startswith(__file__)
+    assert line.endswith("return self.head(self.dropout(self.table(ids)))")
+
+
+class Branches(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            return x + 1
+        return x - 1
+
+
+def test_a_data_dependent_branch_is_reported_with_its_line_and_what_to_try() -> None:
+    with pytest.raises(CaptureError) as caught:
+        capture(Branches(), (torch.ones(3),))
+    assert caught.value.what.startswith("The model's control flow or shapes depend on the values of tensors")
+    assert caught.value.where is not None
+    assert Path(__file__).name in caught.value.where
+    assert "torch.where / torch.cond" in str(caught.value)
+
+
+def test_dynamic_shapes_that_do_not_hold_are_explained() -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.reshape(2, 6)
+
+    with pytest.raises(CaptureError, match=r"declared dynamic shapes do not hold[\s\S]*try: "):
+        capture(Fixed(), (torch.ones(3, 4),), dynamic_shapes=({0: Dim("rows", min=1, max=9)},))
+
+
+def test_a_model_that_fails_is_reported_with_its_line() -> None:
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ torch.ones(5)
+
+    model = Broken()
+    model.train()
+    with pytest.raises(
+        CaptureError, match=rf"torch.export could not trace the model\n  where: .*{Path(__file__).name}"
+    ):
+        capture(model, (torch.ones(3, 4),))
+    assert model.training
+
+
+def test_what_cannot_be_captured_is_said(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"needs example inputs[\s\S]*where: Tied[\s\S]*pass args="):
+        capture(Tied())
+    with pytest.raises(InputError, match=r"cannot be captured[\s\S]*got: int"):
+        capture(3)  # type: ignore[arg-type] # the point of the test
+    with pytest.raises(ArtefactError, match="no such file"):
+        capture(tmp_path / "missing.pt2")

@@ -1,0 +1,93 @@
+"""Recipes: YAML and back, rules in order, and every problem named with its field."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from isofold.compiler.errors import RecipeError
+from isofold.compiler.recipe import PRESETS, Recipe, resolve
+
+TEXT = """
+name: mixed
+weights: {bits: 4, group_size: 32, range: absmax}
+activations: {mode: static, percentile: 99.9}
+embeddings: {bits: 8}
+layers:
+  - match: ["lm_head", "model.layers.0.*"]
+    weights: {bits: 8}
+  - match: "*.router"
+    weights: null
+  - match: "model.layers.0.q"
+    activations: {mode: dynamic}
+"""
+
+
+def test_rules_apply_in_order_and_null_means_float() -> None:
+    recipe = Recipe.from_yaml(TEXT)
+    assert recipe.format_for("model.layers.1.q", "weights").bits == 4
+    assert recipe.format_for("model.layers.0.q", "weights").bits == 8
+    assert recipe.format_for("model.layers.0.router", "weights") is None
+    assert recipe.format_for("model.layers.0.router", "activations").mode == "static"
+    assert recipe.format_for("model.layers.0.q", "activations").mode == "dynamic"
+    assert recipe.format_for("lm_head", "convolutions") is None
+    assert recipe.needs_calibration
+
+
+@pytest.mark.parametrize("recipe", [*PRESETS.values(), Recipe.from_yaml(TEXT)], ids=lambda r: r.name)
+def test_yaml_round_trip(recipe: Recipe) -> None:
+    again = Recipe.from_yaml(recipe.to_yaml())
+    assert again == recipe
+    for path in ("lm_head", "x.router", "model.layers.0.q"):
+        for kind in ("weights", "activations", "embeddings", "convolutions"):
+            assert again.format_for(path, kind) == recipe.format_for(path, kind)
+
+
+def test_globs_that_match_nothing_are_listed_with_near_misses() -> None:
+    recipe = Recipe(layers=[{"match": ["lm_hed", "*.q"]}, {"match": "nothing.like.it"}])
+    recipe.check_matches(["lm_hed", "a.q", "nothing.like.it"])
+    with pytest.raises(RecipeError) as caught:
+        recipe.check_matches(["lm_head", "model.layers.0.q"])
+    text = str(caught.value)
+    assert "match no layer: 'lm_hed', 'nothing.like.it'" in text
+    assert "did you mean 'lm_head'?" in text
+    assert "globs over the 2 layers" in text
+
+
+def test_resolve_takes_presets_files_mappings_and_recipes(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(TEXT)
+    assert resolve("w8a8") is PRESETS["w8a8"]
+    assert resolve(PRESETS["w4a8"]) is PRESETS["w4a8"]
+    assert resolve(tmp_path / "r.yaml").name == "mixed"
+    assert resolve({"weights": {"bits": 4}}).weights is not None
+
+
+BAD: list[tuple[Any, str]] = [
+    ("w8a9", r"Unknown recipe 'w8a9'[\s\S]*did you mean 'w8a8'"),
+    ("missing.yaml", r"cannot be read\n  where: missing.yaml"),
+    ({"weights": {"bits": 5}}, r"weights.bits: .*got 5"),
+    ({"wieghts": {"bits": 4}}, r"wieghts: no such field \(did you mean 'weights'"),
+    (
+        {"weights": {"group": 32}, "activations": {"mode": "int8"}},
+        r"weights.group: no such field[\s\S]*activations.mode",
+    ),
+    ({"activations": {"mode": "static", "percentile": 20}}, r"activations.percentile"),
+    ({"convolutions": {}}, r"activations.mode must not be float"),
+    ({"layers": [{"weights": None}]}, r"layers.0.match"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), BAD)
+def test_problems_are_listed_with_their_field(given: Any, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        resolve(given)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "not valid YAML"), ("- 1", "not a mapping[\\s\\S]*got: list")]
+)
+def test_files_that_are_not_recipes(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "r.yml").write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        resolve(tmp_path / "r.yml")
