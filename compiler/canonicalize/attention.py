@@ -31,6 +31,7 @@ from .match import (
     RESHAPES,
     aten,
     either_order,
+    equal_sizes,
     is_call,
     is_last,
     operands,
@@ -88,6 +89,10 @@ def _written_out(editor: Editor, softmax: fx.Node) -> None:
     if len(ranks) != 1 or min(ranks) < 3:
         editor.refused(softmax, "queries, keys and values have different numbers of dimensions")
         return
+    grouped = _grouped(scores, value, softmax)
+    if isinstance(grouped, str):
+        editor.refused(softmax, grouped)
+        return
     mask = _mask(editor, scores, softmax)
     k = editor.call(aten.transpose.int, scores.k_transposed, -2, -1, like=softmax, before=user)
     editor.applied(softmax, "attention", mask=mask is not None, scale=scores.scale)
@@ -100,11 +105,27 @@ def _written_out(editor: Editor, softmax: fx.Node) -> None:
         0.0,
         False,
         scale=scores.scale,
-        enable_gqa=False,
+        enable_gqa=grouped,
         like=softmax,
         before=user,
     )
     editor.replace(user, new)
+
+
+def _grouped(scores: Scores, value: fx.Node, softmax: fx.Node) -> bool | str:
+    """False where all have the queries' heads, True where keys and values have one head, else what broadcasts."""
+    q, k, v, weights = (shape(n) or () for n in (scores.q, scores.k_transposed, value, softmax))
+    if not _equal(weights, (*q[:-1], k[-1])) and _equal(q[:-2], k[:-2]):
+        return "a bias or mask is larger than the scores it is added to"
+    if _equal(q[:-2], k[:-2]) and _equal(q[:-2], v[:-2]):
+        return False
+    one = len(q) == 4 and k[1] == 1 and v[1] == 1 and equal_sizes(q[0], k[0]) and equal_sizes(q[0], v[0])
+    fits = one and _equal(weights, (*q[:-1], k[-1]))
+    return True if fits else "queries, keys and values are broadcast against each other"
+
+
+def _equal(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    return len(a) == len(b) and all(equal_sizes(x, y) for x, y in zip(a, b, strict=True))
 
 
 def _read_scores(editor: Editor, node: object) -> Scores | str:

@@ -135,7 +135,7 @@ def _elementwise(function: Callable[..., Any]) -> Callable[[ClosedForms, fx.Node
     def rule(forms: ClosedForms, node: fx.Node) -> Any:
         read = [forms.as_operand(a, node) for a in operands(node)[:2]]
         kinds = [dtype(a) for a in operands(node)[:2] if isinstance(a, fx.Node)]
-        if any(kind is not None and kind.is_floating_point for kind in kinds):
+        if any(kind is None or kind.is_floating_point or kind == torch.bool for kind in kinds):
             return None
         if node.kwargs.get("alpha", 1) != 1 or any(_is_choice(o) for o in read):
             return None
@@ -220,6 +220,8 @@ def _cast(forms: ClosedForms, node: fx.Node) -> Any:
     formula = forms.of(source)
     if dtype(source) == dtype(node):
         return formula
+    if dtype(node) == torch.bool and isinstance(formula, sympy.Number):
+        return sympy.sympify(bool(formula))
     if dtype(node) == torch.bool and _is_choice(formula):
         (chosen, condition), (other, _) = formula.args
         if chosen.is_number and other.is_number:

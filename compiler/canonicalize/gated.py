@@ -27,6 +27,7 @@ def canonicalize_gated(editor: Editor) -> None:
             activation = activation_name(gated)
             if (
                 activation is None
+                or up is gated
                 or not isinstance(up, fx.Node)
                 or not is_float(up)
                 or editor.tensor(up) is not None

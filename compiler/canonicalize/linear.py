@@ -78,7 +78,7 @@ def _einsum(editor: Editor, node: fx.Node) -> None:
     matrix = factors[1]
     held = editor.tensor(matrix)
     assert held is not None
-    if batch != kept or {first, second} != {contracted, out} or contracted == out or out in batch:
+    if batch != kept or {first, second} != {contracted, out} or _repeats(f"{batch}{contracted}{out}"):
         return
     if held.dim() != 2:
         return
@@ -87,6 +87,12 @@ def _einsum(editor: Editor, node: fx.Node) -> None:
     )
     editor.applied(node, f"einsum {equation} with a constant matrix is a linear")
     editor.replace(node, editor.call(aten.linear.default, factors[0], weight, like=node))
+
+
+def _repeats(letters: str) -> bool:
+    """Whether an index occurs twice: then it is a diagonal, no product."""
+    named = letters.replace(".", "")
+    return len(set(named)) != len(named)
 
 
 def _absorb_bias(editor: Editor, linear: fx.Node) -> None:

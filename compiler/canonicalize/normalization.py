@@ -97,7 +97,7 @@ def _quotient(root: fx.Node, x: fx.Node) -> fx.Node | None:
         return None
     orders = either_order(user) if inverse else iter([(operands(user)[0], operands(user)[1])])
     fits = any(b is root and (a is x or uncast(a) is uncast(x)) for a, b in orders)
-    return user if fits and equal_shapes(user, x) else None
+    return user if fits and equal_shapes(user, x) and dtype(user) == dtype(x) else None
 
 
 def narrowed(found: Normalized) -> tuple[fx.Node, fx.Node]:

@@ -60,6 +60,7 @@ def _slices(editor: Editor, node: fx.Node) -> None:
     editor.applied(node, f"{len(lengths)} slices of dimension {dim}")
     for user in list(node.users):
         index = int(operands(user)[1])
+        index %= len(lengths)
         start, end = starts[index], starts[index] + lengths[index]
         editor.replace(user, editor.call(aten.slice.Tensor, x, dim, start, end, 1, like=node, before=user))
     if not node._erased:

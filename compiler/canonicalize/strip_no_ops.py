@@ -35,7 +35,7 @@ def strip_no_ops(editor: Editor) -> None:
             continue
         _respell(editor, node)
         source = _identity(node)
-        if source is not None and equal_shapes(source, node) and dtype(source) == dtype(node):
+        if source is not None and _alike(source, node):
             name = str(node.target).removeprefix("aten.")
             removed[name] = removed.get(name, 0) + 1
             editor.replace(node, source)
@@ -49,6 +49,11 @@ _ASSERTIONS = (
     aten.sym_constrain_range_for_size.default,
     aten._assert_async.msg,
 )
+
+
+def _alike(a: fx.Node, b: fx.Node) -> bool:
+    """Same shape, type and device."""
+    return equal_shapes(a, b) and dtype(a) == dtype(b) and value(a).device == value(b).device
 
 
 def _first(node: fx.Node) -> fx.Node | None:

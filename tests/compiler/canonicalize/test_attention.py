@@ -164,6 +164,21 @@ def test_one_head_for_all_queries(canonical: Any, of: Any) -> None:
     assert "enable_gqa=True" in found.text
 
 
+def test_one_head_that_broadcasts(canonical: Any, of: Any) -> None:
+    found = canonical(of(lambda q, k, v: (q @ k.mT).softmax(-1) @ v), *qkv(heads=1))
+    assert "inputs_2, None, 0, False, scale=1, enable_gqa=True" in found.text
+
+
+def test_broadcasts_are_refused(canonical: Any, of: Any) -> None:
+    q, k, v = qkv()
+    batch = canonical(of(lambda q, k, v: (q @ k.mT).softmax(-1) @ v), q, k[:1], v[:1])
+    assert batch.refused == ["queries, keys and values are broadcast against each other"]
+    bias = canonical(
+        of(lambda q, k, v, b: (q @ k.mT + b).softmax(-1) @ v), q[:1], k[:1], v[:1], torch.randn(3, H, S, T)
+    )
+    assert bias.refused == ["a bias or mask is larger than the scores it is added to"]
+
+
 def test_repeated_blocks_are_refused(canonical: Any, of: Any) -> None:
     blocks = canonical(
         of(lambda q, k, v: F.scaled_dot_product_attention(q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1))),

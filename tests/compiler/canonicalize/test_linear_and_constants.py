@@ -67,6 +67,13 @@ def test_what_is_no_bias_stays_a_sum(function: Any, canonical: Any, of: Any) -> 
     assert "add.Tensor" in found.text
 
 
+def test_a_diagonal_is_no_linear(canonical: Any, of: Any) -> None:
+    found = canonical(
+        of(lambda x, w: torch.einsum("kk,nk->kn", x, w), w=torch.randn(6, 8)), torch.randn(8, 8)
+    )
+    assert "linear" not in found.text
+
+
 def test_products_of_activations_stay(canonical: Any, of: Any) -> None:
     found = canonical(of(lambda x, y: x @ y.mT), torch.randn(2, 3, 8), torch.randn(2, 5, 8))
     assert "linear" not in found.text

@@ -50,6 +50,13 @@ def test_rms_norm_in_half_precision_needs_no_casts(canonical: Any, of: Any) -> N
     assert _renamed(found.text) == RMS_TEXT
 
 
+def test_a_root_of_narrower_numbers_is_no_rms_norm(canonical: Any, of: Any) -> None:
+    def narrow(x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.half().pow(2).mean(-1, keepdim=True) + 1e-6)
+
+    assert "rms_norm" not in canonical(of(narrow), torch.randn(2, 3, 8), tolerance=1e-2).text
+
+
 RMS_REFUSED = {
     "dimension 1": (
         lambda x: x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6),
