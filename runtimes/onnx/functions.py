@@ -7,7 +7,8 @@ ONNX Runtime runs its kernel; where it is not, it runs these bodies, which decod
 ONNX has no way to ask inside a function whether an optional input is there, so a body is built for one
 signature: which inputs are present, their ranks, and the values of the attributes. Different signatures of
 one operator become overloads of one function (`overload` of FunctionProto, IR version 10). An operator with
-one signature in a model has the empty overload, which also ONNX Runtime 1.18 runs, that ignores overloads.
+one signature in a model has the empty overload. ONNX Runtime up to 1.26 ignores overloads, so there files with several
+signatures of one operator need the op library (which never looks at bodies); 1.28 and newer run them without it.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ MODEL, WEIGHTS, LIBRARY, REPORT, EXAMPLES = (
     "report.json",
     "examples.npz",
 )
+_WITHOUT_LIBRARY = "without the op library packed models need ONNX Runtime 1.28 or newer"
 _DAMAGED = "compile the model again, or copy the whole folder again"
 
 
@@ -151,7 +152,7 @@ def open_session(
             f"ONNX Runtime {onnxruntime.__version__} cannot open the model",
             where=str(model),
             got=_first_line(error),
-            hint=_DAMAGED,
+            hint=_DAMAGED if library is not None else f"{_DAMAGED}; {_WITHOUT_LIBRARY}",
         ) from error
 
 

@@ -211,7 +211,7 @@ def test_changed_content_is_found_when_asked(folder: Path) -> None:
 def test_damaged_graph_is_an_error(folder: Path) -> None:
     path = folder / "model.onnx"
     path.write_bytes(b"\xff" * path.stat().st_size)
-    with pytest.raises(ArtefactError, match="cannot open the model"):
+    with pytest.raises(ArtefactError, match=r"cannot open the model(.|\n)*need ONNX Runtime 1\.28"):
         open_artefact(folder)
 
 
