@@ -148,6 +148,19 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, group_size: in
     return (centred * scale).reshape(codes.shape)
 
 
+def row_sums(codes: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:
+    """`dequantize(...).sum(1)` from integer sums of each group, so that no float matrix is made: `[N]`."""
+    n, k = codes.shape
+    size = group_size or k
+    padded = F.pad(codes, (0, -k % size)) if k % size else codes
+    sums = padded.reshape(n, -1, size).sum(-1, dtype=torch.int64).to(scale.dtype)
+    if zero is not None:
+        counts = torch.full((sums.shape[1],), size, dtype=scale.dtype)
+        counts[-1] = k - size * (sums.shape[1] - 1)
+        sums = sums - zero.to(scale.dtype) * counts
+    return (scale * sums).sum(1)
+
+
 def pack_linear(
     codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int
 ) -> PackedLinear:
@@ -164,7 +177,7 @@ def pack_linear(
             got=f"largest difference {float((stored - scale).abs().max()):.3g}",
             hint="round scales with packing.storable_scale before rounding the codes",
         )
-    wsum = dequantize(codes, scale.to(torch.float64), zero, group_size).sum(1)
+    wsum = row_sums(codes, scale.to(torch.float64), zero, group_size)
     return PackedLinear(
         weight=pack_codes(codes, bits, group_size),
         scale=pack_groups(stored / multiplier, k, group_size, torch.float16 if group_size else torch.float32),

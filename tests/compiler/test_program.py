@@ -132,12 +132,8 @@ def test_pt2_round_trip_with_our_operators_records_and_dynamic_shapes(
     assert os.listdir(tmp_path) == ["model.pt2"]
     after = Program.load(tmp_path / "model.pt2")
     assert after.records == before.records
-    assert [
-        str(n.target) for n in after.graph.nodes if n.op == "call_function" and "isofold" in str(n.target)
-    ] == [
-        "isofold.dequantize_weight.default",
-        "isofold.quantize_dequantize.default",
-    ] or {str(n.target) for n in after.graph.nodes} >= {"isofold.dequantize_weight.default"}
+    ours = {"isofold.dequantize_weight.default", "isofold.quantize_dequantize.default"}
+    assert ours <= {str(n.target) for n in after.graph.nodes}
     for ids in (ARGS[0], torch.randint(0, 11, (4, 7))):
         assert equal(after(ids, ARGS[1], **KWARGS), before(ids, ARGS[1], **KWARGS))
     stored = {t.dtype for t in after.parameters.values()}
