@@ -24,7 +24,7 @@ from typing import Any
 from tvm import tirx
 
 from .codegen import Isa, Kernel, T, bind, for_range, load, registers, store, when
-from .math import exp, reduce_lanes, tanh, transpose16
+from .math import exp, reduce_lanes, softmax_weight, tanh, transpose16
 
 KEY_BLOCK = 128
 LANES = 32
@@ -249,15 +249,15 @@ class _Block:
         references, corrections = [], []
         for j in range(self.vectors):
             highest = bind(load(self.maxima, 16 * j))
-            # -inf - -inf would be NaN: where nothing was seen so far, subtract 0; each weight is exp(-inf).
+            # -inf - -inf would be NaN: where nothing was seen so far, subtract 0.
             references.append(bind(T.Select(highest == _vector(NEG_INF), _vector(0.0), highest)))
-            corrections.append(bind(exp(self.running_max.load(16 * j) - references[j])))
+            corrections.append(bind(softmax_weight(self.running_max.load(16 * j) - references[j])))
             self.running_max.store(16 * j, highest)
             store(self.sums, 16 * j, self.running_sum.load(16 * j) * corrections[j])
         with for_range(0, keys) as t:
             for j in range(self.vectors):
                 at = t * LANES + 16 * j
-                weight = bind(exp(self.p.load(at) - references[j]))
+                weight = bind(softmax_weight(self.p.load(at) - references[j]))
                 self.p.store(at, weight)
                 store(self.sums, 16 * j, load(self.sums, 16 * j) + weight)
         for j in range(self.vectors):
@@ -286,7 +286,8 @@ class _Block:
         inverse = []
         for j in range(self.vectors):
             total = bind(self.running_sum.load(16 * j))
-            inverse.append(bind(T.Select(total > _vector(0.0), _vector(1.0) / total, _vector(0.0))))
+            # The largest logit has weight 1; a smaller sum is that of keys that are all hidden.
+            inverse.append(bind(T.Select(total > _vector(0.5), _vector(1.0) / total, _vector(0.0))))
         with T.If(self.keys > 0):
             with T.Then():
                 _write_output(self.o, self.out_view, self.out_row, self.count, self.dv, inverse, self.vectors)

@@ -7,6 +7,7 @@ whole subtree at every use.
 
 - `exp`: argument reduction by ln 2 in two parts, degree 6 (coefficients of Cephes' `expf`), 2 ulp;
   exactly 0 below -87.33 (so -inf gives 0), saturated above 88.37.
+- `softmax_weight`: 2**(x log2 e), degree 5, for x <= 0 only.
 - `gelu`: exact form `x * Phi(x)`; (Phi(x) - 1/2) / x is even, and a polynomial of degree 14 in x**2 (moved to
   -1..1, where its coefficients are small) up to |x| = 5.4: 4e-7 absolute below 1, relative above. No `exp`:
   half the instructions, and it is the epilogue of every feed-forward block.
@@ -28,6 +29,8 @@ ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 """Activation names in the order of their integer codes in the kernels' C interface."""
 
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+_EXP2 = (0.0013276468962430954, 0.009675540961325169, 0.05550713464617729, 0.24022120237350464,
+         0.6931469440460205, 1.0)  # fmt: skip
 _GELU = (0.0003156370366923511, -0.0009620148921385407, 0.0010992914903908968, -0.0013732975348830223,
          0.003408040851354599, -0.00651519326493144, 0.009786759503185749, -0.014064830727875233,
          0.019608788192272186, -0.025721829384565353, 0.03212103247642517, -0.03920932486653328,
@@ -90,6 +93,23 @@ def exp(x: Expr) -> Expr:
         return T.Select(v < splat(-87.33, v), splat(0.0, v), scaled)
 
     return let(x, clamped)
+
+
+def softmax_weight(difference: Expr) -> Expr:
+    """e**difference for a difference <= 0 from the largest logit, 2e-7 relative; never below 2**-126.
+
+    Cheaper than `exp`: powers of two need no second reduction step, and what a masked key is left with, 1e-38,
+    vanishes beside the largest logit's own weight of 1.
+    """
+
+    def scaled(t: Expr) -> Expr:
+        return let(round_half_even(t), lambda n: polynomial_of(t - n) * _power_of_two(n))
+
+    def polynomial_of(r: Expr) -> Expr:
+        return let(r, lambda r: polynomial(r, _EXP2))
+
+    log2e = splat(1.4426950408889634, difference)
+    return let(T.max(difference * log2e, splat(-126.0, difference)), scaled)
 
 
 def sigmoid(x: Expr) -> Expr:
