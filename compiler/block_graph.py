@@ -24,8 +24,6 @@ _DETAIL_LIMIT = 80
 """Operators in the detailed picture; a larger block is not drawn."""
 _END = " (end)"
 """Marks the part of a container that runs after the blocks in it."""
-_NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
-"""What torch.export writes for nodes that belong to no module."""
 
 
 def block_graph(captured: Program, program: Program) -> dict[str, Any]:
@@ -51,7 +49,7 @@ def block_graph(captured: Program, program: Program) -> dict[str, Any]:
 
 def _block_of(path: str) -> str:
     """The block of a module path: up to the last list index, else the first two names."""
-    names = path.split(".") if path and path != _NO_MODULE else []
+    names = path.split(".") if path else []
     indices = [i for i, name in enumerate(names) if name.isdigit()]
     if not indices:
         return ".".join(names[:2])

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
 
 from .errors import CaptureError, InputError
 from .graph import fake_mode_of, value
@@ -79,6 +80,7 @@ def quiet_torch() -> Iterator[None]:
 def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> ExportedProgram:
+    args, kwargs = _distinct(args, kwargs)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -90,6 +92,21 @@ def _export(
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _distinct(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The examples with a tensor that is given twice copied: torch.export would take the two inputs for one."""
+    seen: set[int] = set()
+
+    def copied(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        repeated = id(leaf) in seen
+        seen.add(id(leaf))
+        return leaf.clone() if repeated else leaf
+
+    distinct: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(copied, (args, kwargs))
+    return distinct
 
 
 def _from_exported(exported: ExportedProgram, dynamic_shapes: Any) -> Program:
@@ -170,7 +187,7 @@ def _dynamic_shapes_of(exported: ExportedProgram) -> Any:
         leaves.append(symbolic or None)
     if not any(leaves):
         return None
-    args, kwargs = torch.utils._pytree.tree_unflatten(leaves, exported.call_spec.in_spec)
+    args, kwargs = pytree.tree_unflatten(leaves, exported.call_spec.in_spec)
     return (*args, *kwargs.values()) if not kwargs else _by_parameter(args, kwargs)
 
 

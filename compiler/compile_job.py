@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .artefact import cannot_write
 from .console import show, show_table
 from .errors import ArtefactError
 from .frontend import compile as compile_
 from .frontend import export
-from .html_report import format_bytes, format_microseconds, program_error, write_html
+from .html_report import format_bytes, format_microseconds, program_error
 from .loading import load
 from .model_reference import resolve_model
 from .recipe import resolve
-from .report import add_profile
+from .report_files import add_measurements
 
-REPORT_PAGE, REPORT_FILE = "report.html", "report.json"
 _LISTED = 8
 
 Say = Callable[[str], None]
@@ -74,6 +69,7 @@ def compile_model(
         overwrite=overwrite,
         verify=verify,
         progress=say,
+        measure=False,  # below, with the asked number of threads
     )
     say("measure every operator")
     opened = load(folder, **({"threads": threads} if threads else {}))
@@ -81,15 +77,6 @@ def compile_model(
     report = dict(opened.report)
     report["total_seconds"] = time.perf_counter() - started
     return Compiled(folder, page, report)
-
-
-def add_measurements(model: Any, folder: Path) -> Path:
-    """Profile an opened artefact, put the times into its report, and write the page beside it. Returns the page."""
-    report = dict(model.report)
-    if hasattr(model, "profile"):
-        add_profile(report, model.profile())
-    _replace(folder / REPORT_FILE, json.dumps(report, indent=1))
-    return write_html(report, folder / REPORT_PAGE)
 
 
 def export_model(
@@ -171,17 +158,3 @@ def _use_threads(threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
-
-
-def _replace(path: Path, text: str) -> None:
-    try:
-        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(beside, 0o644)
-            os.replace(beside, path)
-        finally:
-            Path(beside).unlink(missing_ok=True)
-    except OSError as error:
-        raise cannot_write(path, error) from error

@@ -25,11 +25,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .compile_job import add_measurements
 from .errors import InputError
 from .frontend import compile as compile_
 from .html_report import format_bytes
 from .loading import load
+from .report_files import add_measurements
 from .run_job import model_bytes
 from .timing import interleaved
 
@@ -282,6 +282,7 @@ def _isofold_subject(
         dynamic_shapes=_dynamic_shapes(),
         output=folder,
         overwrite=True,
+        measure=False,  # below, with the demonstration's number of threads
         progress=lambda stage: say(f"{recipe}: {stage}"),
     )
     compiled = load(folder, threads=threads)

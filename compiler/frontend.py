@@ -27,6 +27,7 @@ from .program import Program
 from .recipe import Recipe, resolve
 from .registry import backend_for, pipeline
 from .report import build_report
+from .report_files import add_measurements
 
 Model = nn.Module | ExportedProgram | Program | str | os.PathLike[str]
 Progress = Callable[[str], None]
@@ -89,6 +90,7 @@ def compile(  # named for what users call: isofold.compile
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     verify: bool = True,
+    measure: bool = True,
     progress: Progress | None = None,
     **options: Any,
 ) -> Any:
@@ -104,6 +106,7 @@ def compile(  # named for what users call: isofold.compile
     output: folder of the artefact; None keeps it in a temporary folder until `.save(folder)`.
     overwrite: replace an artefact that exists at `output`.
     verify: compare the program in float64 after every pass.
+    measure: time every operator on the example inputs and write `report.html` into the artefact.
     progress: called with the name of each stage.
     options: of the backend.
 
@@ -136,6 +139,9 @@ def compile(  # named for what users call: isofold.compile
             backend.write(lowerable.program, folder, report=report, progress=say, **options)
             lowerable.seconds["write"] = time.perf_counter() - started
         opened = backend.open(Path(output))
+        if measure:
+            say("measure every operator")
+            add_measurements(opened, Path(output), lowerable.seconds)
     except BaseException:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

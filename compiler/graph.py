@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+_NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
+"""What torch.export writes for nodes that belong to no module."""
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s+(.*)')
 
 
@@ -33,6 +35,8 @@ def module_path(node: fx.Node) -> str:
     path = ""
     for entry in stack.values():
         path = entry[0]
+    if path == _NO_MODULE:
+        return ""
     return path.removeprefix("L['self'].").removeprefix("L['self']")
 
 

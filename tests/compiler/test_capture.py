@@ -135,3 +135,13 @@ def test_what_cannot_be_captured_is_said(tmp_path: Path) -> None:
         capture(3)  # type: ignore[arg-type] # the point of the test
     with pytest.raises(ArtefactError, match="no such file"):
         capture(tmp_path / "missing.pt2")
+
+
+def test_one_tensor_given_twice_stays_two_inputs() -> None:
+    class Difference(nn.Module):
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return a - 2 * b
+
+    x = torch.randn(3)
+    program = capture(Difference(), (x, x))
+    assert torch.equal(program(torch.ones(3), torch.zeros(3)), torch.ones(3))
