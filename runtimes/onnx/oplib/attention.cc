@@ -86,7 +86,7 @@ OrtStatus* compute(void* memory, Context& c) {
   bool single_rows = !heads_as_rows && queries < FEW_QUERIES;
   int64_t rows = heads_as_rows ? group : queries, columns = heads_as_rows ? a.kv_heads : a.heads;
   // Larger blocks read keys and values less often, smaller ones make enough tasks for all threads.
-  int64_t groups = 1, wanted = pieces(1 << 20, 1);
+  int64_t groups = 1, wanted = most_pieces();
   while (groups < MOST_GROUPS && groups * LANES < rows && batch * columns * (rows / (2 * groups * LANES)) >= wanted)
     groups *= 2;
   int64_t block = single_rows ? 1 : LANES * groups;
@@ -94,7 +94,7 @@ OrtStatus* compute(void* memory, Context& c) {
   size_t floats = single_rows ? size_t(keys + 32) : size_t(LANES * (groups * (d + dv + 10) + KEY_BLOCK + 8));
   double flops = 2.0 * double((rows < block ? rows : block) * keys * (d + dv));
   bool failed = false;
-  ISOFOLD_TRY(c.parallel(tasks, worthwhile(flops / 60 + 100), [&](int64_t begin, int64_t end) {
+  ISOFOLD_TRY(c.parallel(tasks, flops / 60 + 100, [&](int64_t begin, int64_t end) {
     auto* scratch = static_cast<float*>(thread_scratch(floats * sizeof(float)));
     if (!scratch) {
       __atomic_store_n(&failed, true, __ATOMIC_RELAXED);

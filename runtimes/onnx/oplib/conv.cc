@@ -149,7 +149,7 @@ OrtStatus* compute(void* memory, Context& c) {
   if (pair.present) {
     for (int64_t b = 0; b < batch; ++b) memcpy(params + 2 * b, pair.data, 2 * sizeof(float));
   } else {
-    ISOFOLD_TRY(c.parallel(batch * chunks, worthwhile(elements < 16384 ? 0.05 * double(elements) : 800.0),
+    ISOFOLD_TRY(c.parallel(batch * chunks, elements < 16384 ? 0.05 * double(elements) : 800.0,
                            [&](int64_t begin, int64_t end) {
                              for (int64_t i = begin; i < end; ++i) {
                                int64_t at = i % chunks * 16384, left = elements - at;
@@ -168,7 +168,7 @@ OrtStatus* compute(void* memory, Context& c) {
   }
 
   bool bordered = kernel.padding[0] || kernel.padding[1];
-  ISOFOLD_TRY(c.parallel(batch * g.channels, worthwhile(0.06 * double(g.plane())), [&](int64_t begin, int64_t end) {
+  ISOFOLD_TRY(c.parallel(batch * g.channels, 0.06 * double(g.plane()), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       int64_t b = i / g.channels, channel = i % g.channels;
       const float* from = x.f32() + i * g.in[0] * g.in[1];
@@ -193,7 +193,7 @@ OrtStatus* compute(void* memory, Context& c) {
   size_t thread_bytes = rows_bytes + size_t(block * kernel.n) * sizeof(float);
   bool failed = false;
   double nanoseconds = 0.2 * double(block * k) + double(block * kernel.n) * double(k) * 2 / 500;
-  ISOFOLD_TRY(c.parallel(batch * blocks, worthwhile(nanoseconds), [&](int64_t begin, int64_t end) {
+  ISOFOLD_TRY(c.parallel(batch * blocks, nanoseconds, [&](int64_t begin, int64_t end) {
     auto* rows = static_cast<uint8_t*>(thread_scratch(thread_bytes));
     if (!rows) {
       __atomic_store_n(&failed, true, __ATOMIC_RELAXED);

@@ -28,7 +28,7 @@ OrtStatus* compute_gated(void* memory, Context& c) {
   auto run = by_activation[kernel.activation];
   // Cut at multiples of 16 elements, so that only the end is handled one by one.
   int64_t count = gate.shape.count();
-  return c.parallel((count + 15) / 16, worthwhile(12), [&](int64_t begin, int64_t end) {
+  return c.parallel((count + 15) / 16, 12, [&](int64_t begin, int64_t end) {
     run(gate.f32(), up.f32(), y, begin * 16, end * 16 < count ? end * 16 : count);
   });
 }
@@ -97,7 +97,7 @@ OrtStatus* compute_rotary(void* memory, Context& c) {
   auto run = kernel.interleaved ? kernels->rotary_interleaved : kernels->rotary_half;
   bool heads_inside = kernel.heads_dimension == 2;
   int64_t outer = x.shape[1], inner = x.shape[2];
-  return c.parallel(x.shape[0] * outer, worthwhile(0.3 * double(inner * d)), [&](int64_t begin, int64_t end) {
+  return c.parallel(x.shape[0] * outer, 0.3 * double(inner * d), [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       int64_t i = unit / outer, j = unit % outer, at = unit * inner * d;
       int64_t turned = heads_inside ? heads : (j < heads ? inner : 0);

@@ -47,7 +47,7 @@ OrtStatus* compute(void* memory, Context& c) {
   shape.dims[shape.rank++] = d;
   float* y = nullptr;
   ISOFOLD_TRY(c.output(0, shape, &y));
-  return c.parallel(count, worthwhile(30 + 0.08 * double(d)), [&](int64_t begin, int64_t end) {
+  return c.parallel(count, 30 + 0.08 * double(d), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       int64_t row = id(i);
       const float* factors = scale.f32() + row * groups;

@@ -27,7 +27,7 @@ OrtStatus* compute_quantize(void* memory, Context& c) {
   ISOFOLD_TRY(c.output(0, with_last(x.shape, kp), &u));
   ISOFOLD_TRY(c.output(1, pair.present ? shape_of(2) : with_last(x.shape, 2), &params));
   if (pair.present) memcpy(params, pair.data, 2 * sizeof(float));
-  return c.parallel(rows, worthwhile(0.06 * double(k)), [&](int64_t begin, int64_t end) {
+  return c.parallel(rows, 0.06 * double(k), [&](int64_t begin, int64_t end) {
     if (pair.present)
       kernels->quantize_rows_static(x.f32() + begin * k, u + begin * kp, pair.f32(), end - begin, k, kp);
     else
@@ -144,7 +144,7 @@ OrtStatus* compute_linear(void* memory, Context& c) {
   if (bytes && !scratch.data) return out_of_memory(c.api, c.op->name, bytes);
   call.scratch = scratch.data;
   if (bytes)
-    ISOFOLD_TRY(c.parallel(call.m, worthwhile(0.04 * double(l.kp)), [&](int64_t begin, int64_t end) {
+    ISOFOLD_TRY(c.parallel(call.m, 0.04 * double(l.kp), [&](int64_t begin, int64_t end) {
       isofold_linear_prepare(kernels, &l, &call, begin, end);
     }));
   int64_t tasks = isofold_linear_tasks(&l, call.m);
@@ -152,7 +152,7 @@ OrtStatus* compute_linear(void* memory, Context& c) {
   rows = rows < double(call.m) ? rows : double(call.m);
   // A task reads 32 rows of weights (about 20 bytes a nanosecond) and does 64 operations a row and input (about 600).
   double read = 32.0 * double(l.kp) * l.bits / 8 / 20, work = rows * double(l.kp) * 64 / 600;
-  return c.parallel(tasks, worthwhile(read > work ? read : work), [&](int64_t begin, int64_t end) {
+  return c.parallel(tasks, read > work ? read : work, [&](int64_t begin, int64_t end) {
     isofold_linear_run(kernels, isa, &l, &call, begin, end);
   });
 }
@@ -178,7 +178,7 @@ OrtStatus* compute_linear_float(void* memory, Context& c) {
   rows = rows < double(call.m) ? rows : double(call.m);
   // A task decodes 32 rows of weights (about 4 a nanosecond) and does 64 operations a row and input (about 60).
   double decode = 32.0 * double(l.kp) / 4, work = rows * double(l.kp) * 64 / 60;
-  return c.parallel(tasks, worthwhile(decode > work ? decode : work), [&](int64_t begin, int64_t end) {
+  return c.parallel(tasks, decode > work ? decode : work, [&](int64_t begin, int64_t end) {
     isofold_linear_float_run(kernels, &l, &call, begin, end);
   });
 }

@@ -57,7 +57,7 @@ OrtStatus* compute(void* memory, Context& c) {
                   (sum ? SUM : 0) | (y ? RESULT : 0) | (quantize ? QUANTIZE : 0) | (pair.present ? STATIC : 0) |
                   (kernel.rms ? RMS : 0);
   bool failed = false;
-  ISOFOLD_TRY(c.parallel(rows, worthwhile(0.15 * double(k)), [&](int64_t begin, int64_t end) {
+  ISOFOLD_TRY(c.parallel(rows, 0.15 * double(k), [&](int64_t begin, int64_t end) {
     auto* row = static_cast<float*>(thread_scratch(size_t(k) * sizeof(float)));
     if (!row) {
       __atomic_store_n(&failed, true, __ATOMIC_RELAXED);

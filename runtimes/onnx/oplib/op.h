@@ -152,9 +152,9 @@ struct Context {
   __attribute__((format(printf, 3, 4))) OrtStatus* bad_input(size_t index, const char* format, ...) const;
   __attribute__((format(printf, 2, 3))) OrtStatus* bad(const char* format, ...) const;
 
-  // f(begin, end) over 0..total in pieces of at least `minimum` units, on ONNX Runtime's threads.
+  // f(begin, end) over 0..total in pieces, on ONNX Runtime's threads; a unit takes about `nanoseconds` alone.
   template <class F>
-  OrtStatus* parallel(int64_t total, int64_t minimum, const F& f) const;
+  OrtStatus* parallel(int64_t total, double nanoseconds, const F& f) const;
 };
 
 // Symbolic shapes while a model is loaded. A dimension is a number, a name, or unknown.
@@ -205,24 +205,21 @@ OrtStatus* out_of_memory(OrtApi api, const char* op, size_t bytes);
 // Type, shape and data of a value; `index` is named in errors.
 OrtStatus* read_tensor(const Context& context, size_t index, const OrtValue* value, Tensor* tensor);
 
-// How many pieces work of `total` units is cut into.
-int64_t pieces(int64_t total, int64_t minimum);
+// Most pieces that any work is cut into.
+int64_t most_pieces();
+
+// How many pieces work of `total` units is cut into, when one takes `nanoseconds`.
+int64_t pieces(int64_t total, double nanoseconds);
 
 inline int64_t ceil_to(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Units of work that take about four microseconds, when one takes `nanoseconds`.
-inline int64_t worthwhile(double nanoseconds) {
-  double units = 4000.0 / (nanoseconds > 1e-3 ? nanoseconds : 1e-3);
-  return units < 1 ? 1 : units > 1e15 ? int64_t(1e15) : int64_t(units);
-}
-
 template <class F>
-OrtStatus* Context::parallel(int64_t total, int64_t minimum, const F& f) const {
+OrtStatus* Context::parallel(int64_t total, double nanoseconds, const F& f) const {
   if (total <= 0) return nullptr;
   struct Job {
     const F* f;
     int64_t total, count;
-  } job{&f, total, pieces(total, minimum)};
+  } job{&f, total, pieces(total, nanoseconds)};
   if (job.count <= 1) {
     f(int64_t(0), total);
     return nullptr;

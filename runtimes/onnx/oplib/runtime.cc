@@ -265,11 +265,18 @@ void* thread_scratch(size_t bytes) {
   return scratch.data;
 }
 
-int64_t pieces(int64_t total, int64_t minimum) {
+int64_t most_pieces() {
   // Four pieces a processor even out threads that start late; a session with fewer threads loses nothing by it.
-  int64_t most = processors == 1 ? 1 : 4 * processors, count = total / (minimum < 1 ? 1 : minimum);
-  count = count < most ? count : most;
-  return count < 1 ? 1 : count;
+  return processors == 1 ? 1 : 4 * processors;
+}
+
+int64_t pieces(int64_t total, double nanoseconds) {
+  // Waking the other threads costs two microseconds, a piece more a tenth of one.
+  double work = nanoseconds * double(total);
+  if (work < 6000) return 1;
+  int64_t count = most_pieces();
+  if (work < 1500.0 * double(count)) count = int64_t(work / 1500.0);
+  return count < total ? count : total;
 }
 
 OrtStatus* Attributes::get(const char* name, int64_t* value) const {
