@@ -59,6 +59,11 @@ enum {
   ISOFOLD_GEMV_ROWS_V3 = 8    // fewer rows share an unpacking there
 };
 
+static inline void isofold_prefetch_read(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+// The compiler would fall back to a read at this level of instructions; every processor of x86-64-v3 decodes it.
+static inline void isofold_prefetch_write(void* p) { __asm__ volatile("prefetchw %0" : : "m"(*(char*)p)); }
+
 static inline int64_t isofold_min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t isofold_ceildiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -233,6 +238,22 @@ static inline void isofold_linear_finish(const struct isofold_linear_block* b, i
                   multiplier, flags);
 }
 
+// Asks for the lines that the epilogue of rows m..m+rows will write (and add), while their tile is computed: stores
+// that miss retire one after the other, and cost more than the epilogue itself.
+static inline void isofold_linear_expect(const struct isofold_linear_block* b, int64_t m, int64_t rows) {
+  const struct isofold_linear* l = b->l;
+  int64_t column = l->gated ? b->panel * 8 : b->panel * 16, width = l->gated ? 16 : 16 * b->panels;
+  int64_t last = isofold_min(column + width, l->n) - 1;
+  for (int64_t r = m; r < m + rows; ++r) {
+    isofold_prefetch_write(b->c->y + r * l->n + column);
+    isofold_prefetch_write(b->c->y + r * l->n + last);
+    if (b->c->residual) {
+      isofold_prefetch_read(b->c->residual + r * l->n + column);
+      isofold_prefetch_read(b->c->residual + r * l->n + last);
+    }
+  }
+}
+
 static inline int64_t isofold_tile_rows(int64_t rows) { return rows >= 8 ? 8 : rows >= 4 ? 4 : rows >= 2 ? 2 : 1; }
 
 // Tasks begin..end.
@@ -266,6 +287,7 @@ static inline void isofold_linear_run(const struct isofold_kernels* k, enum isof
       for (int64_t m = m0; m < m1;) {
         int64_t rows = isofold_tile_rows(m1 - m);
         const int8_t* ahead = next + isofold_min((m - m0) / 8 * (l->kp / 32) * stride, 2 * bytes);
+        isofold_linear_expect(&b, m, rows);
         isofold_linear_tile(&b, m, rows, 0, l->kp, w, bytes, ahead, stride, t);
         isofold_linear_finish(&b, m, rows, t);
         m += rows;
@@ -284,6 +306,7 @@ static inline void isofold_linear_run(const struct isofold_kernels* k, enum isof
         for (int64_t m = m0; m < m1;) {
           int64_t rows = isofold_tile_rows(m1 - m);
           const int8_t* ahead = next + isofold_min(((m - m0) / 8 * (l->kp / 32) + k0 / 32) * stride, 2 * bytes);
+          if (k0 + inputs == l->kp) isofold_linear_expect(&b, m, rows);
           isofold_linear_tile(&b, m, rows, k0, inputs, unpacked, inputs * 16, ahead, stride, t + (m - m0) * 32);
           m += rows;
         }
