@@ -58,13 +58,13 @@ def _i64(value: int) -> Any:
 
 
 def _tile(
-    mr: int, nv: int, a: Any, a_rows: list[Any], a_step: Any, b: View, first: int, depth: Any, acc: Any
+    mr: int, nv: int, a: View, a_rows: list[Any], a_step: Any, b: View, first: int, depth: Any, acc: Any
 ) -> None:
     """acc[i, :] += sum_k a[a_rows[i] + k a_step] * b[k, first : first + 16 nv]."""
     with for_range(0, depth) as k:
         right = [bind(b.load(k * LANES + first + 16 * j)) for j in range(nv)]
         for i in range(mr):
-            left = bind(T.broadcast(load(a, a_rows[i] + k * a_step, 1), 16))
+            left = bind(T.broadcast(a.load(a_rows[i] + k * a_step, 1), 16))
             for j in range(nv):
                 index = (i * nv + j) * 16
                 store(acc, index, T.fma(left, right[j], load(acc, index)))
@@ -161,7 +161,9 @@ class _Block:
         self.acc = registers(self.mr * self.width, "float32")
         self.maxima, self.sums = registers(vectors, "float32"), registers(vectors, "float32")
         self.p = View(self.scratch, _i64(0))
-        self.states = bind(tirx.const((KEY_BLOCK + 8) * LANES, "int64"))
+        self.v_width = bind((self.dv + 15) // 16 * 16)
+        self.v_copy = View(self.scratch, tirx.const((KEY_BLOCK + 8) * LANES, "int64"))
+        self.states = bind(self.v_copy.base + KEY_BLOCK * self.v_width)
         self.state = bind((self.d + self.dv + 10) * LANES)
 
     def enter(self, sub: Any) -> None:
@@ -189,14 +191,17 @@ class _Block:
                 self.running_max.store(16 * j, _vector(NEG_INF))
                 self.running_sum.store(16 * j, _vector(0.0))
         # Keys outside, groups of queries inside: a block of K and V is read once for all of them.
-        with for_range(0, (self.keys + KEY_BLOCK - 1) // KEY_BLOCK) as block, for_range(0, groups) as sub:
-            self.enter(sub)
-            with when(self.visible > block * KEY_BLOCK):
-                t0 = bind(block * KEY_BLOCK)
-                keys = bind(tirx.min(self.visible - t0, _i64(KEY_BLOCK)))
-                self.scores(t0, keys)
-                self.hide(t0, keys)
-                self.values(t0, keys, self.softmax(keys))
+        with for_range(0, (self.keys + KEY_BLOCK - 1) // KEY_BLOCK) as block:
+            t0 = bind(block * KEY_BLOCK)
+            with when(self.keys > KEY_BLOCK):
+                self.copy_values(t0)
+            with for_range(0, groups) as sub:
+                self.enter(sub)
+                with when(self.visible > t0):
+                    keys = bind(tirx.min(self.visible - t0, _i64(KEY_BLOCK)))
+                    self.scores(t0, keys)
+                    self.hide(t0, keys)
+                    self.values(t0, keys, self.softmax(keys))
         with for_range(0, groups) as sub:
             self.enter(sub)
             self.finish()
@@ -210,14 +215,28 @@ class _Block:
             for w, j in enumerate(part):
                 target.store((base + i) * LANES + 16 * j, load(self.acc, (i * self.width + w) * 16))
 
+    def copy_values(self, t0: Any) -> None:
+        """Bring a block of V together: each tile of `values` visits every row, and rows may lie pages apart.
+
+        Pays for itself where keys and values of a head do not stay in the second-level cache: from the
+        second block of keys on.
+        """
+        with for_range(0, tirx.min(self.keys - t0, _i64(KEY_BLOCK))) as t:
+            source, target = bind((t0 + t) * self.v_row), bind(t * self.v_width)
+            with for_range(0, self.dv // 16) as i:
+                self.v_copy.store(target + i * 16, load(self.v, source + i * 16))
+            with for_range(self.dv // 16 * 16, self.dv) as i:
+                self.v_copy.store(target + i, load(self.v, source + i, 1), 1)
+
     def scores(self, t0: Any, keys: Any) -> None:
         """p[t, s] = sum_d k[t, d] q[s, d]."""
+        keys_view = View(self.k, _i64(0))
         with for_range(0, (keys + self.mr - 1) // self.mr) as tile:
             base = bind(tile * self.mr)
             rows = [bind((t0 + tirx.min(base + i, keys - 1)) * self.k_row) for i in range(self.mr)]
             for part in self.parts:
                 self._clear()
-                _tile(self.mr, self.width, self.k, rows, _i64(1), self.qt, 16 * part[0], self.d, self.acc)
+                _tile(self.mr, self.width, keys_view, rows, _i64(1), self.qt, 16 * part[0], self.d, self.acc)
                 self._store_tile(self.p, base, part)
 
     def hide(self, t0: Any, keys: Any) -> None:
@@ -266,19 +285,25 @@ class _Block:
 
     def values(self, t0: Any, keys: Any, corrections: list[Any]) -> None:
         """o[d, s] = o[d, s] * correction[s] + sum_t v[t, d] p[t, s]."""
+        with T.If(self.keys > KEY_BLOCK):
+            with T.Then():
+                self._values(self.v_copy, self.v_width, t0, keys, corrections)
+            with T.Else():
+                self._values(View(self.v, _i64(0)), self.v_row, t0, keys, None)
+
+    def _values(self, v: View, v_row: Any, t0: Any, keys: Any, corrections: list[Any] | None) -> None:
         with for_range(0, (self.dv + self.mr - 1) // self.mr) as tile:
             base = bind(tile * self.mr)
-            columns = [bind(t0 * self.v_row + tirx.min(base + i, self.dv - 1)) for i in range(self.mr)]
+            columns = [bind(tirx.min(base + i, self.dv - 1)) for i in range(self.mr)]
             for part in self.parts:
-                with T.If(t0 == 0):
-                    with T.Then():
-                        self._clear()
-                    with T.Else():
+                self._clear()
+                if corrections is not None:
+                    with when(t0 > 0):
                         for i in range(self.mr):
                             for w, j in enumerate(part):
                                 old = self.o.load((base + i) * LANES + 16 * j)
                                 store(self.acc, (i * self.width + w) * 16, old * corrections[j])
-                _tile(self.mr, self.width, self.v, columns, self.v_row, self.p, 16 * part[0], keys, self.acc)
+                _tile(self.mr, self.width, v, columns, v_row, self.p, 16 * part[0], keys, self.acc)
                 self._store_tile(self.o, base, part)
 
     def finish(self) -> None:
@@ -392,7 +417,8 @@ _ROW = (
 )
 
 KERNELS = [
-    # any number of queries; scratch 32 (ceil(nq / 32) (d + dv + 10) + KEY_BLOCK + 8) floats, 64-byte aligned
+    # any number of queries; scratch 32 (ceil(nq / 32) (d + dv + 10) + KEY_BLOCK + 8) +
+    # KEY_BLOCK ceil(dv, 16) floats, 64-byte aligned
     Kernel("attention_block32", _BLOCK, partial(_emit_block, vectors=2), "attention"),
     # nq <= 16 queries; the same scratch
     Kernel("attention_block16", _BLOCK, partial(_emit_block, vectors=1), "attention"),

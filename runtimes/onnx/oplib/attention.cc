@@ -91,7 +91,8 @@ OrtStatus* compute(void* memory, Context& c) {
     groups *= 2;
   int64_t block = single_rows ? 1 : LANES * groups;
   int64_t blocks = (rows + block - 1) / block, tasks = batch * columns * blocks;
-  size_t floats = single_rows ? size_t(keys + 32) : size_t(LANES * (groups * (d + dv + 10) + KEY_BLOCK + 8));
+  size_t floats = single_rows ? size_t(keys + 32)
+                              : size_t(LANES * (groups * (d + dv + 10) + KEY_BLOCK + 8) + KEY_BLOCK * ceil_to(dv, 16));
   double flops = 2.0 * double((rows < block ? rows : block) * keys * (d + dv));
   bool failed = false;
   ISOFOLD_TRY(c.parallel(tasks, flops / 60 + 100, [&](int64_t begin, int64_t end) {
