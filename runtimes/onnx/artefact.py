@@ -127,7 +127,6 @@ def _manifest(program: Program, model: ir.Model, files: dict[str, Any]) -> dict[
         "files": files,
         "inputs": [_port(v) for v in model.graph.inputs],
         "outputs": [_port(v) for v in model.graph.outputs],
-        "positional": len(structure["args"]),
         "arguments": arguments,
         "results": output_structure(program),
     }

@@ -349,8 +349,8 @@ class OnnxModel:
         self, arguments: Sequence[tuple[str, Structure]], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> dict[str, Any]:
         names = [name for name, _ in arguments]
-        positional = self.manifest["positional"]
-        given = dict(zip(names[:positional], args, strict=False))
+        # Inputs that were captured by keyword may be given by position too, in the order of the capture.
+        given = dict(zip(names, args, strict=False))
         unknown = sorted(set(kwargs) - set(names))
         twice = sorted(set(kwargs) & set(given))
         given.update(kwargs)
@@ -360,7 +360,7 @@ class OnnxModel:
                 given[name] = structure["constant"]
         missing = [name for name in names if name not in given]
         problems = [
-            f"{len(args)} positional arguments for {positional}" if len(args) > positional else "",
+            f"{len(args)} positional arguments for {len(names)}" if len(args) > len(names) else "",
             f"unknown: {', '.join(unknown)}" if unknown else "",
             f"given twice: {', '.join(twice)}" if twice else "",
             f"missing: {', '.join(missing)}" if missing else "",

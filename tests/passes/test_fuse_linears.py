@@ -233,7 +233,9 @@ def unbound(y: Tensor) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize(
-    ("split", "reordered"), [(thirds, False), (inside_heads, True), (unbound, False)], ids=lambda v: str(v)
+    ("split", "reordered"),
+    [(thirds, False), (inside_heads, True), (unbound, False)],
+    ids=lambda v: getattr(v, "__name__", str(v)),
 )
 def test_one_linear_that_was_taken_apart(packed: Make, split: Any, reordered: bool) -> None:
     program = packed(OneLinear(split), (X,))

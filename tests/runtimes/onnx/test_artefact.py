@@ -256,3 +256,15 @@ def test_single_file_replaces_an_old_one_only_when_complete(
         write_onnx(program(), path, report={}, library=False)
     assert sorted(os.listdir(path.parent)) == ["model.onnx", "model.onnx.data"]
     assert path.read_bytes() == before
+
+
+def test_inputs_captured_by_keyword_may_be_given_by_position(tmp_path: Path) -> None:
+    class Difference(torch.nn.Module):
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return a - 2 * b
+
+    a, b = torch.randn(3), torch.randn(3)
+    write_artefact(capture(Difference(), kwargs={"a": a, "b": b}), tmp_path, report={}, library=False)
+    opened = open_artefact(tmp_path)
+    for got in (opened(a, b), opened(a, b=b), opened(b=b, a=a)):
+        torch.testing.assert_close(got, a - 2 * b)
