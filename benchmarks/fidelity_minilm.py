@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from isofold.models import minilm, registry
 
 from artefacts import Artefact, compile_to
 from harness import HERE, BenchmarkError, Results, main, parse
+from isofold.models import minilm, registry
 
 BATCH = 32
 CALIBRATION_SENTENCES = 256

@@ -94,6 +94,7 @@ def _isofold_nodes(
     kind: Kind, data: ExternalData, n: int, k: int, layer: int, source: str, target: str
 ) -> Iterator[onnx.NodeProto]:
     import torch
+
     from isofold.compiler.dialect import packing
 
     codes, scales = codes_and_scales(n, k, kind.bits, kind.group, layer)

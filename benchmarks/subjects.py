@@ -39,6 +39,7 @@ def bert_base() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     """BERT-base (768 wide, 12 heads, no pooler) and its inputs by name: batch 1, sequence 128, nothing
     padded."""
     import torch
+
     from isofold.models import registry
 
     case = registry.get("bert", "base", seed=SEED)

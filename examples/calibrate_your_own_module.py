@@ -8,10 +8,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-import isofold
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
+
+import isofold
 
 RECIPE = {
     "name": "static-int8",

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import sys
 
-import isofold
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import isofold
 
 
 def main(folder: str = "llama-w4a8") -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
 from isofold.compiler.capture import capture
 from isofold.compiler.errors import ArtefactError, CaptureError, InputError
 from isofold.compiler.graph import module_path, source_line
-from torch import Tensor, nn
-from torch.export import Dim
 
 
 class Tied(nn.Module):

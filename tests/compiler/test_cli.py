@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from isofold.compiler.cli import app
 from typer.testing import CliRunner, Result
+
+from isofold.compiler.cli import app
 
 MODEL = """
 import torch

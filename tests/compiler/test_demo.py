@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
+
 from isofold.compiler import demo
 from isofold.compiler.cli import app
 from isofold.compiler.errors import InputError
 from isofold.compiler.timing import interleaved
-from typer.testing import CliRunner
 
 
 def test_the_sentences_are_ordinary_text_with_their_licence_beside() -> None:

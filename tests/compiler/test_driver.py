@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from isofold.compiler.capture import capture
 from isofold.compiler.driver import REAL_TOLERANCE, Step, relative_error, run_steps
 from isofold.compiler.editor import Editor
 from isofold.compiler.errors import VerificationError
 from isofold.compiler.passes import Guarantee, Pass, define_pass
 from isofold.compiler.program import Program
-from torch import nn
 
 
 def program() -> Program:

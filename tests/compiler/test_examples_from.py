@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import nn
+
 from isofold.compiler.capture import capture
 from isofold.compiler.errors import InputError
 from isofold.compiler.examples_from import examples_from
-from torch import nn
 
 TEXT: dict[str, Any] = {
     "vocab_size": 96,

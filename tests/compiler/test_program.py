@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim
+
 from isofold.compiler.capture import capture
 from isofold.compiler.editor import Editor
 from isofold.compiler.errors import ArtefactError, InputError
 from isofold.compiler.passes import Guarantee, define_pass
 from isofold.compiler.program import Program
-from torch import Tensor, fx, nn
-from torch.export import Dim
 
 OPS: Any = torch.ops.isofold
 

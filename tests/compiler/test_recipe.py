@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from isofold.compiler.errors import RecipeError
 from isofold.compiler.recipe import PRESETS, Recipe, resolve
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from isofold.compiler.block_graph import block_graph
 from isofold.compiler.capture import capture
 from isofold.compiler.errors import ArtefactError
@@ -18,7 +20,6 @@ from isofold.compiler.html_report import format_bytes, render_html, write_html
 from isofold.compiler.report import add_profile, packed_bytes, packed_nodes, refused_groups
 from isofold.compiler.svg import graph_svg, histogram_svg
 from isofold.compiler.weight_histograms import BINS, decoded, weight_inside
-from torch import Tensor, nn
 
 
 class Block(nn.Module):

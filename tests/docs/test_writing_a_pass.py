@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+
 from isofold import Step, capture
 from isofold.compiler.driver import run_steps
 from isofold.compiler.errors import VerificationError
-from torch import nn
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import isofold.models
 import pytest
 import torch
+
+import isofold.models
 
 
 @pytest.mark.parametrize("name", isofold.models.names())

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
 from isofold.compiler.canonicalize import canonicalize
 from isofold.compiler.capture import capture
 from isofold.compiler.driver import Step, run_steps
@@ -17,7 +19,6 @@ from isofold.compiler.recipe import PRESETS, Recipe
 from isofold.passes.pack_linears import pack_linears
 from isofold.passes.quantize_activations import quantize_activations
 from isofold.passes.quantize_weights import quantize_weights
-from torch import nn
 
 
 @pytest.fixture

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.export import Dim
+
 from isofold.compiler.capture import capture
 from isofold.compiler.errors import InputError
 from isofold.compiler.program import Program
 from isofold.passes.calibrate import Histogram, calibrate, static_params
-from torch import nn
-from torch.export import Dim
 
 
 @pytest.fixture(scope="module")

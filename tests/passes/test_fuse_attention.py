@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.nn import functional as F
+
 from isofold.compiler.canonicalize import canonicalize
 from isofold.compiler.capture import capture
 from isofold.compiler.driver import Step, relative_error, run_steps
 from isofold.compiler.graph import argument
 from isofold.compiler.program import Program
 from isofold.passes.fuse_attention import fuse_attention
-from torch import Tensor, nn
-from torch.export import Dim
-from torch.nn import functional as F
 
 ATTENTION = torch.ops.isofold.attention.default
 BATCH, LENGTH = Dim("batch", max=64), Dim("length", min=2, max=64)

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from isofold.compiler.capture import capture
 from isofold.compiler.driver import Step, relative_error, run_steps
 from isofold.compiler.graph import argument
@@ -15,8 +18,6 @@ from isofold.compiler.program import Program
 from isofold.compiler.recipe import Recipe, WeightFormat
 from isofold.passes.fuse_epilogues import fuse_epilogues
 from isofold.passes.packed_rows import LINEARS
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 X = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1))
 Make = Callable[..., Program]

@@ -7,6 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.nn import functional as F
+
 from isofold.compiler.dialect.packing import unpack_weight
 from isofold.compiler.driver import Step, relative_error, run_steps
 from isofold.compiler.graph import argument
@@ -15,9 +19,6 @@ from isofold.compiler.recipe import Recipe, WeightFormat
 from isofold.passes.fuse_attention import fuse_attention
 from isofold.passes.fuse_linears import fuse_linears
 from isofold.passes.packed_rows import LINEARS
-from torch import Tensor, nn
-from torch.export import Dim
-from torch.nn import functional as F
 
 ATTENTION = torch.ops.isofold.attention.default
 WIDTH, DEPTH = 64, 8

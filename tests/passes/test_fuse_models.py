@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+
 from isofold.compiler.capture import capture
 from isofold.compiler.driver import relative_error, run_steps
 from isofold.compiler.program import Program

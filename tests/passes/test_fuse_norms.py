@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.nn import functional as F
+
 from isofold.compiler.capture import capture
 from isofold.compiler.driver import Step, relative_error, run_steps
 from isofold.compiler.graph import argument
 from isofold.compiler.program import Program
 from isofold.passes.fuse_norms import fuse_norms
-from torch import Tensor, nn
-from torch.export import Dim
-from torch.nn import functional as F
 
 quantize = torch.ops.isofold.quantize_activation
 Count = Callable[[Program], Counter[str]]

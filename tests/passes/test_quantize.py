@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from isofold.compiler.capture import capture
 from isofold.compiler.driver import Step, run_steps
 from isofold.compiler.errors import InputError, RecipeError
@@ -29,7 +31,6 @@ from isofold.passes.quantize_activations import quantize_activations
 from isofold.passes.quantize_convolutions import quantize_convolutions
 from isofold.passes.quantize_embeddings import quantize_embeddings
 from isofold.passes.quantize_weights import quantize_weights
-from torch import Tensor, nn
 
 OPS: Any = torch.ops.isofold
 DYNAMIC = ActivationFormat(mode="dynamic")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from isofold.compiler.dialect.packing import code_range, pack_linear, storable_scale
 from isofold.passes.ranges import dequantized, quantize_matrix
 

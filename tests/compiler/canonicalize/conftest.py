@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, fx, nn
+
 from isofold.compiler.canonicalize import canonicalize
 from isofold.compiler.capture import capture
 from isofold.compiler.driver import relative_error
 from isofold.compiler.program import Program
-from torch import Tensor, fx, nn
 
 
 @dataclass

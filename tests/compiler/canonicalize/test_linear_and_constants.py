@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from isofold.compiler.canonicalize import strip_no_ops
-from isofold.compiler.capture import capture
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
+
+from isofold.compiler.canonicalize import strip_no_ops
+from isofold.compiler.capture import capture
 
 LINEAR: dict[str, Callable[..., Tensor]] = {
     "transposed": lambda x, w, b: x @ w.T + b,

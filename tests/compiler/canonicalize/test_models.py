@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import collections
 
-import isofold.models
 import pytest
 import torch
+
+import isofold.models
 from isofold.compiler.canonicalize import canonicalize
 from isofold.compiler.capture import capture
 from isofold.compiler.driver import REAL_TOLERANCE, relative_error

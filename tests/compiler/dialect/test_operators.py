@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from isofold.compiler.dialect import OPERATORS, operator_of, packing
-from isofold.compiler.dialect.quantization import LEVELS
 from torch import Tensor
 from torch.nn import functional as F
+
+from isofold.compiler.dialect import OPERATORS, operator_of, packing
+from isofold.compiler.dialect.quantization import LEVELS
 
 OPS: Any = torch.ops.isofold
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from isofold.compiler.dialect import packing
 from isofold.compiler.errors import InputError
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from isofold.runtimes import kernels
 from isofold.runtimes.kernels import linear, linear_float, quantize
 from isofold.runtimes.kernels.codegen import build_objects

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from isofold.compiler.dialect import packing
 from torch import Tensor
 from torch.nn import functional as F
+
+from isofold.compiler.dialect import packing
 
 ACTIVATIONS = {
     "none": lambda v: v,

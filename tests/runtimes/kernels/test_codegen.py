@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from isofold.runtimes.kernels import linear, quantize
 from isofold.runtimes.kernels.codegen import (
     ISAS,

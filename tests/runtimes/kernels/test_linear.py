@@ -8,6 +8,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+
 from isofold.compiler.dialect.packing import unpack_codes
 from isofold.runtimes.kernels.math import ACTIVATIONS
 

@@ -8,6 +8,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+
 from isofold.runtimes.kernels.math import ACTIVATIONS
 
 from .conftest import ISAS, FloatCall, Linear, address, guarded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from isofold.compiler.errors import ToolchainError
 from isofold.runtimes.onnx.oplib.build import library_path
 

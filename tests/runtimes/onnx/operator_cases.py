@@ -7,8 +7,9 @@ from itertools import product
 from typing import Any
 
 import torch
-from isofold.compiler.dialect import packing
 from torch import Tensor
+
+from isofold.compiler.dialect import packing
 
 Case = tuple[str, str, dict[str, Any]]
 """(operator, what is special, arguments)"""

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
+from torch import Tensor
+
 from isofold.compiler.dialect import ONNX_DOMAIN, ONNX_VERSION, OPERATORS
 from isofold.runtimes.onnx.body import OPSET
 from isofold.runtimes.onnx.functions import build_function
 from isofold.runtimes.onnx.translate import IR_VERSION, is_tensor
-from torch import Tensor
 
 
 def model_of(name: str, arguments: dict[str, Any], constants: tuple[str, ...] = ()) -> ir.Model:

@@ -13,6 +13,9 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
 from isofold.compiler.artefact import MANIFEST
 from isofold.compiler.capture import capture
 from isofold.compiler.errors import ArtefactError, InputError
@@ -20,8 +23,6 @@ from isofold.compiler.program import Program
 from isofold.compiler.registry import backend_for
 from isofold.runtimes.onnx.artefact import write_artefact, write_onnx
 from isofold.runtimes.onnx.session import OnnxModel, open_artefact
-from torch import Tensor, nn
-from torch.export import Dim
 
 from .test_export import program_of_packed
 

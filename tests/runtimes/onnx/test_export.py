@@ -12,13 +12,14 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
 from isofold.compiler.capture import capture
 from isofold.compiler.errors import ArtefactError, InputError, UnsupportedError, VerificationError
 from isofold.compiler.program import Program
 from isofold.runtimes.onnx import check, export
 from isofold.runtimes.onnx.export import export_onnx
-from torch import Tensor, nn
-from torch.export import Dim
 
 from .operator_cases import _Random, packed
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from isofold.compiler.dialect import OPERATORS
 from isofold.runtimes.onnx.functions import BODIES
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from isofold.compiler.capture import capture
 from isofold.compiler.driver import run_steps
 from isofold.compiler.recipe import resolve

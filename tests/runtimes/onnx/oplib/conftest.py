@@ -11,10 +11,11 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from isofold.compiler.dialect import ONNX_DOMAIN, OPERATORS
-from isofold.runtimes.onnx.oplib.build import library_path
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
+
+from isofold.compiler.dialect import ONNX_DOMAIN, OPERATORS
+from isofold.runtimes.onnx.oplib.build import library_path
 
 Sessions = Callable[..., onnxruntime.InferenceSession]
 

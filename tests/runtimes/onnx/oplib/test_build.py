@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from isofold.compiler.errors import ToolchainError
 from isofold.runtimes.onnx.oplib import build as module
 

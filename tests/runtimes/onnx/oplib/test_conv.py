@@ -7,8 +7,9 @@ from math import prod
 
 import pytest
 import torch
-from isofold.compiler.dialect.packing import pack_linear
 from torch import Tensor
+
+from isofold.compiler.dialect.packing import pack_linear
 
 Check = Callable[..., None]
 CONSTANTS = ("weight", "scale", "wsum", "bias")

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from isofold.compiler.dialect.packing import pack_embedding_codes
 from torch import Tensor
+
+from isofold.compiler.dialect.packing import pack_embedding_codes
 
 Check = Callable[..., None]
 

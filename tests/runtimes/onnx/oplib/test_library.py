@@ -16,9 +16,10 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from isofold.compiler.dialect import OPERATORS
 from onnx import TensorProto, helper
 from torch import Tensor
+
+from isofold.compiler.dialect import OPERATORS
 
 Run = Callable[..., list[Tensor]]
 MakeModel = Callable[..., tuple[onnx.ModelProto, dict[str, np.ndarray]]]

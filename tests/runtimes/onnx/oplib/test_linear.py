@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
+
 from isofold.compiler.dialect import OPERATORS
 from isofold.compiler.dialect.packing import (
     PackedLinear,
@@ -15,7 +17,6 @@ from isofold.compiler.dialect.packing import (
     pack_linear,
     storable_scale,
 )
-from torch import Tensor
 
 Run = Callable[..., list[Tensor]]
 Check = Callable[..., None]

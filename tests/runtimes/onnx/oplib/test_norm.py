@@ -7,8 +7,9 @@ from itertools import product
 
 import pytest
 import torch
-from isofold.compiler.dialect import OPERATORS
 from torch import Tensor
+
+from isofold.compiler.dialect import OPERATORS
 
 Run = Callable[..., list[Tensor]]
 Check = Callable[..., None]
