@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+# Tests run side by side, one process for each core (pytest -n auto).
+torch.set_num_threads(1)
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
