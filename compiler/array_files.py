@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .artefact import cannot_write
+from .artefact import replacing
 from .errors import InputError
 
 Arrays = dict[str, NDArray[Any]]
@@ -83,17 +82,8 @@ def numbered_batches(arrays: Mapping[str, NDArray[Any]]) -> list[Arrays]:
 def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]]) -> None:
     """Write a `.npz` file, complete or not at all. Raises ArtefactError."""
     path = Path(path)
-    try:
-        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".npz")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type] # numpy's stub takes the names for its own keyword
-            os.chmod(beside, 0o644)
-            os.replace(beside, path)
-        finally:
-            Path(beside).unlink(missing_ok=True)
-    except OSError as error:
-        raise cannot_write(path, error) from error
+    with replacing(path) as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type] # numpy's stub takes the names for its own keyword
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:

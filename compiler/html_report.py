@@ -6,7 +6,6 @@ Charts are inline SVG (`svg`); the one script on the page sorts and filters the 
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from .artefact import cannot_write
+from .artefact import replacing
 from .svg import graph_svg, histogram_svg
 
 _OWN_KEYS = frozenset(
@@ -66,17 +65,8 @@ def write_html(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
     """Write the page to `path`, complete or not at all. Raises ArtefactError."""
     path = Path(path)
     text = render_html(report)
-    try:
-        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".html")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(beside, 0o644)
-            os.replace(beside, path)
-        finally:
-            Path(beside).unlink(missing_ok=True)
-    except OSError as error:
-        raise cannot_write(path, error) from error
+    with replacing(path) as file:
+        file.write(text.encode())
     return path
 
 

@@ -11,7 +11,6 @@ import copy
 import json
 import operator
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -24,6 +23,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from . import dialect as _dialect  # registers the operators that graphs and files may contain
+from .artefact import replacing
 from .errors import ArtefactError, InputError
 from .graph import value
 
@@ -215,23 +215,10 @@ class Program:
         """Write a `.pt2` file that torch.export.load and `Program.load` read. Raises ArtefactError."""
         path = Path(path)
         exported = self.to_exported_program()
-        try:
-            handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".pt2")
-            os.close(handle)
-            try:
-                torch.export.save(
-                    exported, beside, extra_files={_RECORD_FILE: json.dumps({"records": self.records})}
-                )
-                os.replace(beside, path)
-            finally:
-                Path(beside).unlink(missing_ok=True)
-        except OSError as error:
-            raise ArtefactError(
-                "The program cannot be written",
-                where=str(path),
-                got=str(error),
-                hint="choose a writable folder with room",
-            ) from error
+        with replacing(path) as file:
+            torch.export.save(
+                exported, file, extra_files={_RECORD_FILE: json.dumps({"records": self.records})}
+            )
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Program:

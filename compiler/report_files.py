@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .artefact import cannot_write
+from .artefact import replacing
 from .html_report import write_html
 from .report import add_profile
 
@@ -26,19 +24,6 @@ def add_measurements(model: Any, folder: Path, seconds: Mapping[str, float] | No
         report["seconds"] = dict(seconds)
     if hasattr(model, "profile"):
         add_profile(report, model.profile())
-    _replace(folder / REPORT_FILE, json.dumps(report, indent=1))
+    with replacing(folder / REPORT_FILE) as file:
+        file.write(json.dumps(report, indent=1).encode())
     return write_html(report, folder / REPORT_PAGE)
-
-
-def _replace(path: Path, text: str) -> None:
-    try:
-        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(beside, 0o644)
-            os.replace(beside, path)
-        finally:
-            Path(beside).unlink(missing_ok=True)
-    except OSError as error:
-        raise cannot_write(path, error) from error

@@ -9,10 +9,8 @@ depend on the program alone.
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import onnx_ir as ir
 
-from ...compiler.artefact import cannot_write
+from ...compiler.artefact import replacing
 from ...compiler.memory import require_memory
 from ...compiler.program import Program
 from .translate import to_onnx
@@ -67,30 +65,15 @@ def export_onnx(
     model = to_onnx(program)
     say("write weights")
     data_path = model_path.with_name(data_name)
-    try:
-        with ExitStack() as finished:
-            data = finished.enter_context(_beside(data_path))
-            weights = _write_external(model, data, data_name)
-            proto = ir.to_proto(model).SerializeToString(deterministic=True)
-            graph = finished.enter_context(_beside(model_path))
-            graph.write(proto)
-    except OSError as error:
-        raise cannot_write(model_path, error) from error
+    with ExitStack() as finished:
+        # Contexts end in reverse: the data takes its name before the graph that refers to it.
+        graph = finished.enter_context(replacing(model_path))
+        data = finished.enter_context(replacing(data_path))
+        weights = _write_external(model, data, data_name)
+        proto = ir.to_proto(model).SerializeToString(deterministic=True)
+        graph.write(proto)
     described = Written(model_path.name, len(proto), hashlib.sha256(proto).hexdigest())
     return Exported((described, weights), model)
-
-
-@contextmanager
-def _beside(path: Path) -> Iterator[BinaryIO]:
-    """A temporary file in the same folder that becomes `path` when the block ends well."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 def _write_external(model: ir.Model, file: BinaryIO, location: str) -> Written:
