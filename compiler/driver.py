@@ -86,6 +86,7 @@ def relative_error(expected: list[Any], got: list[Any]) -> float:
         if not isinstance(a, Tensor):
             worst = max(worst, 0.0 if a == b else float("inf"))
             continue
+        a, b = a.detach(), b.detach()
         if a.shape != b.shape or not torch.equal(torch.isfinite(a), torch.isfinite(b)):
             return float("inf")
         finite = torch.isfinite(a)
