@@ -1,8 +1,9 @@
 """Latencies of several callables in one interleaved run. Imports no torch.
 
-Each turn gives every subject a short burst: one call that is not counted (it meets cold caches and other runtimes'
-threads that still spin) and then calls that are. So slow phases of a shared machine meet all subjects alike.
-Medians and quartiles are over all counted calls; the order rotates from turn to turn.
+Each turn gives every subject a short burst: calls that are not counted until other runtimes' threads, which spin for
+milliseconds while they wait for work, have gone to sleep and caches are warm, and then calls that are. So slow
+phases of a shared machine meet all subjects alike. Medians and quartiles are over all counted calls; the order
+rotates from turn to turn.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 _BURST = 3
+_WARM = 0.05
+"""Seconds of calls before those that count."""
 _LEAST_TURNS = 5
 
 
@@ -49,7 +52,9 @@ def interleaved(
             say(f"measure {min(int(spent), int(seconds * len(names)))}/{max(int(seconds * len(names)), 1)}")
         for name in (*names[turn % len(names) :], *names[: turn % len(names)]):
             run = subjects[name]
-            run()
+            begun = time.perf_counter()
+            while time.perf_counter() - begun < _WARM:
+                run()
             for _ in range(_BURST):
                 before = time.perf_counter()
                 run()
