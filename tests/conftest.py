@@ -22,12 +22,3 @@ def _deterministic() -> None:
 def root() -> Path:
     """The repository's root folder."""
     return ROOT
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """The folder of shared data beside the checkout; tests that need it are skipped without it."""
-    folder = ROOT.parent / "shared"
-    if not (folder / "data").is_dir():
-        pytest.skip(f"shared data is not there: {folder}/data")
-    return folder
