@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -21,6 +22,18 @@ def test_every_dependency_has_its_reason(root: Path) -> None:
         line.split("[")[0].split("=")[0].split(">")[0].split("~")[0] for group in groups for line in group
     }
     assert [name for name in sorted(names - {"isofold"}) if name not in reasons] == []
+
+
+def test_every_dependency_is_imported(root: Path) -> None:
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    modules = {"apache-tvm": "tvm", "apache-tvm-ffi": "tvm", "onnx-ir": "onnx_ir", "pyyaml": "yaml"}
+    # torch.onnx imports onnxscript itself and fails without it.
+    indirect = {"onnxscript"}
+    files = [f for top in ("compiler", "passes", "runtimes") for f in (root / top).rglob("*.py")]
+    source = "\n".join(f.read_text() for f in files)
+    names = {re.split(r"[~=><\[]", line)[0] for line in project["dependencies"]} - indirect
+    found = {n for n in names if re.search(rf"^\s*(import|from) {modules.get(n, n)}\b", source, re.M)}
+    assert names - found == set()
 
 
 def test_no_architecture_is_named_in_compiler_or_passes(root: Path) -> None:
