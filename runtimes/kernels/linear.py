@@ -68,8 +68,13 @@ GEMV_ROWS = (8, 4, 3, 2, 1)
 STEPS = 8
 """Steps of 4 inputs that are unrolled: 32 inputs, the unit of Kp and the smallest group."""
 
-PREFETCH = 4096
-"""Bytes that the kernels for few rows prefetch ahead: a page, at whose end the hardware stops by itself."""
+STREAM_AHEAD = ((2048, 3), (16384, 2))
+"""(bytes ahead, cache level as in :func:`prefetch`) of what kernels for few rows fetch as they stream weights.
+
+The hardware stops at the end of every 4 KiB page, and the first-level cache has too few outstanding misses for the
+memory's latency: the far prefetch brings lines to the second level early, the near one only from there. On Zen 4 this
+reads 10 to 25 % more than one prefetch at any distance, and more than a plain loop over the same bytes.
+"""
 
 _TILE = "u: const i32*, ldu: i64, w: const i8*, ldw: i64, inputs: i64"
 _GROUPS = ", group: i64, scale: const f16*, lds: i64"
@@ -86,6 +91,12 @@ def prefetch(buffer: Any, offset: Any, level: int) -> None:
     address = T.address_of(load(buffer, offset, 1))
     arguments = (T.int32(0), T.int32(level), T.int32(1))
     T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", address, *arguments))
+
+
+def prefetch_stream(buffer: Any, offset: Any) -> None:
+    """Prefetch what a kernel that streams through ``buffer`` and stands at ``offset`` (bytes) needs next."""
+    for distance, level in STREAM_AHEAD:
+        prefetch(buffer, offset + distance, level)
 
 
 class _Tile:
@@ -244,7 +255,7 @@ def _tile(mode: str, rows: int, panels: int, small: bool, isa: Isa, *arguments: 
                     at = bind(ldw * panel + step * 64)
                     weights.append(bind(load(w, at + inside * 4, 4 * n)))
                     if rows <= 2 and inside == 0:  # nothing but streaming: fetch this panel's own future
-                        prefetch(w, at + PREFETCH, 3)
+                        prefetch_stream(w, at)
                 tile.step([load(u, ldu * (row0 + r) + step, 1) for r in range(tile.rows)], weights)
                 if rows > 2 and row0 == 0 and vector0 == 0 and k in (2, 6):
                     prefetch(ahead, block * stride + (64 if k == 6 else 0), 3)
@@ -297,7 +308,7 @@ def _gemv4(mode: str, rows: int, isa: Isa, *arguments: Any) -> None:
                 step = block * (STEPS // 2) + k
                 halves = unpack_int4(isa, bind(load(w, step * 64 + vector * n * 4, 4 * n)))
                 if vector == 0 and row0 == 0:
-                    prefetch(w, step * 64 + PREFETCH, 3)
+                    prefetch_stream(w, step * 64)
                 for h, weight in enumerate(halves):
                     words = [load(u, ldu * (row0 + r) + step * 2 + h, 1) for r in range(high)]
                     _step_column(tile, words, weight, h % columns)

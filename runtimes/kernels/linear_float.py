@@ -25,15 +25,13 @@ from typing import Any
 from tvm import tirx
 
 from .codegen import Isa, Kernel, T, bind, for_range, load, registers, store
-from .linear import ROWS, prefetch
+from .linear import ROWS, prefetch_stream
 
 GEMV_ROWS = (4, 2, 1)
 """Rows of the kernels that dequantize in registers."""
 
 BLOCK = 32
 """Inputs that share one scale in every group size."""
-
-PREFETCH = 4096
 
 
 def _splat(value: float, dtype: str = "float32") -> Any:
@@ -88,7 +86,7 @@ def _gemv(bits: int, mode: str, rows: int, isa: Isa, *arguments: Any) -> None:
             clear()
         for v in range(vectors):
             at = (block * vectors + v) * 64
-            prefetch(w, at + PREFETCH, 3)
+            prefetch_stream(w, at)
             word = bind(T.reinterpret("int32x16", load(w, at, 64)))
             for k, value in enumerate(_inputs(word, bits)):
                 weight = bind(value if zeros is None else value - zeros)
