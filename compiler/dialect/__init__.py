@@ -8,6 +8,7 @@ from .conv_packed import conv_packed
 from .dequantize_weight import dequantize_weight
 from .embedding_packed import embedding_packed
 from .gated import gated
+from .hadamard import hadamard
 from .linear_packed import linear_packed
 from .linear_packed_float import linear_packed_float
 from .norm import norm
@@ -29,6 +30,7 @@ __all__ = [
     "dequantize_weight",
     "embedding_packed",
     "gated",
+    "hadamard",
     "linear_packed",
     "linear_packed_float",
     "norm",

@@ -24,6 +24,8 @@ import onnx_ir as ir
 from ...compiler.dialect import ONNX_DOMAIN, OPERATORS
 from ...compiler.dialect.packing import LANES, ceil_to
 from ...compiler.errors import UnsupportedError
+from ...compiler.hadamard import steps
+from ...compiler.hadamard_orders import signs
 from .body import Body
 
 Results = tuple[ir.Value, ...]
@@ -353,6 +355,29 @@ def gated(call: Call, body: Body) -> Results:
     return (body("Mul", _activate(body, call["gate"], call.attributes["activation"]), call["up"]),)
 
 
+def _hadamard(body: Body, x: ir.Value, orders: Sequence[int], transpose: bool) -> ir.Value:
+    """One small matrix product for each factor; the scale is in the first."""
+    factors, inner = steps(orders), math.prod(orders)
+    scale = inner**-0.5
+    y = x
+    for order in factors:
+        inner //= order
+        matrix = (signs(order) * scale).astype(np.float32)
+        matrix = matrix.T if transpose else matrix
+        scale = 1.0
+        if inner == 1:
+            y = body("MatMul", body.reshape(y, -1, order), body.constant(np.ascontiguousarray(matrix)))
+        else:
+            left = body.constant(np.ascontiguousarray(matrix.T))
+            y = body("MatMul", left, body.reshape(y, -1, order, inner))
+    return body("Reshape", y, body("Shape", x)) if factors else body("Identity", x)
+
+
+def hadamard(call: Call, body: Body) -> Results:
+    """`hadamard`."""
+    return (_hadamard(body, call["x"], call.attributes["orders"], bool(call.attributes["transpose"])),)
+
+
 def quantize_dequantize(call: Call, body: Body) -> Results:
     """`quantize_dequantize`."""
     axes = [-1] if call.attributes["granularity"] == "token" else range(1, call.rank("x"))
@@ -377,6 +402,7 @@ BODIES: dict[str, Builder] = {
         dequantize_weight,
         embedding_packed,
         gated,
+        hadamard,
         linear_packed,
         linear_packed_float,
         norm,

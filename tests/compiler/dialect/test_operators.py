@@ -127,6 +127,11 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
     "dequantize_weight": [dequantize_arguments],
     "embedding_packed": [embedding_arguments],
     "gated": [lambda: (randn(2, 6), randn(2, 6), "silu")],
+    "hadamard": [
+        lambda: (randn(2, 3, 48), [12, 4], False),
+        lambda: (randn(3, 40), [8], True),
+        lambda: (randn(2, 5), [], False),
+    ],
     "linear_packed": [
         linear_arguments,
         lambda: linear_arguments(4, 32, True),
@@ -192,7 +197,7 @@ def floats_of(given: tuple[Any, ...]) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "name", ["attention", "gated", "norm", "rotary", "dequantize_weight", "linear_packed_float"]
+    "name", ["attention", "gated", "hadamard", "norm", "rotary", "dequantize_weight", "linear_packed_float"]
 )
 def test_gradients_are_those_of_the_reference(name: str) -> None:
     record = OPERATORS[name]

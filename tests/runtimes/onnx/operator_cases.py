@@ -272,6 +272,13 @@ def _elementwise() -> Iterator[Case]:
                 "interleaved": interleaved,
             },
         )
+    sizes = {64: (64,), 45: (), 24: (12, 2), 80: (20, 4), 384: (12, 32), 1344: (28, 12, 4), 96: (32,), 2048: (2048,)}
+    for (width, orders), transpose in product(sizes.items(), (False, True)):
+        yield (
+            "hadamard",
+            f"k{width}-{'x'.join(map(str, orders))}-transpose{transpose}",
+            {"x": random.normal(2, 3, width), "orders": list(orders), "transpose": transpose},
+        )
     for activation in ("none", "relu", "gelu", "gelu_tanh", "silu"):
         arguments = {"gate": random.normal(2, 3, 45), "up": random.normal(2, 3, 45), "activation": activation}
         yield "gated", activation, arguments
