@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..compiler.dialect.quantization import LEVELS
+from ..compiler.dialect.quantization import levels
 from ..compiler.dialect.quantize_dequantize import granularity_dims
 from ..compiler.errors import InputError
 from ..compiler.program import Program
@@ -72,8 +72,10 @@ class Histogram:
             bins[BINS // 2 : BINS // 2 + BINS] = pairs
         self.width *= 2
 
-    def range(self, percentile: float = 100.0, search: str = "minmax") -> tuple[float, float]:
-        """A range that contains 0: by percentile (the share of values inside), or `mse`."""
+    def range(
+        self, percentile: float = 100.0, search: str = "minmax", bits: int = 8
+    ) -> tuple[float, float]:
+        """A range that contains 0: by percentile (the share of values inside), or `mse` (for codes of that width)."""
         low, high = min(self.low, 0.0), max(self.high, 0.0)
         if percentile < 100:
             share = self.counts.cumsum(0) / self.counts.sum()
@@ -82,9 +84,9 @@ class Histogram:
             last = int(torch.searchsorted(share, torch.tensor(1 - tail, dtype=torch.float64)))
             low = min(max(low, (first - BINS) * self.width), 0.0)
             high = max(min(high, (last + 1 - BINS) * self.width), 0.0)
-        return self._least_error(low, high) if search == "mse" else (low, high)
+        return self._least_error(low, high, levels(bits)) if search == "mse" else (low, high)
 
-    def _least_error(self, low: float, high: float) -> tuple[float, float]:
+    def _least_error(self, low: float, high: float, largest: float) -> tuple[float, float]:
         """The shrunken ends whose codes have the least squared error, relative to each token's power.
 
         The rounding is carried out, not modelled: where most values lie within a few steps of zero (behind a
@@ -96,10 +98,10 @@ class Histogram:
         best, least = (low, high), math.inf
         factors = torch.tensor(_SHRINK, dtype=torch.float64)
         for shrink in _SHRINK:
-            scale = (high * factors - low * shrink) / LEVELS
+            scale = (high * factors - low * shrink) / largest
             scale = torch.where(scale > 0, scale, torch.ones_like(scale))[:, None]
-            zero = torch.round(-low * shrink / scale).clamp(0, LEVELS)
-            rounded = scale * ((torch.round(centre / scale) + zero).clamp(0, LEVELS) - zero)
+            zero = torch.round(-low * shrink / scale).clamp(0, largest)
+            rounded = scale * ((torch.round(centre / scale) + zero).clamp(0, largest) - zero)
             error = (rounded - centre).square() @ weight
             at = int(error.argmin())
             if float(error[at]) < least:
@@ -107,10 +109,11 @@ class Histogram:
         return best
 
 
-def static_params(low: float, high: float) -> Tensor:
-    """Scale and zero point, float32 `[2]`, for codes 0..255 over a range that contains 0 (docs/dialect.md)."""
-    scale = torch.tensor((high - low) / LEVELS if high > low else 1.0, dtype=torch.float32)
-    zero = torch.round(torch.tensor(-low, dtype=torch.float32) / scale).clamp(0, LEVELS)
+def static_params(low: float, high: float, bits: int = 8) -> Tensor:
+    """Scale and zero point, float32 `[2]`, for codes of that width over a range that contains 0 (docs/dialect.md)."""
+    largest = levels(bits)
+    scale = torch.tensor((high - low) / largest if high > low else 1.0, dtype=torch.float32)
+    zero = torch.round(torch.tensor(-low, dtype=torch.float32) / scale).clamp(0, largest)
     return torch.stack([scale, zero])
 
 

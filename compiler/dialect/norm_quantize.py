@@ -15,11 +15,19 @@ from .packing import ceil_to
 from .quantize_activation import quantize_activation
 
 
-def _shape(x: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    align = rest[-1]
-    assert isinstance(align, int)
+def _shape(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    params: Tensor | None,
+    eps: float,
+    kind: str,
+    align: int,
+    *rest: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     codes = x.new_empty([*x.shape[:-1], ceil_to(x.shape[-1], align)], dtype=torch.uint8)
-    pair = x.new_empty([2] if rest[3] is not None else [*x.shape[:-1], 2])
+    pair = x.new_empty([2] if params is not None else [*x.shape[:-1], 2])
     return torch.empty_like(x), torch.empty_like(x), codes, pair
 
 
@@ -27,7 +35,7 @@ def _shape(x: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     onnx_name="NormQuantize",
     schema=(
         "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? params, float eps, str kind, "
-        "int align) -> (Tensor, Tensor, Tensor, Tensor)"
+        "int align, Tensor? shift=None, Tensor? scale=None, int bits=8) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
     shape=_shape,
     cost=norm_cost,
@@ -41,7 +49,10 @@ def norm_quantize(
     eps: float,
     kind: str,
     align: int,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    bits: int = 8,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x `[..., K]` → (sum, y, u uint8 `[..., ceil(K, align)]`, params `[..., 2]` or `[2]`)."""
+    """x `[..., K]`; shift, scale and bits as in `quantize_activation` → (sum, y, u uint8 `[..., ceil(K, align)]`, params `[..., 2]` or `[2]`)."""
     total, y = norm.reference(x, residual, weight, bias, eps, kind)
-    return (total, y, *quantize_activation.reference(y, params, align))
+    return (total, y, *quantize_activation.reference(y, params, align, shift, scale, bits))

@@ -2,11 +2,11 @@
 
     total = x + residual
     y = (total - mean) / sqrt(mean((total - mean)^2) + eps) * weight + bias        (RMS: mean = 0)
-    u, (s, z) = quantize(y)                                 (docs/dialect.md, "Quantization")
+    u, (s, z) = quantize((y - shift) * scale)               (docs/dialect.md, "Quantization")
 
 A row stays in the first-level cache between its sweeps: sum, squared deviations (two sweeps, because the
-one-sweep formula cancels), normalize with the range, quantize. Optional inputs and outputs are bits of
-`flags`: a test per row, never per element.
+one-sweep formula cancels), normalize with the range, quantize; shift and scale of the quantizer are a sweep of
+their own, as y may be a result. Optional inputs and outputs are bits of `flags`: a test per row, never per element.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 from tvm import tirx
 
 from .codegen import Isa, Kernel, T, bind, for_range, load, registers, store, when
-from .math import reduce_lanes, round_half_even
-from .quantize import write_codes
+from .math import reduce_lanes
+from .quantize import pair_of, plain, write_codes
 
-RESIDUAL, WEIGHT, BIAS, SUM, RESULT, QUANTIZE, STATIC, RMS = (1 << bit for bit in range(8))
+RESIDUAL, WEIGHT, BIAS, SUM, RESULT, QUANTIZE, STATIC, RMS, SHIFT, SCALE = (1 << bit for bit in range(10))
 """Bits of `flags`: inputs that are there, outputs that are wanted, a given pair, the kind of norm."""
 
 _WAYS = 4  # independent accumulators, to hide the latency of additions
@@ -82,9 +82,9 @@ def _choose(flags: Any, bits: list[int], body: Callable[[list[bool]], None], cho
 
 def _rows(
     isa: Isa,
-    x: Any, residual: Any, weight: Any, bias: Any, pair: Any,
+    x: Any, residual: Any, weight: Any, bias: Any, pair: Any, shift_by: Any, scale_by: Any,
     total: Any, y: Any, u: Any, params: Any, row: Any,
-    k: Any, kp: Any, begin: Any, end: Any, flags: Any, eps: Any,
+    k: Any, kp: Any, begin: Any, end: Any, flags: Any, eps: Any, levels: Any,
 ) -> None:  # fmt: skip
 
     def is_set(bit: int) -> Any:
@@ -152,18 +152,35 @@ def _rows(
             sweep(k, body)
 
         _choose(flags, [WEIGHT, BIAS, RESULT], normalize, [])
+
+        def transform(chosen: list[bool]) -> None:
+            has_shift, has_scale = chosen
+            if not (has_shift or has_scale):
+                return
+            lowest.reset()
+            highest.reset()
+
+            def body(i: Any, lanes: int, way: int) -> None:
+                value = load(row, i, lanes)
+                value = value - load(shift_by, i, lanes) if has_shift else value
+                value = bind(value * load(scale_by, i, lanes) if has_scale else value)
+                store(row, i, value, lanes)
+                lowest.update(way, lanes, lambda old: tirx.min(old, value))
+                highest.update(way, lanes, lambda old: tirx.max(old, value))
+
+            sweep(k, body)
+
+        _choose(flags, [SHIFT, SCALE], transform, [])
+        read = plain(row, tirx.const(0, "int64"))
         with when(is_set(QUANTIZE)), T.If(is_set(STATIC)):
             with T.Then():
                 scale, zero = bind(load(pair, 0, 1)), bind(load(pair, 1, 1))
-                write_codes(isa, row, tirx.const(0, "int64"), k, u, r * kp, kp, scale, zero)
+                write_codes(isa, read, k, u, r * kp, kp, scale, zero, levels)
             with T.Else():
-                low, high = lowest.result(), highest.result()
-                scale = bind((high - low) / T.float32(255.0))
-                scale = bind(T.Select(scale > T.float32(0.0), scale, T.float32(1.0)))
-                zero = bind(round_half_even((T.float32(0.0) - low) / scale))
+                scale, zero = pair_of(lowest.result(), highest.result(), levels)
                 store(params, r * 2, scale, 1)
                 store(params, r * 2 + 1, zero, 1)
-                write_codes(isa, row, tirx.const(0, "int64"), k, u, r * kp, kp, scale, zero)
+                write_codes(isa, read, k, u, r * kp, kp, scale, zero, levels)
 
 
 KERNELS = [
@@ -171,8 +188,9 @@ KERNELS = [
     Kernel(
         "norm_rows",
         "x: const f32*, residual: const f32*, weight: const f32*, bias: const f32*, pair: const f32*, "
+        "shift: const f32*, scale: const f32*, "
         "total: f32*, y: f32*, u: u8*, params: f32*, row: f32*, "
-        "k: i64, kp: i64, begin: i64, end: i64, flags: i64, eps: f32",
+        "k: i64, kp: i64, begin: i64, end: i64, flags: i64, eps: f32, levels: f32",
         _rows,
         "norm",
     ),

@@ -23,6 +23,7 @@ import onnx_ir as ir
 
 from ...compiler.dialect import ONNX_DOMAIN, OPERATORS
 from ...compiler.dialect.packing import LANES, ceil_to
+from ...compiler.dialect.quantization import levels
 from ...compiler.errors import UnsupportedError
 from ...compiler.hadamard import steps
 from ...compiler.hadamard_orders import signs
@@ -89,27 +90,32 @@ def _activate(body: Body, x: ir.Value, activation: str) -> ir.Value:
 
 
 def _quantize(
-    body: Body, x: ir.Value, params: ir.Value | None, axes: Sequence[int]
+    body: Body, x: ir.Value, params: ir.Value | None, axes: Sequence[int], bits: int = 8
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Codes (as floats 0..255), scale and zero point."""
-    zero, levels = body.real(0.0), body.real(255.0)
+    """Codes (as floats), scale and zero point."""
+    zero, largest = body.real(0.0), body.real(levels(bits))
     if params is None:
         over = body.ints(*axes)
         low = body("Min", body("ReduceMin", x, over, keepdims=1), zero)
         high = body("Max", body("ReduceMax", x, over, keepdims=1), zero)
-        spread = body("Div", body("Sub", high, low), levels)
+        spread = body("Div", body("Sub", high, low), largest)
         scale = body("Where", body("Greater", spread, zero), spread, body.real(1.0))
-        offset = body("Clip", body("Round", body("Div", body("Neg", low), scale)), zero, levels)
+        offset = body("Clip", body("Round", body("Div", body("Neg", low), scale)), zero, largest)
     else:
         scale = body("Gather", params, body.constant(np.array(0, dtype=np.int64)), axis=0)
         offset = body("Gather", params, body.constant(np.array(1, dtype=np.int64)), axis=0)
     rounded = body("Round", body("Mul", x, body("Div", body.real(1.0), scale)))
-    return body("Clip", body("Add", rounded, offset), zero, levels), scale, offset
+    return body("Clip", body("Add", rounded, offset), zero, largest), scale, offset
 
 
-def _quantize_activation(body: Body, x: ir.Value, params: ir.Value | None, width: int, align: int) -> Results:
-    codes, scale, offset = _quantize(body, x, params, [-1])
-    padding = ceil_to(width, align) - width
+def _quantize_activation(body: Body, call: Call, x: ir.Value) -> Results:
+    """Codes and pairs of a row x, with the params, shift, scale, align and bits of the call."""
+    params, shift, factor = call.get("params"), call.get("shift"), call.get("scale")
+    x = x if shift is None else body("Sub", x, shift)
+    x = x if factor is None else body("Mul", x, factor)
+    codes, scale, offset = _quantize(body, x, params, [-1], call.attributes["bits"])
+    width = call.size("x", -1)
+    padding = ceil_to(width, call.attributes["align"]) - width
     if padding:
         codes = body("Pad", codes, body.ints(0, padding), body.real(0.0), body.ints(-1))
     pair = body("Identity", params) if params is not None else body("Concat", scale, offset, axis=-1)
@@ -204,9 +210,7 @@ def _norm(body: Body, call: Call) -> Results:
 
 def quantize_activation(call: Call, body: Body) -> Results:
     """`quantize_activation`."""
-    return _quantize_activation(
-        body, call["x"], call.get("params"), call.size("x", -1), call.attributes["align"]
-    )
+    return _quantize_activation(body, call, call["x"])
 
 
 def linear_packed(call: Call, body: Body) -> Results:
@@ -275,11 +279,7 @@ def norm(call: Call, body: Body) -> Results:
 def norm_quantize(call: Call, body: Body) -> Results:
     """`norm_quantize`."""
     total, y = _norm(body, call)
-    return (
-        total,
-        y,
-        *_quantize_activation(body, y, call.get("params"), call.size("x", -1), call.attributes["align"]),
-    )
+    return (total, y, *_quantize_activation(body, call, y))
 
 
 def attention(call: Call, body: Body) -> Results:
@@ -381,7 +381,7 @@ def hadamard(call: Call, body: Body) -> Results:
 def quantize_dequantize(call: Call, body: Body) -> Results:
     """`quantize_dequantize`."""
     axes = [-1] if call.attributes["granularity"] == "token" else range(1, call.rank("x"))
-    codes, scale, offset = _quantize(body, call["x"], call.get("params"), axes)
+    codes, scale, offset = _quantize(body, call["x"], call.get("params"), axes, call.attributes["bits"])
     return (body("Mul", body("Sub", codes, offset), scale),)
 
 

@@ -174,14 +174,14 @@ OrtStatus* compute(void* memory, Context& c) {
       const float* from = x.f32() + i * g.in[0] * g.in[1];
       uint8_t* to = samples + size_t(b) * sample_bytes + channel * g.plane();
       if (!bordered) {
-        kernels->quantize_rows_static(from, to, params + 2 * b, 1, g.plane(), g.plane());
+        kernels->quantize_rows_static(from, nullptr, nullptr, to, params + 2 * b, 1, g.plane(), g.plane(), 0, 255);
         continue;
       }
       memset(to, int(params[2 * b + 1]), size_t(g.plane()));
       for (int64_t row = 0; row < g.in[0]; ++row)
-        kernels->quantize_rows_static(from + row * g.in[1],
+        kernels->quantize_rows_static(from + row * g.in[1], nullptr, nullptr,
                                       to + (row + kernel.padding[0]) * g.padded[1] + kernel.padding[1],
-                                      params + 2 * b, 1, g.in[1], g.in[1]);
+                                      params + 2 * b, 1, g.in[1], g.in[1], 0, 255);
     }
   }));
 

@@ -8,30 +8,42 @@ namespace {
 
 struct QuantizeKernel : KernelBase {
   int64_t align;
+  float levels;
 };
 
 OrtStatus* create_quantize(void* memory, const Attributes& a) {
-  return a.at_least("align", 1, &static_cast<QuantizeKernel*>(memory)->align);
+  auto& kernel = *static_cast<QuantizeKernel*>(memory);
+  ISOFOLD_TRY(a.at_least("align", 1, &kernel.align));
+  return a.levels(&kernel.levels);
 }
 
 OrtStatus* compute_quantize(void* memory, Context& c) {
   const auto& kernel = *static_cast<const QuantizeKernel*>(memory);
-  Tensor x, pair;
+  Tensor x, pair, shift, scale;
   ISOFOLD_TRY(c.input(0, &x));
   ISOFOLD_TRY(c.input(1, &pair));
+  ISOFOLD_TRY(c.input(2, &shift));
+  ISOFOLD_TRY(c.input(3, &scale));
   if (x.shape.rank < 1) return c.bad_input(0, "expected at least one dimension, got a scalar");
   ISOFOLD_TRY(c.expect(1, pair, ORT_FLOAT, shape_of(2)));
+  ISOFOLD_TRY(c.expect(2, shift, ORT_FLOAT, shape_of(x.shape[-1])));
+  ISOFOLD_TRY(c.expect(3, scale, ORT_FLOAT, shape_of(x.shape[-1])));
   int64_t k = x.shape[-1], kp = ceil_to(k, kernel.align), rows = x.shape.rows();
   uint8_t* u = nullptr;
   float* params = nullptr;
   ISOFOLD_TRY(c.output(0, with_last(x.shape, kp), &u));
   ISOFOLD_TRY(c.output(1, pair.present ? shape_of(2) : with_last(x.shape, 2), &params));
   if (pair.present) memcpy(params, pair.data, 2 * sizeof(float));
+  int64_t flags = (shift.present ? QUANTIZE_SHIFT : 0) | (scale.present ? QUANTIZE_SCALE : 0);
   return c.parallel(rows, 0.06 * double(k), [&](int64_t begin, int64_t end) {
+    const float* from = x.f32() + begin * k;
+    uint8_t* to = u + begin * kp;
     if (pair.present)
-      kernels->quantize_rows_static(x.f32() + begin * k, u + begin * kp, pair.f32(), end - begin, k, kp);
+      kernels->quantize_rows_static(from, shift.f32(), scale.f32(), to, pair.f32(), end - begin, k, kp, flags,
+                                    kernel.levels);
     else
-      kernels->quantize_rows(x.f32() + begin * k, u + begin * kp, params + 2 * begin, end - begin, k, kp);
+      kernels->quantize_rows(from, shift.f32(), scale.f32(), to, params + 2 * begin, end - begin, k, kp, flags,
+                             kernel.levels);
   });
 }
 
@@ -195,9 +207,11 @@ OrtStatus* infer_linear(Inference& f) {
 
 void define_quantize_activation(Op* op) {
   op->name = "QuantizeActivation";
-  op->input_count = 2;
+  op->input_count = 4;
   op->inputs[0] = {"x", ORT_FLOAT};
   op->inputs[1] = {"params", ORT_FLOAT, ORT_OPTIONAL};
+  op->inputs[2] = {"shift", ORT_FLOAT, ORT_OPTIONAL};
+  op->inputs[3] = {"scale", ORT_FLOAT, ORT_OPTIONAL};
   op->output_count = 2;
   op->outputs[0] = {"u", ORT_UINT8};
   op->outputs[1] = {"params", ORT_FLOAT};

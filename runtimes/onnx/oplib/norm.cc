@@ -5,12 +5,14 @@ namespace isofold {
 namespace {
 
 // The bits of `flags` in norm.py.
-enum { RESIDUAL = 1, WEIGHT = 2, BIAS = 4, SUM = 8, RESULT = 16, QUANTIZE = 32, STATIC = 64, RMS = 128 };
+enum { RESIDUAL = 1, WEIGHT = 2, BIAS = 4, SUM = 8, RESULT = 16, QUANTIZE = 32, STATIC = 64, RMS = 128,
+       SHIFT = 256, SCALE = 512 };
 
 struct NormKernel : KernelBase {
   float eps;
   int32_t rms;
   int64_t align;  // 0: no quantization
+  float levels;
 };
 
 OrtStatus* create(void* memory, const Attributes& a) {
@@ -22,24 +24,32 @@ OrtStatus* create(void* memory, const Attributes& a) {
 
 OrtStatus* create_quantize(void* memory, const Attributes& a) {
   ISOFOLD_TRY(create(memory, a));
-  return a.at_least("align", 1, &static_cast<NormKernel*>(memory)->align);
+  auto& kernel = *static_cast<NormKernel*>(memory);
+  ISOFOLD_TRY(a.at_least("align", 1, &kernel.align));
+  return a.levels(&kernel.levels);
 }
 
 OrtStatus* compute(void* memory, Context& c) {
   const auto& kernel = *static_cast<const NormKernel*>(memory);
   bool quantize = kernel.align != 0;
-  Tensor x, residual, weight, bias, pair;
+  Tensor x, residual, weight, bias, pair, shift, scale;
   ISOFOLD_TRY(c.input(0, &x));
   ISOFOLD_TRY(c.input(1, &residual));
   ISOFOLD_TRY(c.input(2, &weight));
   ISOFOLD_TRY(c.input(3, &bias));
-  if (quantize) ISOFOLD_TRY(c.input(4, &pair));
+  if (quantize) {
+    ISOFOLD_TRY(c.input(4, &pair));
+    ISOFOLD_TRY(c.input(5, &shift));
+    ISOFOLD_TRY(c.input(6, &scale));
+  }
   if (x.shape.rank < 1) return c.bad_input(0, "expected at least one dimension, got a scalar");
   int64_t k = x.shape[-1], rows = x.shape.rows();
   ISOFOLD_TRY(c.expect(1, residual, ORT_FLOAT, x.shape));
   ISOFOLD_TRY(c.expect(2, weight, ORT_FLOAT, shape_of(k)));
   ISOFOLD_TRY(c.expect(3, bias, ORT_FLOAT, shape_of(k)));
-  if (quantize) ISOFOLD_TRY(c.expect(4, pair, ORT_FLOAT, shape_of(2)));
+  ISOFOLD_TRY(c.expect(4, pair, ORT_FLOAT, shape_of(2)));
+  ISOFOLD_TRY(c.expect(5, shift, ORT_FLOAT, shape_of(k)));
+  ISOFOLD_TRY(c.expect(6, scale, ORT_FLOAT, shape_of(k)));
 
   float *sum = nullptr, *y = nullptr, *params = nullptr;
   uint8_t* u = nullptr;
@@ -55,7 +65,7 @@ OrtStatus* compute(void* memory, Context& c) {
   if (rows == 0 || k == 0) return nullptr;
   int64_t flags = (residual.present ? RESIDUAL : 0) | (weight.present ? WEIGHT : 0) | (bias.present ? BIAS : 0) |
                   (sum ? SUM : 0) | (y ? RESULT : 0) | (quantize ? QUANTIZE : 0) | (pair.present ? STATIC : 0) |
-                  (kernel.rms ? RMS : 0);
+                  (kernel.rms ? RMS : 0) | (shift.present ? SHIFT : 0) | (scale.present ? SCALE : 0);
   bool failed = false;
   ISOFOLD_TRY(c.parallel(rows, 0.15 * double(k), [&](int64_t begin, int64_t end) {
     auto* row = static_cast<float*>(thread_scratch(size_t(k) * sizeof(float)));
@@ -63,8 +73,8 @@ OrtStatus* compute(void* memory, Context& c) {
       __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
       return;
     }
-    kernels->norm_rows(x.f32(), residual.f32(), weight.f32(), bias.f32(), pair.f32(), sum, y, u, params, row, k, kp,
-                       begin, end, flags, kernel.eps);
+    kernels->norm_rows(x.f32(), residual.f32(), weight.f32(), bias.f32(), pair.f32(), shift.f32(), scale.f32(), sum, y,
+                       u, params, row, k, kp, begin, end, flags, kernel.eps, kernel.levels);
   }));
   return failed ? out_of_memory(c.api, c.op->name, size_t(k) * sizeof(float)) : nullptr;
 }
@@ -118,8 +128,10 @@ void define_norm(Op* op) {
 void define_norm_quantize(Op* op) {
   define_norm(op);
   op->name = "NormQuantize";
-  op->input_count = 5;
+  op->input_count = 7;
   op->inputs[4] = {"params", ORT_FLOAT, ORT_OPTIONAL};
+  op->inputs[5] = {"shift", ORT_FLOAT, ORT_OPTIONAL};
+  op->inputs[6] = {"scale", ORT_FLOAT, ORT_OPTIONAL};
   op->output_count = 4;
   op->outputs[2] = {"u", ORT_UINT8};
   op->outputs[3] = {"params", ORT_FLOAT};

@@ -127,6 +127,8 @@ struct Attributes {
   // An integer that must be one of the null-terminated allowed values or satisfy low <= value.
   OrtStatus* at_least(const char* name, int64_t low, int64_t* value) const;
   OrtStatus* activation(int32_t* value) const;
+  // The largest activation code, from 'bits' (4 or 8).
+  OrtStatus* levels(float* value) const;
 };
 
 // One run of a kernel.
@@ -183,6 +185,9 @@ struct Inference {
   int64_t integer(const char* name, int64_t otherwise) const;
   int integers(const char* name, int64_t* values, int capacity) const;
 };
+
+// Bits of `flags` of the quantizers, as in quantize.py.
+enum { QUANTIZE_SHIFT = 1, QUANTIZE_SCALE = 2 };
 
 // The kernels of the chosen instruction set.
 extern const isofold_kernels* kernels;

@@ -327,6 +327,15 @@ OrtStatus* Attributes::activation(int32_t* value) const {
   return choice("activation", names, value);
 }
 
+OrtStatus* Attributes::levels(float* value) const {
+  int64_t bits = 0;
+  ISOFOLD_TRY(get("bits", &bits));
+  if (bits != 4 && bits != 8)
+    return fail(api, ORT_INVALID_ARGUMENT, "%s: attribute 'bits' is %lld; expected 4 or 8", op->name, (long long)bits);
+  *value = float((1 << bits) - 1);
+  return nullptr;
+}
+
 OrtStatus* Attributes::list(const char* name, int64_t* values, int* count, int capacity) const {
   size_t size = 0;
   OrtStatus* status =

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from isofold.compiler.dialect import OPERATORS, operator_of, packing
-from isofold.compiler.dialect.quantization import LEVELS
+from isofold.compiler.dialect.quantization import levels
+from isofold.compiler.errors import InputError
 
 OPS: Any = torch.ops.isofold
 
@@ -145,15 +146,18 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
     "norm_quantize": [
         lambda: (randn(2, 3, 40), randn(2, 3, 40), randn(40), randn(40), None, 1e-5, "layer", 64),
         lambda: (randn(3, 8), None, randn(8), None, torch.tensor([0.02, 100.0]), 1e-5, "rms", 32),
+        lambda: (randn(3, 8), None, randn(8), None, None, 1e-5, "rms", 32, randn(8), randn(8), 4),
     ],
     "quantize_activation": [
         lambda: (randn(2, 3, 40), None, 32),
         lambda: (randn(2, 3, 40), torch.tensor([0.02, 128.0]), 64),
+        lambda: (randn(2, 3, 40), None, 32, randn(40), randn(40).flip(0), 4),
     ],
     "quantize_dequantize": [
         lambda: (randn(2, 3, 40), None, "token"),
         lambda: (randn(2, 3, 4), None, "sample"),
         lambda: (randn(2, 3, 4), torch.tensor([0.02, 128.0]), "token"),
+        lambda: (randn(2, 3, 40), None, "token", 4),
     ],
     "rotary": [
         lambda: (randn(2, 3, 4, 8), randn(1, 3, 1, 6), randn(1, 3, 1, 6), 2, 3, False),
@@ -221,19 +225,35 @@ def test_gradients_are_those_of_the_reference(name: str) -> None:
         assert any(g is not None and g.abs().sum() > 0 for g in results[0])
 
 
-def test_quantize_dequantize_has_a_straight_through_gradient_that_stops_at_the_range() -> None:
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantize_dequantize_has_a_straight_through_gradient_that_stops_at_the_range(bits: int) -> None:
     x = torch.tensor([[-3.0, -0.4, 0.1, 0.9, 5.0]], requires_grad=True)
-    OPS.quantize_dequantize(x, torch.tensor([0.01, 100.0]), "token").sum().backward()
+    params = torch.tensor([2.55 / levels(bits), 100 // (255 / levels(bits))])  # about [-1, 1.55]
+    OPS.quantize_dequantize(x, params, "token", bits).sum().backward()
     assert x.grad.tolist() == [[0.0, 1.0, 1.0, 1.0, 0.0]]
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_dynamic_quantize_dequantize_passes_the_gradient_of_all_but_what_half_a_step_cuts_off(bits: int) -> None:
+    x = randn(20, 64).requires_grad_()
+    weight = randn(20, 64).flip(0)
+    y = OPS.quantize_dequantize(x, None, "token", bits)
+    (y * weight).sum().backward()
+    inside = x.grad == weight
+    # The zero point is a whole number, so that one end of a row's range may lie inside by half a step.
+    assert torch.equal(x.grad[~inside], torch.zeros_like(x.grad[~inside]))
+    assert (inside.sum(1) >= 62).all()
+    assert not torch.equal(x, y)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("granularity", ["token", "sample"])
-def test_dynamic_quantization_is_within_half_a_step_and_keeps_zero(granularity: str) -> None:
+def test_dynamic_quantization_is_within_half_a_step_and_keeps_zero(granularity: str, bits: int) -> None:
     x = randn(4, 6, 50) * torch.logspace(-3, 3, 4)[:, None, None]
     x[..., 7] = 0
-    y = OPS.quantize_dequantize(x, None, granularity)
+    y = OPS.quantize_dequantize(x, None, granularity, bits)
     dims = (-1,) if granularity == "token" else (1, 2)
-    step = (x.amax(dims, keepdim=True) - x.amin(dims, keepdim=True)) / LEVELS
+    step = (x.amax(dims, keepdim=True) - x.amin(dims, keepdim=True)) / levels(bits)
     # Both ends may move by half a step more, as the zero point is a whole number.
     assert ((y - x).abs() <= step * 1.001).all()
     assert ((y - x).abs().mean() <= 0.3 * step.mean()).all()
@@ -246,14 +266,37 @@ def test_constant_and_zero_rows_survive() -> None:
     assert torch.allclose(y, x, atol=1e-6)
 
 
-def test_codes_of_quantize_activation_are_those_of_quantize_dequantize() -> None:
-    for params in (None, torch.tensor([0.013, 117.0])):
-        x = randn(3, 4, 45)
-        u, pair = OPS.quantize_activation(x, params, 32)
-        assert list(u.shape) == [3, 4, 64]
-        assert not u[..., 45:].any()
-        again = pair[..., :1] * (u[..., :45].float() - pair[..., 1:])
-        assert torch.equal(again, OPS.quantize_dequantize(x, params, "token"))
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("shift", [None, randn(45).abs()])
+@pytest.mark.parametrize("scale", [None, randn(45).flip(0)])
+def test_codes_of_quantize_activation_are_those_of_quantize_dequantize_of_the_transformed_input(
+    bits: int, static: bool, shift: Tensor | None, scale: Tensor | None
+) -> None:
+    x = randn(3, 4, 45)
+    params = torch.tensor([3.3 / levels(bits), levels(bits) // 2]) if static else None
+    u, pair = OPS.quantize_activation(x, params, 32, shift, scale, bits)
+    assert list(u.shape) == [3, 4, 64]
+    assert not u[..., 45:].any()
+    assert int(u.max()) == levels(bits)
+    again = pair[..., :1] * (u[..., :45].float() - pair[..., 1:])
+    moved = x if shift is None else x - shift
+    moved = moved if scale is None else moved * scale
+    assert torch.equal(again, OPS.quantize_dequantize(moved, params, "token", bits))
+    weight, bias = randn(45), randn(45).flip(0)
+    y = OPS.norm(x, None, weight, bias, 1e-5, "layer")[1]
+    fused = OPS.norm_quantize(x, None, weight, bias, params, 1e-5, "layer", 32, shift, scale, bits)
+    expected = (y, *OPS.quantize_activation(y, params, 32, shift, scale, bits))
+    assert all(torch.equal(a, b) for a, b in zip(fused[1:], expected, strict=True))
+
+
+def test_other_widths_are_refused() -> None:
+    for call in (
+        lambda: OPS.quantize_dequantize(randn(2, 3), None, "token", 3),
+        lambda: OPS.quantize_activation(randn(2, 3), None, 32, None, None, 16),
+    ):
+        with pytest.raises(InputError, match=r"4 \| 8"):
+            call()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import numpy as np
 import pytest
@@ -12,16 +13,16 @@ from .conftest import ISAS, guarded
 SHAPES = [(1, 1), (3, 7), (5, 16), (4, 63), (2, 64), (7, 65), (3, 1000), (9, 768)]
 
 
-def pair(x: np.ndarray) -> np.ndarray:
+def pair(x: np.ndarray, levels: float = 255.0) -> np.ndarray:
     low, high = np.minimum(x.min(1), 0), np.maximum(x.max(1), 0)
-    s = np.where(high == low, np.float32(1), (high - low) / np.float32(255)).astype(np.float32)
-    z = np.clip(np.rint(-low / s), 0, 255)
+    s = np.where(high == low, np.float32(1), (high - low) / np.float32(levels)).astype(np.float32)
+    z = np.clip(np.rint(-low / s), 0, levels)
     return np.stack([s, z], 1).astype(np.float32)
 
 
-def codes(x: np.ndarray, params: np.ndarray, kp: int) -> np.ndarray:
+def codes(x: np.ndarray, params: np.ndarray, kp: int, levels: float = 255.0) -> np.ndarray:
     inverse = np.float32(1) / params[:, :1]
-    u = np.clip(np.rint(x * inverse) + params[:, 1:], 0, 255).astype(np.uint8)
+    u = np.clip(np.rint(x * inverse) + params[:, 1:], 0, levels).astype(np.uint8)
     return np.pad(u, ((0, 0), (0, kp - x.shape[1])))
 
 
@@ -46,31 +47,51 @@ def inputs(m: int, k: int) -> list[np.ndarray]:
     ]
 
 
+Vectors = tuple[np.ndarray | None, np.ndarray | None]
+
+
+def transforms(k: int) -> list[tuple[int, Vectors]]:
+    """Flags, and (shift, scale) vectors of k."""
+    rng = np.random.default_rng(k)
+    shift = rng.standard_normal(k).astype(np.float32)
+    scale = rng.standard_normal(k).astype(np.float32)
+    return [(0, (None, None)), (1, (shift, None)), (2, (None, scale)), (3, (shift, scale))]
+
+
+def transformed(x: np.ndarray, vectors: Vectors) -> np.ndarray:
+    shift, scale = vectors
+    x = x if shift is None else x - shift
+    return x if scale is None else x * scale
+
+
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("levels", [255.0, 15.0])
 @pytest.mark.parametrize(("m", "k"), SHAPES)
-def test_dynamic(kernel: Callable[..., None], isa: str, m: int, k: int) -> None:
-    for kp in (-(-k // 32) * 32, -(-k // 128) * 128):
+def test_dynamic(kernel: Callable[..., None], isa: str, levels: float, m: int, k: int) -> None:
+    for kp, (flags, vectors) in product((-(-k // 32) * 32, -(-k // 128) * 128), transforms(k)):
         for x in inputs(m, k):
             u, intact = guarded((m, kp), np.uint8, 9)
             params, params_intact = guarded((m, 2), np.float32)
-            kernel(isa, "quantize_rows", x, u, params, m, k, kp)
+            kernel(isa, "quantize_rows", x, *vectors, u, params, m, k, kp, flags, levels)
             assert intact()
             assert params_intact()
-            assert np.array_equal(params, pair(x))
-            assert np.array_equal(u, codes(x, params, kp))
+            moved = transformed(x, vectors)
+            assert np.array_equal(params, pair(moved, levels))
+            assert np.array_equal(u, codes(moved, params, kp, levels))
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("levels", [255.0, 15.0])
 @pytest.mark.parametrize(("m", "k"), SHAPES)
-def test_static(kernel: Callable[..., None], isa: str, m: int, k: int) -> None:
+def test_static(kernel: Callable[..., None], isa: str, levels: float, m: int, k: int) -> None:
     kp = -(-k // 32) * 32
-    for x in inputs(m, k):
-        for s, z in ((0.01, 3.0), (0.5, 255.0), (1.0, 0.0)):
+    for x, (flags, vectors) in product(inputs(m, k), transforms(k)):
+        for s, z in ((0.01, 3.0), (0.5, levels), (1.0, 0.0)):
             u, intact = guarded((m, kp), np.uint8, 9)
             params = np.array([[s, z]], np.float32)
-            kernel(isa, "quantize_rows_static", x, u, params, m, k, kp)
+            kernel(isa, "quantize_rows_static", x, *vectors, u, params, m, k, kp, flags, levels)
             assert intact()
-            assert np.array_equal(u, codes(x, params, kp))
+            assert np.array_equal(u, codes(transformed(x, vectors), params, kp, levels))
 
 
 @pytest.mark.parametrize("isa", ISAS)

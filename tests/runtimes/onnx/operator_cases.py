@@ -172,7 +172,16 @@ def _norms() -> Iterator[Case]:
         what = f"{kind}-residual{residual}-weight{weight}-bias{bias}"
         yield "norm", what, {**common, "eps": 1e-5, "kind": kind}
         params = torch.tensor([0.02, 128.0]) if seed % 2 else None
-        yield "norm_quantize", what, {**common, "params": params, "eps": 1e-5, "kind": kind, "align": 32}
+        yield "norm_quantize", what, {
+            **common,
+            "params": params,
+            "eps": 1e-5,
+            "kind": kind,
+            "align": 32,
+            "shift": random.normal(45) if seed & 2 else None,
+            "scale": random.normal(45) if seed & 4 else None,
+            "bits": 4 if seed in (2, 5, 7) else 8,
+        }  # fmt: skip
 
 
 def _attentions() -> Iterator[Case]:
@@ -212,26 +221,31 @@ def _attentions() -> Iterator[Case]:
 
 def _elementwise() -> Iterator[Case]:
     random = _Random(0)
-    for width, static, align in product((45, 64), (False, True), (32, 128)):
+    vectors = ((False, False), (True, False), (False, True), (True, True))
+    for width, static, (shift, scale), bits in product((45, 200), (False, True), vectors, (8, 4)):
         x = random.normal(2, 3, width)
         x[0, 0] = 0.0  # an empty range
         yield (
             "quantize_activation",
-            f"k{width}-static{static}-align{align}",
+            f"k{width}-static{static}-shift{shift}-scale{scale}-a{bits}",
             {
                 "x": x,
-                "params": torch.tensor([0.015, 127.0]) if static else None,
-                "align": align,
+                "params": torch.tensor([3.8 / (2**bits - 1), 2 ** (bits - 1) - 1]) if static else None,
+                "align": 32 if width == 45 else 128,
+                "shift": random.normal(width) if shift else None,
+                "scale": random.normal(width) if scale else None,
+                "bits": bits,
             },
         )
-    for granularity, static in product(("token", "sample"), (False, True)):
+    for granularity, static, bits in product(("token", "sample"), (False, True), (8, 4)):
         yield (
             "quantize_dequantize",
-            f"{granularity}-static{static}",
+            f"{granularity}-static{static}-a{bits}",
             {
                 "x": random.normal(2, 3, 45),
                 "params": torch.tensor([0.015, 127.0]) if static else None,
                 "granularity": granularity,
+                "bits": bits,
             },
         )
     for group, zero in product((0, 32), (False, True)):
