@@ -200,6 +200,8 @@ class Space:
     parameters: list[Member]
     values: list[Member]
     bound: list[Reason]
+    gains: list[Gain] = field(default_factory=list)
+    """Gains that must be folded before anything but a permutation is applied."""
 
     @property
     def size(self) -> int:
@@ -229,6 +231,10 @@ class Spaces:
     dims_of: dict[fx.Node, list[Dim]] = field(repr=False)
     constant: Callable[[fx.Node], fx.Node] = field(repr=False)
     centred: list[fx.Node] = field(default_factory=list, repr=False)
+
+    def key(self, node: fx.Node, dim: int | None = None) -> Key:
+        """The key of a value's vector, or of a dimension of a weight matrix."""
+        return Key(self.constant(node), dim)
 
     def space_of(self, atom: Atom) -> Space | None:
         """The space of a plain root, or None where nothing may change."""
@@ -280,7 +286,7 @@ def _resolve(analysis: Analysis) -> Spaces:
             )
     return Spaces(
         analysis.program,
-        _spaces(analysis),
+        _spaces(analysis, foldable),
         scales,
         shifts,
         analysis.gains,
@@ -338,7 +344,7 @@ def _foldable(analysis: Analysis, scales: Solution) -> tuple[list[Gain], list[tu
     return foldable, kept
 
 
-def _spaces(analysis: Analysis) -> list[Space]:
+def _spaces(analysis: Analysis, foldable: list[Gain]) -> list[Space]:
     """One space for each plain root that may change, in the order of the graph."""
     members: dict[Atom, tuple[list[Member], list[Member]]] = {}
     beside: dict[Atom, set[Atom]] = {}
@@ -358,7 +364,9 @@ def _spaces(analysis: Analysis) -> list[Space]:
             continue
         varies = tuple(a for a in beside[atom] if group != Group.PERMUTATION)
         bound = [r for r in atom.reasons if r.group == group] + [r for r in atom.reasons if r.group != group]
-        found.append(Space("", atom, group, varies, parameters, values, bound))
+        inside = {member.node for member in parameters}
+        gains = [gain for gain in foldable if gain.parameter in inside]
+        found.append(Space("", atom, group, varies, parameters, values, bound, gains))
     for index, space in enumerate(found):
         space.name = f"space{index}"
     return found

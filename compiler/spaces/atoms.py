@@ -14,6 +14,7 @@ whatever is tied to it is pinned.
 from __future__ import annotations
 
 import enum
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -69,8 +70,12 @@ Dim = Optional[tuple[Ref, ...]]  # noqa: UP045 - a string inside `X | None` is n
 class Atom:
     """A node of the union-find; only roots have a structure and reasons."""
 
+    _made = itertools.count()
+
     def __init__(self, size: int) -> None:
         self.size = size
+        self.serial = next(Atom._made)
+        """Order of making, so that results do not depend on addresses."""
         self.parent: Atom | None = None
         self.sign = 1
         self.product: tuple[Ref, ...] | None = None

@@ -120,6 +120,15 @@ class Solution:
             self._parent[node] = (at, total)
         return at, sign
 
+    @property
+    def known(self) -> frozenset[Key]:
+        """Everything that occurs in an equation or a pin, as a set."""
+        return frozenset(self._blocks)
+
+    def ordered_support(self, root: tuple[Key, Block]) -> list[Atom]:
+        """The atoms that a root's vector depends on, in one fixed order."""
+        return sorted(self._variables[root].support, key=lambda atom: atom.serial)
+
     def variable(self, root: tuple[Key, Block]) -> Variable:
         """The variable at a root."""
         return self._variables[root]
