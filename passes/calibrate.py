@@ -11,7 +11,7 @@ arXiv 2402.17762) would decide the range for all.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -131,6 +131,26 @@ def calibrate(
     Raises InputError that names the batch and the input: NaN or infinity, a wrong structure, shape or dtype, a
     batch that the model cannot run, values that leave the float range, or no batches at all.
     """
+    histograms = {name: Histogram() for name in nodes}
+
+    def observe(name: str, found: Tensor, batch: int) -> None:
+        histograms[name].add(found, granularity_dims(found, nodes[name]))
+
+    stream(program, nodes, batches, observe, progress)
+    return histograms
+
+
+def stream(
+    program: Program,
+    names: Collection[str],
+    batches: Iterable[Any],
+    observe: Callable[[str, Tensor, int], None],
+    progress: Callable[[int, int | None], None] | None = None,
+) -> None:
+    """Run the program on every batch and call `observe(name, value, batch)` for the nodes in `names`.
+
+    Batches, progress and errors as in `calibrate`; values are finite.
+    """
     if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
         raise InputError(
             "Calibration data must be several batches",
@@ -139,23 +159,22 @@ def calibrate(
             hint="wrap a single batch in a list",
         )
     total = len(batches) if isinstance(batches, Sequence) else None
-    histograms = {name: Histogram() for name in nodes}
     done = 0
     for index, batch in enumerate(batches):
         args, kwargs = _arguments(program, batch, index)
 
-        def observe(node: fx.Node, found: Any, index: int = index) -> None:
-            if node.name not in histograms:
+        def check(node: fx.Node, found: Any, index: int = index) -> None:
+            if node.name not in names:
                 return
             if not torch.isfinite(found).all():
                 raise InputError(
                     "The model computes NaN or infinity on calibration data",
                     where=f"batch {index}, value {node.name!r}",
                 )
-            histograms[node.name].add(found, granularity_dims(found, nodes[node.name]))
+            observe(node.name, found, index)
 
         try:
-            program.run_observed(observe, args, kwargs)
+            program.run_observed(check, args, kwargs)
         except (RuntimeError, IndexError, ValueError, TypeError) as error:
             raise InputError(
                 "The model cannot run on the calibration data",
@@ -172,7 +191,6 @@ def calibrate(
             expected="at least one",
             hint="a generator can be read only once",
         )
-    return histograms
 
 
 def _arguments(program: Program, batch: Any, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:

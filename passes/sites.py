@@ -1,0 +1,208 @@
+"""Sites: values that quantized layers read, where a scale and a shift per channel may be put.
+
+    Q(x) W^T + b   →   Q((x - z) / s) (W s)^T + b + W z
+
+is the same function without Q for every positive s and every z, so each site is a free choice of two vectors;
+Q, the recipe's rounding of x and W, is what makes one choice better than another. All layers that read
+one value in one activation format share the choice (q, k and v; gate and up), as they share its codes.
+
+A site is found by edges and operators, never by names. Its own name is that of its first reader's node, which
+passes keep, so that choices made on one program can be applied to a later form of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..compiler.dialect import quantize_dequantize
+from ..compiler.editor import Editor
+from ..compiler.errors import InputError
+from ..compiler.graph import argument, dtype, static_size
+from ..compiler.program import Program
+from ..compiler.recipe import ActivationFormat, Kind, Recipe
+from .layers import Layer, check_finite, is_call_of, selected
+
+KINDS: tuple[Kind, ...] = ("weights", "convolutions")
+
+
+@dataclass(frozen=True)
+class EdgeTransform:
+    """What is done to a value on its way to its readers: `(x - shift) / scale`, float64 vectors `[K]` or None.
+
+    Raises InputError where a scale is not positive or a number is not finite.
+    """
+
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name, vector in (("scale", self.scale), ("shift", self.shift)):
+            if vector is None:
+                continue
+            if (
+                vector.dim() != 1
+                or not torch.isfinite(vector).all()
+                or (name == "scale" and vector.min() <= 0)
+            ):
+                raise InputError(
+                    f"The {name} on an edge is not a vector of finite{' positive' * (name == 'scale')} numbers",
+                    got=f"shape {list(vector.shape)}, least {float(vector.min()) if vector.numel() else None}",
+                )
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether it changes nothing."""
+        return (self.scale is None or bool((self.scale == 1).all())) and (
+            self.shift is None or not bool(self.shift.any())
+        )
+
+    def apply(self, x: Tensor, dim: int = -1) -> Tensor:
+        """`(x - shift) / scale` along `dim`, in the dtype of x."""
+        if self.shift is not None:
+            x = x - along(self.shift.to(x), x, dim)
+        return x if self.scale is None else x / along(self.scale.to(x), x, dim)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One layer of a site: its node's name, module path, weight float `[N, K, ...]` and the weight's format.
+
+    run: `run(x, weight)` is the layer without its bias. pads: whether it puts zeros around x.
+    """
+
+    node: str
+    path: str
+    weight: Tensor
+    format: Any
+    run: Callable[[Tensor, Tensor], Tensor]
+    pads: bool
+
+
+@dataclass(frozen=True)
+class Site:
+    """A value, by its node's name, with its readers and the dimension and number of its channels."""
+
+    name: str
+    value: str
+    kind: Kind
+    channel_dim: int
+    channels: int
+    activations: ActivationFormat
+    readers: tuple[Reader, ...]
+
+    @property
+    def shift_refusal(self) -> str | None:
+        """Why the value cannot be shifted, or None."""
+        pads = [r.path or r.node for r in self.readers if r.pads]
+        return f"{', '.join(pads)} pads with zeros, which a shift would have to move too" if pads else None
+
+    @property
+    def bits(self) -> int:
+        """Width of the activation's codes."""
+        return int(getattr(self.activations, "bits", 8))
+
+    @property
+    def granularity(self) -> str:
+        """Which values share a dynamic range (`quantize_dequantize`)."""
+        return "sample" if self.kind == "convolutions" and self.activations.mode == "dynamic" else "token"
+
+    def weight_maximum(self) -> Tensor:
+        """Largest magnitude of each input channel over all readers' weights, float64 `[K]`."""
+        return torch.stack(
+            [r.weight.double().abs().transpose(0, 1).flatten(1).amax(1) for r in self.readers]
+        ).amax(0)
+
+
+def along(vector: Tensor, x: Tensor, dim: int) -> Tensor:
+    """`vector [K]` shaped to broadcast along dimension `dim` of x."""
+    return vector.reshape([-1 if i == dim % x.dim() else 1 for i in range(x.dim())])
+
+
+def find_sites(program: Program, recipe: Recipe) -> list[Site]:
+    """The sites of all layers that `recipe` will quantize, in graph order.
+
+    Layers that the recipe leaves in float, that cannot be quantized, or whose weight or input is already
+    quantized have none. Raises InputError where a weight holds NaN or infinity.
+    """
+    editor = Editor(program)
+    found: dict[tuple[fx.Node, ActivationFormat, Kind], list[tuple[Layer, Any]]] = {}
+    for kind in KINDS:
+        for layer, chosen, reason in selected(editor, recipe, kind):
+            if reason is None and _is_float_value(layer.input):
+                form = recipe.format_for(layer.path, "activations")
+                found.setdefault((layer.input, form, kind), []).append((layer, chosen))
+    check_finite(editor, [layer for group in found.values() for layer, _ in group])
+    order = {node: index for index, node in enumerate(editor.graph.nodes)}
+    ordered = sorted(found.items(), key=lambda entry: order[entry[1][0][0].node])
+    return [_site(editor, *key, group) for key, group in ordered]
+
+
+def _is_float_value(x: fx.Node) -> bool:
+    return dtype(x) == torch.float32 and not is_call_of(x, quantize_dequantize.overload)
+
+
+def _site(
+    editor: Editor, x: fx.Node, form: ActivationFormat, kind: Kind, group: list[tuple[Layer, Any]]
+) -> Site:
+    readers = tuple(_reader(editor, layer, chosen) for layer, chosen in group)
+    channels = static_size(readers[0].weight.shape[1])
+    assert channels is not None
+    return Site(
+        name=readers[0].node,
+        value=x.name,
+        kind=kind,
+        channel_dim=-1 if kind == "weights" else 1,
+        channels=channels,
+        activations=form,
+        readers=readers,
+    )
+
+
+def _reader(editor: Editor, layer: Layer, chosen: Any) -> Reader:
+    weight = editor.tensor(layer.weight)
+    assert weight is not None
+    assert isinstance(layer.node.target, torch._ops.OpOverload)
+    operator = layer.node.target
+    rest = {
+        declared.name: argument(layer.node, declared.name)
+        for declared in operator._schema.arguments
+        if declared.name not in ("input", "weight", "bias")
+    }
+
+    def run(x: Tensor, weight: Tensor) -> Tensor:
+        found: Tensor = operator(x, weight, None, **rest)
+        return found
+
+    return Reader(layer.node.name, layer.path, weight.detach(), chosen, run, pads(layer))
+
+
+def pads(layer: Layer) -> bool:
+    """Whether the layer puts zeros around its input (a convolution with padding)."""
+    if layer.kind != "convolutions":
+        return False
+    padding = argument(layer.node, "padding")
+    if isinstance(padding, str):
+        return padding != "valid" and any(k > 1 for k in layer.weight.meta["val"].shape[2:])
+    return any(padding) if isinstance(padding, (list, tuple)) else bool(padding)
+
+
+def check_names(transforms: Mapping[str, EdgeTransform], sites: list[Site]) -> None:
+    """Raise InputError that lists every transform without a site, and every vector of a wrong length."""
+    by_name = {site.name: site for site in sites}
+    problems = [f"{name!r} is no site" for name in transforms if name not in by_name]
+    for name, transform in transforms.items():
+        for part, vector in (("scale", transform.scale), ("shift", transform.shift)):
+            if name in by_name and vector is not None and len(vector) != by_name[name].channels:
+                problems.append(f"{name!r}: {part} of {len(vector)} for {by_name[name].channels} channels")
+    if problems:
+        raise InputError(
+            "Transforms do not fit the program's sites",
+            expected=f"names of the {len(sites)} sites: {', '.join(list(by_name)[:5])}{' ...' * (len(sites) > 5)}",
+            got="; ".join(problems),
+            hint="list the sites with passes.sites.find_sites(program, recipe)",
+        )
