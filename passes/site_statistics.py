@@ -106,7 +106,8 @@ class _Reservoir:
             self.keys, self.items = keys[best], [held[best].clone()]
             return
         items, keys = [*self.items, *(s.clone() for s in x.split(1))], torch.cat([self.keys, keys])
-        kept, used = [], 0
+        kept: list[int] = []
+        used = 0
         for index in keys.argsort(descending=True).tolist():
             used += items[index].numel()
             if kept and used > PIXELS:

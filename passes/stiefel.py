@@ -54,7 +54,7 @@ class RiemannianAdam(torch.optim.Optimizer):
                 _check(parameter, group["manifold"])
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override] # torch overloads it
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step for every parameter that has a gradient; returns the closure's loss, if there is one."""
         loss = None
         if closure is not None:
