@@ -35,11 +35,13 @@ def steps(orders: Sequence[int]) -> list[int]:
 
 
 def apply_hadamard(x: Tensor, orders: Sequence[int], transpose: bool = False) -> Tensor:
-    """x H, or x H^T, over the last dimension of x float `[..., n]`; differentiable.
+    """x H, or x H^T, over the last dimension of x float `[..., n]`; differentiable. x itself without orders.
 
     Raises InputError where the orders are unknown or do not fit n.
     """
-    orders = check_orders(list(orders), int(x.shape[-1]))
+    orders = check_orders(orders, int(x.shape[-1]))
+    if not orders:
+        return x
     inner = 1
     for order in orders:
         inner *= order

@@ -16,6 +16,7 @@ order of preference may change. numpy only, because the op library's build reads
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from itertools import product
 
@@ -184,7 +185,7 @@ def signs(order: int) -> NDArray[np.int8]:
     return result
 
 
-def check_orders(orders: tuple[int, ...] | list[int], size: int) -> tuple[int, ...]:
+def check_orders(orders: Sequence[int], size: int) -> tuple[int, ...]:
     """`orders` as a tuple. Raises InputError unless they are of `CORES`, but the last may be a power of two, and their
     product divides `size`."""
     total = 1

@@ -8,6 +8,7 @@ y, leaves the program equal over the reals (QuaRot, arXiv 2404.00456).
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..hadamard import apply_hadamard, steps
@@ -31,4 +32,5 @@ def hadamard(x: Tensor, orders: list[int], transpose: bool) -> Tensor:
 
     Raises InputError where it does not, or an order is unknown.
     """
-    return apply_hadamard(x, orders, transpose).contiguous()
+    y = apply_hadamard(x, orders, transpose)
+    return x.clone(memory_format=torch.contiguous_format) if y is x else y.contiguous()

@@ -6,6 +6,8 @@ another order).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,8 @@ def _shape(
     onnx_name="NormQuantize",
     schema=(
         "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? params, float eps, str kind, "
-        "int align, Tensor? shift=None, Tensor? scale=None, int bits=8) -> (Tensor, Tensor, Tensor, Tensor)"
+        "int align, Tensor? shift=None, Tensor? scale=None, int bits=8, int[] hadamard=[]) "
+        "-> (Tensor, Tensor, Tensor, Tensor)"
     ),
     shape=_shape,
     cost=norm_cost,
@@ -52,7 +55,10 @@ def norm_quantize(
     shift: Tensor | None = None,
     scale: Tensor | None = None,
     bits: int = 8,
+    hadamard: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x `[..., K]`; shift, scale and bits as in `quantize_activation` → (sum, y, u uint8 `[..., ceil(K, align)]`, params `[..., 2]` or `[2]`)."""
+    """x `[..., K]`; shift, scale, bits and hadamard as in `quantize_activation` → (sum, y, u uint8
+    `[..., ceil(K, align)]`, params `[..., 2]` or `[2]`).
+    """
     total, y = norm.reference(x, residual, weight, bias, eps, kind)
-    return (total, y, *quantize_activation.reference(y, params, align, shift, scale, bits))
+    return (total, y, *quantize_activation.reference(y, params, align, shift, scale, bits, hadamard))

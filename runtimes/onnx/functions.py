@@ -113,6 +113,8 @@ def _quantize_activation(body: Body, call: Call, x: ir.Value) -> Results:
     params, shift, factor = call.get("params"), call.get("shift"), call.get("scale")
     x = x if shift is None else body("Sub", x, shift)
     x = x if factor is None else body("Mul", x, factor)
+    if call.attributes["hadamard"]:
+        x = _hadamard(body, x, call.attributes["hadamard"], False)
     codes, scale, offset = _quantize(body, x, params, [-1], call.attributes["bits"])
     width = call.size("x", -1)
     padding = ceil_to(width, call.attributes["align"]) - width

@@ -34,6 +34,7 @@ Progress = Callable[[str, int, int], None]
 
 _HERE = Path(__file__).resolve().parent
 _KERNELS = _HERE.parents[1] / "kernels"
+_HADAMARD_ORDERS = _HERE.parents[2] / "compiler" / "hadamard_orders.py"
 _PACKAGED = _HERE / "lib" / "libisofold_ops.so"
 _MODULES = (
     "quantize",
@@ -45,6 +46,7 @@ _MODULES = (
     "elementwise",
     "embedding",
     "conv",
+    "hadamard",
 )
 _FLAGS = (
     "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics",
@@ -151,6 +153,7 @@ def _source_hash() -> str:
         *_KERNELS.glob("*.h"),
         *_HERE.glob("*.h"),
         *_HERE.glob("*.cc"),
+        _HADAMARD_ORDERS,
         Path(__file__),
     ]
     for source in sorted(sources):
@@ -267,6 +270,9 @@ def _compile_kernels(scratch: Path, steps_after: int, progress: Progress) -> int
 def _kernels_main(scratch: Path) -> None:
     codegen = import_module("...kernels.codegen", __package__)
     kernels = [k for name in _MODULES for k in import_module(f"...kernels.{name}", __package__).KERNELS]
+    (scratch / "hadamard_signs.h").write_text(
+        import_module("...kernels.hadamard", __package__).signs_header()
+    )
     codegen.build_objects(kernels, scratch, lambda what, done, total: print(done, total, what, flush=True))
 
 

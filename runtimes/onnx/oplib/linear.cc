@@ -9,12 +9,14 @@ namespace {
 struct QuantizeKernel : KernelBase {
   int64_t align;
   float levels;
+  isofold_hadamard hadamard;
 };
 
 OrtStatus* create_quantize(void* memory, const Attributes& a) {
   auto& kernel = *static_cast<QuantizeKernel*>(memory);
   ISOFOLD_TRY(a.at_least("align", 1, &kernel.align));
-  return a.levels(&kernel.levels);
+  ISOFOLD_TRY(a.levels(&kernel.levels));
+  return hadamard_plan(a, "hadamard", false, &kernel.hadamard);
 }
 
 OrtStatus* compute_quantize(void* memory, Context& c) {
@@ -28,12 +30,29 @@ OrtStatus* compute_quantize(void* memory, Context& c) {
   ISOFOLD_TRY(c.expect(1, pair, ORT_FLOAT, shape_of(2)));
   ISOFOLD_TRY(c.expect(2, shift, ORT_FLOAT, shape_of(x.shape[-1])));
   ISOFOLD_TRY(c.expect(3, scale, ORT_FLOAT, shape_of(x.shape[-1])));
+  ISOFOLD_TRY(hadamard_expect(c, 0, x, kernel.hadamard));
   int64_t k = x.shape[-1], kp = ceil_to(k, kernel.align), rows = x.shape.rows();
   uint8_t* u = nullptr;
   float* params = nullptr;
   ISOFOLD_TRY(c.output(0, with_last(x.shape, kp), &u));
   ISOFOLD_TRY(c.output(1, pair.present ? shape_of(2) : with_last(x.shape, 2), &params));
   if (pair.present) memcpy(params, pair.data, 2 * sizeof(float));
+  if (kernel.hadamard.size > 1) {
+    size_t bytes = size_t(hadamard_quantize_floats(kernel.hadamard, k)) * sizeof(float);
+    double nanoseconds = 0.1 * double(k) + hadamard_nanoseconds(kernel.hadamard) * double(k / kernel.hadamard.size);
+    bool failed = false;
+    ISOFOLD_TRY(c.parallel(rows, nanoseconds, [&](int64_t begin, int64_t end) {
+      auto* scratch = static_cast<float*>(thread_scratch(bytes));
+      if (!scratch) {
+        __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
+        return;
+      }
+      for (int64_t r = begin; r < end; ++r)
+        hadamard_quantize(kernel.hadamard, x.f32() + r * k, shift.f32(), scale.f32(), pair.f32(), u + r * kp,
+                          params + 2 * r, k, kp, kernel.levels, scratch);
+    }));
+    return failed ? out_of_memory(c.api, c.op->name, bytes) : nullptr;
+  }
   int64_t flags = (shift.present ? QUANTIZE_SHIFT : 0) | (scale.present ? QUANTIZE_SCALE : 0);
   return c.parallel(rows, 0.06 * double(k), [&](int64_t begin, int64_t end) {
     const float* from = x.f32() + begin * k;

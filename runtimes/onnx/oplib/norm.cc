@@ -13,6 +13,7 @@ struct NormKernel : KernelBase {
   int32_t rms;
   int64_t align;  // 0: no quantization
   float levels;
+  isofold_hadamard hadamard;
 };
 
 OrtStatus* create(void* memory, const Attributes& a) {
@@ -26,7 +27,8 @@ OrtStatus* create_quantize(void* memory, const Attributes& a) {
   ISOFOLD_TRY(create(memory, a));
   auto& kernel = *static_cast<NormKernel*>(memory);
   ISOFOLD_TRY(a.at_least("align", 1, &kernel.align));
-  return a.levels(&kernel.levels);
+  ISOFOLD_TRY(a.levels(&kernel.levels));
+  return hadamard_plan(a, "hadamard", false, &kernel.hadamard);
 }
 
 OrtStatus* compute(void* memory, Context& c) {
@@ -62,21 +64,35 @@ OrtStatus* compute(void* memory, Context& c) {
     if (!u || !params) return c.bad("outputs 2 (u) and 3 (params) are required");
     if (pair.present) memcpy(params, pair.data, 2 * sizeof(float));
   }
+  if (quantize) ISOFOLD_TRY(hadamard_expect(c, 0, x, kernel.hadamard));
   if (rows == 0 || k == 0) return nullptr;
+  bool transforms = quantize && kernel.hadamard.size > 1;
   int64_t flags = (residual.present ? RESIDUAL : 0) | (weight.present ? WEIGHT : 0) | (bias.present ? BIAS : 0) |
-                  (sum ? SUM : 0) | (y ? RESULT : 0) | (quantize ? QUANTIZE : 0) | (pair.present ? STATIC : 0) |
-                  (kernel.rms ? RMS : 0) | (shift.present ? SHIFT : 0) | (scale.present ? SCALE : 0);
+                  (sum ? SUM : 0) | (y ? RESULT : 0) | (quantize && !transforms ? QUANTIZE : 0) |
+                  (pair.present ? STATIC : 0) | (kernel.rms ? RMS : 0) | (shift.present ? SHIFT : 0) |
+                  (scale.present ? SCALE : 0);
   bool failed = false;
-  ISOFOLD_TRY(c.parallel(rows, 0.15 * double(k), [&](int64_t begin, int64_t end) {
-    auto* row = static_cast<float*>(thread_scratch(size_t(k) * sizeof(float)));
+  int64_t floats = k + (transforms ? hadamard_quantize_floats(kernel.hadamard, k) : 0);
+  double nanoseconds = 0.15 * double(k);
+  if (transforms) nanoseconds += hadamard_nanoseconds(kernel.hadamard) * double(k / kernel.hadamard.size);
+  ISOFOLD_TRY(c.parallel(rows, nanoseconds, [&](int64_t begin, int64_t end) {
+    auto* row = static_cast<float*>(thread_scratch(size_t(floats) * sizeof(float)));
     if (!row) {
       __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
       return;
     }
-    kernels->norm_rows(x.f32(), residual.f32(), weight.f32(), bias.f32(), pair.f32(), shift.f32(), scale.f32(), sum, y,
-                       u, params, row, k, kp, begin, end, flags, kernel.eps, kernel.levels);
+    auto normalize = [&](int64_t first, int64_t last) {
+      kernels->norm_rows(x.f32(), residual.f32(), weight.f32(), bias.f32(), pair.f32(), shift.f32(), scale.f32(), sum,
+                         y, u, params, row, k, kp, first, last, flags, kernel.eps, kernel.levels);
+    };
+    if (!transforms) return normalize(begin, end);
+    for (int64_t r = begin; r < end; ++r) {
+      normalize(r, r + 1);  // leaves the row shifted and scaled in `row`
+      hadamard_quantize(kernel.hadamard, row, nullptr, nullptr, pair.f32(), u + r * kp, params + 2 * r, k, kp,
+                        kernel.levels, row + k);
+    }
   }));
-  return failed ? out_of_memory(c.api, c.op->name, size_t(k) * sizeof(float)) : nullptr;
+  return failed ? out_of_memory(c.api, c.op->name, size_t(floats) * sizeof(float)) : nullptr;
 }
 
 OrtStatus* infer(Inference& f) {

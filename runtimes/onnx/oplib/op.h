@@ -16,6 +16,8 @@
 
 #include "linear_float_driver.h"
 
+#include "hadamard_driver.h"
+
 namespace isofold {
 
 enum { MAX_RANK = 8, MAX_INPUTS = 10, MAX_OUTPUTS = 4 };
@@ -122,8 +124,8 @@ struct Attributes {
   OrtStatus* get(const char* name, bool* value) const;
   // One of `choices`, a null-terminated list; the value is its index.
   OrtStatus* choice(const char* name, const char* const* choices, int32_t* value) const;
-  // At most `capacity` integers.
-  OrtStatus* list(const char* name, int64_t* values, int* count, int capacity) const;
+  // `least` to `capacity` integers.
+  OrtStatus* list(const char* name, int64_t* values, int* count, int capacity, int least = 1) const;
   // An integer that must be one of the null-terminated allowed values or satisfy low <= value.
   OrtStatus* at_least(const char* name, int64_t low, int64_t* value) const;
   OrtStatus* activation(int32_t* value) const;
@@ -216,6 +218,19 @@ int64_t most_pieces();
 // How many pieces work of `total` units is cut into, when one takes `nanoseconds`.
 int64_t pieces(int64_t total, double nanoseconds);
 
+// What operators with a Hadamard transform share (hadamard.cc): the plan that an attribute means, whether it fits the
+// last dimension of an input, and what one block of it takes.
+OrtStatus* hadamard_plan(const Attributes& a, const char* name, bool transpose, isofold_hadamard* plan);
+OrtStatus* hadamard_expect(const Context& c, size_t index, const Tensor& x, const isofold_hadamard& plan);
+size_t hadamard_scratch_bytes(const isofold_hadamard& plan);
+double hadamard_nanoseconds(const isofold_hadamard& plan);
+
+// One row: (x - shift) * scale, transformed, quantized; `pair` null: dynamic, else static. The floats of scratch memory.
+int64_t hadamard_quantize_floats(const isofold_hadamard& plan, int64_t k);
+void hadamard_quantize(const isofold_hadamard& plan, const float* x, const float* shift, const float* scale,
+                       const float* pair, uint8_t* u, float* params, int64_t k, int64_t kp, float levels,
+                       float* scratch);
+
 inline int64_t ceil_to(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 template <class F>
@@ -248,6 +263,7 @@ void define_norm_quantize(Op*);
 void define_attention(Op*);
 void define_rotary(Op*);
 void define_gated(Op*);
+void define_hadamard(Op*);
 
 }  // namespace isofold
 

@@ -189,7 +189,7 @@ void fill(Op* op) {
 void (*const definitions[])(Op*) = {
     define_quantize_activation, define_packed_linear, define_packed_linear_float, define_packed_embedding,
     define_packed_conv,         define_norm,          define_norm_quantize,       define_attention,
-    define_rotary,              define_gated,
+    define_rotary,              define_gated,         define_hadamard,
 };
 constexpr size_t op_count = sizeof definitions / sizeof definitions[0];
 
@@ -336,7 +336,7 @@ OrtStatus* Attributes::levels(float* value) const {
   return nullptr;
 }
 
-OrtStatus* Attributes::list(const char* name, int64_t* values, int* count, int capacity) const {
+OrtStatus* Attributes::list(const char* name, int64_t* values, int* count, int capacity, int least) const {
   size_t size = 0;
   OrtStatus* status =
       OrtKernelInfoGetAttributeArray_int64(api, info, name, static_cast<int64_t*>(nullptr), &size);
@@ -346,9 +346,9 @@ OrtStatus* Attributes::list(const char* name, int64_t* values, int* count, int c
     OrtReleaseStatus(api, status);
     return fail(api, ORT_INVALID_ARGUMENT, "%s: attribute '%s' (list of integers) is missing", op->name, name);
   }
-  if (size > size_t(capacity) || size == 0)
-    return fail(api, ORT_INVALID_ARGUMENT, "%s: attribute '%s' has %zu values; expected 1 to %d", op->name, name, size,
-                capacity);
+  if (size > size_t(capacity) || size < size_t(least))
+    return fail(api, ORT_INVALID_ARGUMENT, "%s: attribute '%s' has %zu values; expected %d to %d", op->name, name, size,
+                least, capacity);
   *count = int(size);
   return nullptr;
 }

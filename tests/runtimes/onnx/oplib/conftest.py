@@ -50,7 +50,8 @@ def model_of(
     graph_inputs, initializers, feeds = [], [], {}
     found: dict[str, Any] = {}
     schema = operator.overload._schema
-    for argument, value in zip(schema.arguments, arguments, strict=True):
+    defaults = [a.default_value for a in schema.arguments[len(arguments) :]]
+    for argument, value in zip(schema.arguments, [*arguments, *defaults], strict=True):
         if "Tensor" not in str(argument.type):
             found[argument.name] = _attribute(value)
         elif value is None:
@@ -77,7 +78,11 @@ def model_of(
         helper.make_tensor_value_info(n, d, None) for n, d in zip(names, dtype, strict=True) if n
     ]
     found.update(attributes or {})
-    node = helper.make_node(operator.onnx_name, inputs, names, domain=ONNX_DOMAIN, **found)
+    empty = [name for name, value in found.items() if value == []]
+    given = {name: value for name, value in found.items() if name not in empty}
+    node = helper.make_node(operator.onnx_name, inputs, names, domain=ONNX_DOMAIN, **given)
+    ints = onnx.AttributeProto.INTS  # make_node cannot tell the type of an empty list
+    node.attribute.extend(helper.make_attribute(name, [], attr_type=ints) for name in empty)
     graph = helper.make_graph([node], "one", graph_inputs, graph_outputs, initializers)
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid(ONNX_DOMAIN, 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10), feeds
