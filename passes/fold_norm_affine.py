@@ -58,7 +58,11 @@ def _roots(spaces: Spaces, gain: Gain, held: Tensor) -> dict[Root, Tensor]:
     # `project` gives the vector of the root; a contravariant tie means the inverse there.
     result = {}
     for root, value in values.items():
-        sign = next(spaces.scales.find((key, b))[1] for b in spaces.scales.blocks(key) if spaces.scales.find((key, b))[0] == root)
+        sign = next(
+            spaces.scales.find((key, b))[1]
+            for b in spaces.scales.blocks(key)
+            if spaces.scales.find((key, b))[0] == root
+        )
         result[root] = (value * sign).reciprocal() if sign > 0 else value * sign
     return result
 
@@ -98,7 +102,9 @@ def _remove(editor: Editor, node: fx.Node, gain: Gain, without_bias: bool) -> No
         node.args, node.kwargs = (x, shape, None, None, eps), {}
         if bias is not None and not without_bias:
             added = editor.call(aten.add.Tensor, node, bias, like=node, before=node.next)
-            node.replace_all_uses_with(added, delete_user_cb=lambda user: user is not added, propagate_meta=False)
+            node.replace_all_uses_with(
+                added, delete_user_cb=lambda user: user is not added, propagate_meta=False
+            )
         what = "gain and bias folded" if without_bias else "gain folded"
     else:
         node.args, node.kwargs = (x, shape, None, eps), {}

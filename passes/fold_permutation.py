@@ -39,7 +39,9 @@ def fold_permutation(editor: Editor, *, orders: Mapping[str, Tensor]) -> None:
             editor.refused(where, f"{space.name}: not a permutation of its {space.size} channels")
             continue
 
-        def reorder(view: Tensor, axes: list[Axis], order: Tensor = order, atom: object = space.atom) -> Tensor:
+        def reorder(
+            view: Tensor, axes: list[Axis], order: Tensor = order, atom: object = space.atom
+        ) -> Tensor:
             for at, (axis, _, _) in enumerate(axes):
                 if axis is atom:
                     view = view.index_select(at, order)

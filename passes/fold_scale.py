@@ -30,14 +30,18 @@ def fold_scale(editor: Editor, *, scales: Mapping[str, Tensor]) -> None:
     """scales: positive float64 `[channels]` by the name of a node, for its last dimension: x' = s * x."""
     spaces = analyse(editor.program)
     nodes = {node.name: node for node in spaces.program.graph.nodes}
-    chosen, names = realisable(spaces, spaces.scales, {name: torch.log(s.double()) for name, s in scales.items()})
+    chosen, names = realisable(
+        spaces, spaces.scales, {name: torch.log(s.double()) for name, s in scales.items()}
+    )
     for name, reason in names.items():
         if reason is not None:
             editor.refused(place_of(nodes[name]), reason)
     changed = apply_factors(editor, spaces, {root: torch.exp(v) for root, v in chosen.items()})
     if changed:
         done = [name for name, reason in names.items() if reason is None]
-        editor.applied(place_of(nodes[done[0]]), f"{len(done)} values scaled", values=done, parameters=changed)
+        editor.applied(
+            place_of(nodes[done[0]]), f"{len(done)} values scaled", values=done, parameters=changed
+        )
 
 
 def realisable(

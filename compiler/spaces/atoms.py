@@ -243,8 +243,12 @@ def unify(a: Dim, b: Dim, reason: Reason, sign: int = 1) -> None:
         restrict(a, reason)
         restrict(b, reason)
         return
-    left = [r for r in flatten(a) if r[0].size > 1]
-    right = [r for r in flatten(b) if r[0].size > 1]
+    left, right = flatten(a), flatten(b)
+    if left and right and size_of(left) == size_of(right) == 1:
+        # Parts of one index in a direct sum: their vectors are one too.
+        _merge(left[0][0], right[0][0], left[0][1] * right[0][1] * sign, reason)
+        return
+    left, right = ([r for r in side if r[0].size > 1] for side in (left, right))
     while left and right:
         (x, sx), (y, sy) = left[0], right[0]
         if x.sum is not None or y.sum is not None:

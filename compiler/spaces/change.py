@@ -215,7 +215,11 @@ def _pairs_tied(value: Tensor, axis: int, atom: Atom) -> Tensor:
     if atom.interleaved is None:
         return value
     pairs = value.unflatten(axis, (-1, 2) if atom.interleaved else (2, -1))
-    return pairs.mean(axis + 1 if atom.interleaved else axis, keepdim=True).expand_as(pairs).flatten(axis, axis + 1)
+    return (
+        pairs.mean(axis + 1 if atom.interleaved else axis, keepdim=True)
+        .expand_as(pairs)
+        .flatten(axis, axis + 1)
+    )
 
 
 def apply_factors(editor: Editor, spaces: Spaces, values: Mapping[Root, Tensor]) -> list[str]:
@@ -295,8 +299,16 @@ def _shift_layer(
     dims = spaces.dims_of[constant]
     transposed = "transpose" in str(old.target)
     rows, columns = (1, 0) if transposed else (0, 1)
-    z_y = assignment.over(Key(constant, rows, old), [dims[rows]]) if _knows(spaces, constant, rows, old) else None
-    z_x = assignment.over(Key(constant, columns, old), [dims[columns]]) if _knows(spaces, constant, columns, old) else None
+    z_y = (
+        assignment.over(Key(constant, rows, old), [dims[rows]])
+        if _knows(spaces, constant, rows, old)
+        else None
+    )
+    z_x = (
+        assignment.over(Key(constant, columns, old), [dims[columns]])
+        if _knows(spaces, constant, columns, old)
+        else None
+    )
     if bias is not None and z_y is None and _knows(spaces, spaces.constant(bias), 0, old):
         z_y = assignment.over(Key(spaces.constant(bias), 0, old), [spaces.dims_of[spaces.constant(bias)][0]])
     if z_x is None and z_y is None:

@@ -54,7 +54,22 @@ def attention(analysis: Analysis, node: fx.Node) -> None:
     analysis.pin_shift(node, q, "attention: a shifted query changes the scores")
     analysis.same_shift(node, v)
     if mask is not None:
-        analysis.pin(node, mask, "attention: the mask")
+        _mask(analysis, node, mask)
+
+
+def _mask(analysis: Analysis, node: fx.Node, mask: fx.Node) -> None:
+    """Broadcast to `[..., H, S, T]`: permuted with heads, queries and keys, never scaled or shifted."""
+    queries, keys = analysis.dims(argument(node, "query")), analysis.dims(argument(node, "key"))
+    scores = [*queries[:-1], keys[-2]]
+    sizes = [*value(argument(node, "query")).shape[:-1], value(argument(node, "key")).shape[-2]]
+    given = analysis.dims(mask)
+    for index, dim in enumerate(given):
+        at = index - len(given)
+        if str(value(mask).shape[index]) == str(sizes[at]):
+            analysis.tie(node, dim, scores[at])
+    analysis.allow(node, given, Group.PERMUTATION, "attention: a mask or bias of scores")
+    analysis.pin_scale(node, mask, "attention: a mask or bias of scores")
+    analysis.pin_shift(node, mask, "attention: a mask or bias of scores")
 
 
 @rule(rotary.overload)
