@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from ...compiler.artefact import replacing
@@ -70,10 +71,23 @@ def export_onnx(
         graph = finished.enter_context(replacing(model_path))
         data = finished.enter_context(replacing(data_path))
         weights = _write_external(model, data, data_name)
-        proto = ir.to_proto(model).SerializeToString(deterministic=True)
+        proto = _to_proto(model).SerializeToString(deterministic=True)
         graph.write(proto)
     described = Written(model_path.name, len(proto), hashlib.sha256(proto).hexdigest())
     return Exported((described, weights), model)
+
+
+def _to_proto(model: ir.Model) -> onnx.ModelProto:
+    """The model without the types of its initializers, which the initializers themselves carry.
+
+    torch and onnx_ir repeat them with metadata. ONNX Runtime keeps what it reads: for BERT-base that is 0.3 MiB.
+    """
+    proto: onnx.ModelProto = ir.to_proto(model)
+    initializers = {tensor.name for tensor in proto.graph.initializer}
+    kept = [info for info in proto.graph.value_info if info.name not in initializers]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(kept)
+    return proto
 
 
 def _write_external(model: ir.Model, file: BinaryIO, location: str) -> Written:

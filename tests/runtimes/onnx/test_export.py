@@ -97,6 +97,13 @@ def test_file_passes_the_checker_and_names_everything(exported: Path) -> None:
     assert {name for node in graph.node for name in node.output} <= typed
 
 
+def test_types_of_initializers_are_written_once(exported: Path) -> None:
+    graph = onnx.load(str(exported), load_external_data=False).graph
+    assert graph.initializer
+    assert graph.value_info
+    assert {t.name for t in graph.initializer}.isdisjoint(v.name for v in graph.value_info)
+
+
 def test_dialect_nodes_keep_the_names_of_the_program(exported: Path, packed_program: Program) -> None:
     graph = onnx.load(exported, load_external_data=False).graph
     ours = {node.name for node in graph.node if node.domain == "ai.isofold"}
