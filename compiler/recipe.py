@@ -48,15 +48,22 @@ class WeightFormat(_Strict):
 class ActivationFormat(_Strict):
     """How the inputs of quantized layers are stored.
 
-    mode: `float` (not quantized), `dynamic` (int8 per token, per sample for convolutions) or `static` (int8 per
-    tensor, needs calibration data). percentile: for static ranges, the share of values kept inside (100: all).
-    range: how static ranges are found within that, `minmax` (all of it) or `mse` (least squared error, each token
-    relative to its own power).
+    mode: `float` (not quantized), `dynamic` (per token, per sample for convolutions) or `static` (per tensor, needs
+    calibration data). bits: 8 or 4, for linears; convolutions always read 8 bits. percentile: for static ranges, the
+    share of values kept inside (100: all). range: how static ranges are found within that, `minmax` (all of it) or
+    `mse` (least squared error, each token relative to its own power).
     """
 
     mode: Literal["float", "dynamic", "static"] = "dynamic"
+    bits: Literal[4, 8] = 8
     percentile: float = Field(default=100.0, gt=50.0, le=100.0)
     range: Literal["minmax", "mse"] = "mse"
+
+    @model_validator(mode="after")
+    def _float_has_no_width(self) -> ActivationFormat:
+        if self.mode == "float" and self.bits != 8:
+            raise ValueError("bits is the width of quantized activations: mode must not be float")
+        return self
 
 
 class EmbeddingFormat(_Strict):
@@ -75,6 +82,12 @@ class ConvolutionFormat(_Strict):
     range: Literal["absmax", "mse"] = "mse"
 
 
+class CacheFormat(_Strict):
+    """How keys and values of attentions are stored: unsigned codes with a pair per token and head."""
+
+    bits: Literal[4, 8] = 8
+
+
 class LayerRule(_Strict):
     """Formats for the layers whose module path matches; what is not given is inherited, null means float."""
 
@@ -83,6 +96,7 @@ class LayerRule(_Strict):
     activations: ActivationFormat | None = None
     embeddings: EmbeddingFormat | None = None
     convolutions: ConvolutionFormat | None = None
+    kv: CacheFormat | None = None
 
     @property
     def patterns(self) -> list[str]:
@@ -91,7 +105,7 @@ class LayerRule(_Strict):
 
 
 class Recipe(_Strict):
-    """A whole recipe. `None` for weights, embeddings or convolutions leaves those in float.
+    """A whole recipe. `None` for weights, embeddings, convolutions or kv (keys and values) leaves those in float.
 
     fuse: whether to fuse operators (attention, norms, epilogues, shared inputs) for the runtimes' kernels.
     """
@@ -101,6 +115,7 @@ class Recipe(_Strict):
     activations: ActivationFormat = ActivationFormat(mode="float")
     embeddings: EmbeddingFormat | None = None
     convolutions: ConvolutionFormat | None = None
+    kv: CacheFormat | None = None
     fuse: bool = True
     layers: list[LayerRule] = []
 
@@ -109,6 +124,18 @@ class Recipe(_Strict):
         if self.convolutions is not None and self.activations.mode == "float":
             raise ValueError(
                 "convolutions are quantized together with their inputs: activations.mode must not be float"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _widths_need_readers(self) -> Recipe:
+        forms = [self.activations, *(r.activations for r in self.layers if r.activations is not None)]
+        if any(form.bits == 4 for form in forms) and not (
+            self.weights is not None or any(rule.weights is not None for rule in self.layers)
+        ):
+            raise ValueError(
+                "activations.bits: 4 is for inputs of quantized linears, but weights are float everywhere "
+                "(convolutions read 8 bits)"
             )
         return self
 
@@ -163,12 +190,13 @@ class Recipe(_Strict):
         return _validate(Recipe, data, where)
 
 
-Kind = Literal["weights", "activations", "embeddings", "convolutions"]
+Kind = Literal["weights", "activations", "embeddings", "convolutions", "kv"]
 _Model = TypeVar("_Model", bound=BaseModel)
 
 _W8 = WeightFormat(bits=8)
 _W4 = WeightFormat(bits=4, group_size=32)
 _DYNAMIC = ActivationFormat(mode="dynamic")
+_DYNAMIC4 = ActivationFormat(mode="dynamic", bits=4)
 
 PRESETS: dict[str, Recipe] = {
     recipe.name: recipe
@@ -195,11 +223,26 @@ PRESETS: dict[str, Recipe] = {
             embeddings=EmbeddingFormat(),
             convolutions=ConvolutionFormat(),
         ),
+        Recipe(
+            name="w4a4",
+            weights=_W4,
+            activations=_DYNAMIC4,
+            embeddings=EmbeddingFormat(),
+            convolutions=ConvolutionFormat(),
+        ),
+        Recipe(
+            name="w4a4kv4",
+            weights=_W4,
+            activations=_DYNAMIC4,
+            embeddings=EmbeddingFormat(),
+            convolutions=ConvolutionFormat(),
+            kv=CacheFormat(bits=4),
+        ),
         Recipe(name="w8a16", weights=_W8, embeddings=EmbeddingFormat()),
         Recipe(name="w4a16", weights=_W4, embeddings=EmbeddingFormat()),
     )
 }
-"""Named recipes. `w` is the width of weights, `a` that of activations (a16: float)."""
+"""Named recipes. `w` is the width of weights, `a` that of activations (a16: float), `kv` that of keys and values."""
 
 
 def resolve(recipe: Recipe | str | os.PathLike[str] | dict[str, Any]) -> Recipe:
@@ -239,5 +282,13 @@ def _validate(model: type[_Model], data: dict[str, Any], where: str) -> _Model:
 
 
 def _field_names() -> list[str]:
-    models = (Recipe, LayerRule, WeightFormat, ActivationFormat, EmbeddingFormat, ConvolutionFormat)
+    models = (
+        Recipe,
+        LayerRule,
+        WeightFormat,
+        ActivationFormat,
+        EmbeddingFormat,
+        ConvolutionFormat,
+        CacheFormat,
+    )
     return sorted({name for model in models for name in model.model_fields})

@@ -6,9 +6,11 @@
 Each row stays in the cache from the sum to the codes, and results that nobody reads are not written. Where several
 norms read one sum, the first computes it and the others read it.
 
+The quantizer keeps its width, and its shift and scale, which y itself does not see.
+
 Side conditions: the norm is over the last dimension alone, in float32. A sum is taken where both sides have one shape
 and alpha = 1, and everything else that reads it can come later. Of quantizers that differ (another static range or
-padding), the one with the most readers is taken; the others stay.
+padding, another shift), the one with the most readers is taken; the others stay.
 
 Exactness: REAL; the norm is the same formula with another order of roundings, the quantizer the same operator.
 """
@@ -58,16 +60,16 @@ def _fuse(editor: Editor, node: fx.Node) -> None:
     eps = torch.finfo(torch.float32).eps if eps is None else eps
     kind = _KINDS[node.target]
     quantizer = _quantizer(editor, node)
-    params = None if quantizer is None else quantizer.args[1]
-    summands, anchor = _summands(editor, node, x, [weight, bias, params])
+    wanted = ("params", "align", "shift", "scale", "bits", "hadamard")
+    given = {name: None if quantizer is None else argument(quantizer, name) for name in wanted}
+    params, align = given.pop("params"), given.pop("align")
+    summands, anchor = _summands(editor, node, x, [weight, bias, params, *given.values()])
     operands = (*summands, weight, bias)
     if quantizer is None:
         new = editor.call(norm.overload, *operands, eps, kind, like=node, before=anchor)
     else:
-        align = quantizer.args[2]
-        new = editor.call(
-            norm_quantize.overload, *operands, params, eps, kind, align, like=node, before=anchor
-        )
+        rest = (params, eps, kind, align, *given.values())
+        new = editor.call(norm_quantize.overload, *operands, *rest, like=node, before=anchor)
         _redirect(editor, quantizer, new, {0: 2, 1: 3}, anchor)
     if summands[1] is not None and len(x.users) > 1:
         total = editor.call(operator.getitem, new, 0, like=x, before=anchor)

@@ -36,6 +36,8 @@ OPERATORS: dict[object, Kind] = {
     aten.conv_transpose2d.input: "convolutions",
     aten.convolution.default: "convolutions",
 }
+ATTENTIONS = (aten.scaled_dot_product_attention.default,)
+"""Operators whose keys and values a recipe's `kv` is for."""
 _TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input)
 
 
@@ -266,14 +268,15 @@ def constant_name(editor: Editor, weight: fx.Node, part: str) -> str:
 
 @define_pass(Guarantee.BITWISE)
 def check_recipe(editor: Editor, *, recipe: Recipe) -> None:
-    """Raise RecipeError where a glob of the recipe matches no layer, or the recipe quantizes none at all.
+    """Raise RecipeError where a glob of the recipe matches no layer or attention, or the recipe quantizes none at all.
 
     Changes nothing. It runs on the canonical form, where layers that were written out (a matmul and an add)
     are layers.
     """
     found = list(layers(editor))
-    recipe.check_matches(layer.path for layer in found)
-    kinds: tuple[Kind, ...] = ("weights", "embeddings", "convolutions")
+    attentions = [module_path(node) for node in editor.calls(*ATTENTIONS)]
+    recipe.check_matches([*(layer.path for layer in found), *attentions])
+    kinds: tuple[Kind, ...] = ("weights", "embeddings", "convolutions", "kv")
     asked = [
         kind for kind in kinds if getattr(recipe, kind) or any(getattr(rule, kind) for rule in recipe.layers)
     ]
@@ -282,11 +285,14 @@ def check_recipe(editor: Editor, *, recipe: Recipe) -> None:
         for node in editor.graph.nodes
         for overload in (dequantize_weight.overload, quantize_dequantize.overload)
     )
-    if asked and not done and not any(x.kind in asked and recipe.format_for(x.path, x.kind) for x in found):
+    chosen = any(x.kind in asked and recipe.format_for(x.path, x.kind) for x in found)
+    chosen = chosen or any(recipe.format_for(path, "kv") for path in attentions)
+    if asked and not done and not chosen:
         raise RecipeError(
             "The recipe quantizes nothing in this model",
             where=f"recipe {recipe.name!r}: {', '.join(asked)}",
-            expected="at least one layer of these kinds (linears, embeddings, convolutions)",
-            got=f"{len(found)} layers: " + (", ".join(sorted({x.kind for x in found})) or "none"),
+            expected="at least one layer of these kinds (linears, embeddings, convolutions, attentions)",
+            got=f"{len(found)} layers: "
+            + (", ".join(sorted({x.kind for x in found} | ({"kv"} if attentions else set()))) or "none"),
             hint="use the recipe 'float32' to compile without compression",
         )

@@ -31,7 +31,7 @@ def pack_convolutions(editor: Editor) -> None:
         if isinstance(quantized, str) or reason is not None:
             editor.refused(layer.node, reason or "")
             continue
-        x, params, _ = layer.input.args
+        x, params = (argument(layer.input, name) for name in ("x", "params"))
         sizes = convolution_sizes(layer).values()
         if layer.weight not in packed:
             matrix = pack_linear(quantized.codes.flatten(1), quantized.scale, None, 8, 0)
@@ -62,8 +62,10 @@ def pack_convolutions(editor: Editor) -> None:
 def _reason_against(layer: Layer, quantized: QuantizedWeight) -> str | None:
     if not is_call_of(layer.input, quantize_dequantize.overload):
         return "its input is not quantized, and packed convolutions take integers only"
-    _, params, granularity = layer.input.args
-    if params is None and granularity != "sample":
+    granularity, bits = (argument(layer.input, name) for name in ("granularity", "bits"))
+    if bits != 8:
+        return f"its input is quantized to {bits} bits; packed convolutions quantize to 8"
+    if argument(layer.input, "params") is None and granularity != "sample":
         return f"its input is quantized per {granularity}; packed convolutions take a pair per sample or one for all"
     if quantized.zero is not None or quantized.group_size:
         return (

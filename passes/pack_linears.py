@@ -43,6 +43,7 @@ def pack_linears(editor: Editor) -> None:
         if layer.weight not in packed:
             packed[layer.weight] = _pack(editor, quantized)
         matrix, nodes = packed[layer.weight]
+        width = _width(layer)
         bias = argument(layer.node, "bias")
         weights: tuple[fx.Node | None, ...] = (
             nodes["packed"],
@@ -72,14 +73,14 @@ def pack_linears(editor: Editor) -> None:
             bits=matrix.bits,
             group_size=matrix.group_size,
             bytes_after=matrix.nbytes,
-            activations="uint8" if layer.node in activations else "float",
+            activations=width,
         )
 
 
 def _reason_against(layer: Layer) -> str | None:
     if is_call_of(layer.input, quantize_dequantize.overload):
-        _, params, granularity = layer.input.args
-        if params is None and granularity != "token":
+        granularity = argument(layer.input, "granularity")
+        if argument(layer.input, "params") is None and granularity != "token":
             return f"its input is quantized per {granularity}; packed linears take a pair per token or one for all"
     return None
 
@@ -97,13 +98,18 @@ def _quantize_activations(
             )
     result: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
     for (rounded, _), readers in groups.items():
-        x, params, _ = rounded.args
-        both = editor.call(
-            quantize_activation.overload, x, params, max(align for _, align in readers), like=rounded
-        )
+        x, params, bits = (argument(rounded, name) for name in ("x", "params", "bits"))
+        align = max(align for _, align in readers)
+        both = editor.call(quantize_activation.overload, x, params, align, None, None, bits, like=rounded)
         u, pair = (editor.call(operator.getitem, both, i, like=rounded, before=rounded) for i in (0, 1))
         result.update({layer.node: (u, pair) for layer, _ in readers})
     return result
+
+
+def _width(layer: Layer) -> str:
+    """What the layer reads, for reports."""
+    rounded = is_call_of(layer.input, quantize_dequantize.overload)
+    return f"uint{argument(layer.input, 'bits')}" if rounded else "float"
 
 
 def _pack(editor: Editor, quantized: QuantizedWeight) -> tuple[PackedLinear, dict[str, fx.Node]]:

@@ -1,10 +1,12 @@
 """From a recipe to the passes that it means, in order.
 
 1. `canonicalize`: one spelling, so that the rest need know no architecture; equal calls become one.
-2. `quantize_*`: activations first, as their ranges are measured on the float program, then weights.
+2. `quantize_*`: activations first, as their ranges are measured on the float program, then weights, then keys and
+   values of attentions.
 3. `pack_*`: codes into the layouts that kernels read; after this no float copy of a packed weight is left.
-4. `fuse_*`: attention before the linears that feed it (its views then lead to them), epilogues before those linears are
-   joined and before norms, which take only the sums that no linear took.
+4. `fuse_*`: what stands in front of quantizers first, so that norms find them next to their result; attention before
+   the linears that feed it (its views then lead to them), epilogues before those linears are joined and before norms,
+   which take only the sums that no linear took.
 
 Steps that a recipe does not ask for are left out; later issues add folds between 1 and 2 (the fold solver)
 and better quantizers in 2.
@@ -24,11 +26,13 @@ from .fuse_epilogues import fuse_epilogues
 from .fuse_gated import fuse_gated
 from .fuse_linears import fuse_linears
 from .fuse_norms import fuse_norms
+from .fuse_quantizer_inputs import fuse_quantizer_inputs
 from .layers import check_recipe
 from .pack_convolutions import pack_convolutions
 from .pack_embeddings import pack_embeddings
 from .pack_linears import pack_linears
 from .quantize_activations import quantize_activations
+from .quantize_cache import quantize_cache
 from .quantize_convolutions import quantize_convolutions
 from .quantize_embeddings import quantize_embeddings
 from .quantize_weights import quantize_weights
@@ -38,8 +42,8 @@ def plan(program: Program, recipe: Recipe, calibration: Iterable[Any] | None = N
     """The steps of `recipe` for `program`; calibration batches as in `calibrate.calibrate`."""
     options = {"recipe": recipe}
     steps = [Step(canonicalize), Step(check_recipe, options)]
-    weights, embeddings, convolutions = (
-        _asks_for(recipe, kind) for kind in ("weights", "embeddings", "convolutions")
+    weights, embeddings, convolutions, cache = (
+        _asks_for(recipe, kind) for kind in ("weights", "embeddings", "convolutions", "kv")
     )
     if (weights or convolutions) and _quantizes_activations(recipe):
         steps.append(Step(quantize_activations, {**options, "calibration": calibration}))
@@ -47,6 +51,7 @@ def plan(program: Program, recipe: Recipe, calibration: Iterable[Any] | None = N
         (weights, quantize_weights),
         (embeddings, quantize_embeddings),
         (convolutions, quantize_convolutions),
+        (cache, quantize_cache),
     ):
         if wanted:
             steps.append(Step(quantize, options))
@@ -58,7 +63,14 @@ def plan(program: Program, recipe: Recipe, calibration: Iterable[Any] | None = N
         if wanted:
             steps.append(Step(pack))
     if recipe.fuse:
-        fusions = (fuse_attention, fuse_gated, fuse_epilogues, fuse_linears, fuse_norms)
+        fusions = (
+            fuse_quantizer_inputs,
+            fuse_attention,
+            fuse_gated,
+            fuse_epilogues,
+            fuse_linears,
+            fuse_norms,
+        )
         steps.extend(Step(fuse) for fuse in fusions)
     return steps
 

@@ -1,10 +1,11 @@
-"""Inputs of quantized layers are rounded to unsigned 8 bits: `x → quantize_dequantize(x)`.
+"""Inputs of quantized layers are rounded to unsigned 8 or 4 bits: `x → quantize_dequantize(x)`.
 
-    x ~ s (u - z),   u = clamp(round(x / s) + z, 0, 255)
+    x ~ s (u - z),   u = clamp(round(x / s) + z, 0, 2^bits - 1)
 
 LOSSY: inside the range the error is at most s/2. Dynamic: the pair (s, z) follows each token (each sample for
 convolutions). Static: one pair for the tensor, from calibration data. One node serves all readers of a value
-that want the same, so q, k and v read one quantized activation.
+that want the same, so q, k and v read one quantized activation. Convolutions always read 8 bits, as their packed form
+quantizes inside.
 
 Only inputs of layers whose weights are quantized, or are chosen to be by the recipe, are touched.
 """
@@ -49,15 +50,19 @@ def quantize_activations(
         if dtype(layer.input) != torch.float32:
             editor.refused(layer.node, f"its input is {dtype(layer.input)}, not float32")
             continue
+        if layer.kind == "convolutions":
+            form = form.model_copy(update={"bits": 8})
         granularity = "sample" if form.mode == "dynamic" and layer.kind == "convolutions" else "token"
         wanted.setdefault((layer.input, granularity, form), []).append(layer)
     ranges = _measure(editor, wanted, recipe, calibration, progress)
     for (x, granularity, form), readers in wanted.items():
-        facts: dict[str, Any] = {"mode": form.mode, "readers": [r.path for r in readers]}
+        facts: dict[str, Any] = {"mode": form.mode, "bits": form.bits, "readers": [r.path for r in readers]}
         params = None
         if form.mode == "static":
-            low, high = ranges[x.name].range(form.percentile, form.range)
-            params = editor.constant(static_params(low, high), f"{readers[0].node.name}_input_params")
+            low, high = ranges[x.name].range(form.percentile, form.range, form.bits)
+            params = editor.constant(
+                static_params(low, high, form.bits), f"{readers[0].node.name}_input_params"
+            )
             facts |= {
                 "low": low,
                 "high": high,
@@ -65,7 +70,13 @@ def quantize_activations(
                 "seen_high": ranges[x.name].high,
             }
         quantized = editor.call(
-            quantize_dequantize.overload, x, params, granularity, like=readers[0].node, before=_after(x)
+            quantize_dequantize.overload,
+            x,
+            params,
+            granularity,
+            form.bits,
+            like=readers[0].node,
+            before=_after(x),
         )
         for reader in readers:
             set_argument(reader.node, "input", quantized)
@@ -74,7 +85,9 @@ def quantize_activations(
             if params is not None
             else f"per {granularity}"
         )
-        editor.applied(readers[0].node, f"input to uint8, {per}, for {len(readers)} layers", **facts)
+        editor.applied(
+            readers[0].node, f"input to uint{form.bits}, {per}, for {len(readers)} layers", **facts
+        )
 
 
 def _quantized_layers(editor: Editor, recipe: Recipe) -> list[Layer]:

@@ -15,13 +15,16 @@ name: mixed
 weights: {bits: 4, group_size: 32, range: absmax}
 activations: {mode: static, percentile: 99.9}
 embeddings: {bits: 8}
+kv: {bits: 4}
 layers:
   - match: ["lm_head", "model.layers.0.*"]
     weights: {bits: 8}
   - match: "*.router"
     weights: null
   - match: "model.layers.0.q"
-    activations: {mode: dynamic}
+    activations: {mode: dynamic, bits: 4}
+  - match: "model.layers.0.attention"
+    kv: null
 """
 
 
@@ -32,6 +35,10 @@ def test_rules_apply_in_order_and_null_means_float() -> None:
     assert recipe.format_for("model.layers.0.router", "weights") is None
     assert recipe.format_for("model.layers.0.router", "activations").mode == "static"
     assert recipe.format_for("model.layers.0.q", "activations").mode == "dynamic"
+    assert recipe.format_for("model.layers.0.q", "activations").bits == 4
+    assert recipe.format_for("model.layers.1.q", "activations").bits == 8
+    assert recipe.format_for("model.layers.0.attention", "kv") is None
+    assert recipe.format_for("model.layers.1.attention", "kv").bits == 4
     assert recipe.format_for("lm_head", "convolutions") is None
     assert recipe.needs_calibration
 
@@ -40,8 +47,8 @@ def test_rules_apply_in_order_and_null_means_float() -> None:
 def test_yaml_round_trip(recipe: Recipe) -> None:
     again = Recipe.from_yaml(recipe.to_yaml())
     assert again == recipe
-    for path in ("lm_head", "x.router", "model.layers.0.q"):
-        for kind in ("weights", "activations", "embeddings", "convolutions"):
+    for path in ("lm_head", "x.router", "model.layers.0.q", "model.layers.0.attention"):
+        for kind in ("weights", "activations", "embeddings", "convolutions", "kv"):
             assert again.format_for(path, kind) == recipe.format_for(path, kind)
 
 
@@ -74,6 +81,13 @@ BAD: list[tuple[Any, str]] = [
         r"weights.group: no such field[\s\S]*activations.mode",
     ),
     ({"activations": {"mode": "static", "percentile": 20}}, r"activations.percentile"),
+    ({"weights": {}, "activations": {"mode": "float", "bits": 4}}, r"activations: .*mode must not be float"),
+    (
+        {"convolutions": {}, "activations": {"bits": 4}},
+        r"inputs of quantized linears, but weights are float everywhere",
+    ),
+    ({"kv": {"bits": 2}}, r"kv.bits: .*got 2"),
+    ({"kv": {"granularity": "tensor"}}, r"kv.granularity: no such field"),
     ({"convolutions": {}}, r"activations.mode must not be float"),
     ({"layers": [{"weights": None}]}, r"layers.0.match"),
 ]

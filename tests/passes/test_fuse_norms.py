@@ -57,7 +57,7 @@ def test_sum_norm_and_quantizer_are_one(kind: str, text: Any) -> None:
     assert report.error < 1e-12
     bias = "c" if kind == "layer" else "None"
     assert text(fused) == [
-        f"%0 = norm_quantize(x0, x1, c, {bias}, None, 0.001, '{kind}', 32)",
+        f"%0 = norm_quantize(x0, x1, c, {bias}, None, 0.001, '{kind}', 32, None, None, 8, [])",
         "%1 = getitem(%0, 2)",
         "%2 = getitem(%0, 3)",
         "%3 = getitem(%0, 0)",
