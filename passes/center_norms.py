@@ -28,9 +28,9 @@ aten = torch.ops.aten
 _CARRY = frozenset(
     {
         aten.add.Tensor, aten.sub.Tensor, aten.layer_norm.default, aten.reshape.default, aten.view.default,
-        aten.transpose.int, aten.permute.default, aten.expand.default, aten.slice.Tensor, aten.select.int, aten.cat.default,
-        aten.unsqueeze.default, aten.squeeze.dim, aten.clone.default, aten._to_copy.default, aten.dropout.default,
-        aten.index.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default,
+        aten.transpose.int, aten.permute.default, aten.expand.default, aten.slice.Tensor, aten.select.int,
+        aten.cat.default, aten.unsqueeze.default, aten.squeeze.dim, aten.clone.default, aten._to_copy.default,
+        aten.dropout.default, aten.index.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default,
     }
 )  # fmt: skip
 """Readers through which a mean stays a mean: linear along the channels."""
@@ -38,7 +38,7 @@ _CARRY = frozenset(
 
 @define_pass(Guarantee.REAL)
 def center_norms(editor: Editor) -> None:
-    """Every `layer_norm(x, shape, None, None, eps)` of a stream that can be centred → `rms_norm(x, shape, None, eps)`."""
+    """Every `layer_norm(x, shape, None, None, eps)` of a stream that can be centred → `rms_norm`."""
     spaces = analyse(editor.program)
     nodes = {node.name: node for node in editor.graph.nodes}
     norms: dict[str, list[fx.Node]] = {}

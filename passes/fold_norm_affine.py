@@ -2,11 +2,11 @@
 
     W ((N(x) * g + c)) + b  =  (W diag(g)) N(x) + (b + W c)
 
-Why: a gain is a scale of the norm's output and a bias a shift of it; the linears that read the output absorb both. Side
-conditions, all from the equations of the channel spaces and none from names: the output is read only by what absorbs a
-scale (else it is pinned: a residual sum of a post-norm model), no two gains take the same freedom (an embedding tied with
-the head holds the last gain), no gain lies on rotary pairs, and no gain is zero. Afterwards the norm is `N(x)` alone and
-commutes with rotations.
+Why: a gain is a scale of the norm's output and a bias a shift of it; the linears that read the output absorb both.
+Side conditions, all from the equations of the channel spaces and none from names: the output is read only by what
+absorbs a scale (else it is pinned: a residual sum of a post-norm model), no two gains take the same freedom (an
+embedding tied with the head holds the last gain), no gain lies on rotary pairs, and no gain is zero. Afterwards the
+norm is `N(x)` alone and commutes with rotations.
 
 REAL: computed in float64 and rounded once.
 """

@@ -55,7 +55,8 @@ def reason_against(space: Space, matrix: Tensor) -> str | None:
     n = space.size
     sizes = tuple(atom.size for atom in space.varies)
     if tuple(matrix.shape) not in ((n, n), (*sizes, n, n)):
-        return f"expected a matrix [{n}, {n}]{f' or one for each of {sizes}' if sizes else ''}, got {list(matrix.shape)}"
+        several = f" or one for each of {sizes}" if sizes else ""
+        return f"expected a matrix [{n}, {n}]{several}, got {list(matrix.shape)}"
     if space.gains:
         return f"{len(space.gains)} gains are not folded yet"
     why = space.bound[0].why if space.bound else ""

@@ -3,9 +3,9 @@
     x' = s x:   writer rows * s, gain and bias * s,   reader columns / s
 
 Why: log-scales satisfy linear equations over the graph (compiler/spaces/potentials.py); a vector is given for some
-values, all else follows, and what is free besides stays one. Side conditions: the value's scale is free (not pinned by an
-activation function, a norm's input, a residual sum that is), equal inside rotary pairs and over the queries of a
-group: a vector that differs there is replaced by its geometric mean, and the fact reported.
+values, all else follows, and what is free besides stays one. Side conditions: the value's scale is free (not pinned
+by an activation function, a norm's input, a residual sum that is), equal inside rotary pairs and over the queries of a
+group: a vector that differs there is replaced by its geometric mean.
 
 REAL: computed in float64 and rounded once.
 """
@@ -15,12 +15,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ..compiler.editor import Editor
 from ..compiler.graph import argument, place_of, value
 from ..compiler.passes import Guarantee, define_pass
 from ..compiler.spaces.analysis import Spaces, analyse
+from ..compiler.spaces.atoms import Dim
 from ..compiler.spaces.change import Assignment, Root, apply_factors, project
 from ..compiler.spaces.potentials import Key, Solution
 
@@ -68,11 +69,8 @@ def realisable(
     return chosen, reasons
 
 
-def channel_key(spaces: Spaces, solution: Solution, node: object) -> tuple[Key, list] | str:
+def channel_key(spaces: Spaces, solution: Solution, node: fx.Node) -> tuple[Key, list[Dim]] | str:
     """The key of a value's channels through a linear that reads it, or why its vector is pinned."""
-    from torch import fx
-
-    assert isinstance(node, fx.Node)
     pin = solution.pin_of(spaces.key(node)) if spaces.key(node) in solution.known else None
     if pin is not None:
         place = f" ({pin.place})" if pin.place is not None else ""

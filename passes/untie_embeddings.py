@@ -2,9 +2,9 @@
 
     y = E[ids], logits = h E^T     becomes     y = E1[ids], logits = h E2^T,   E1 = E2 = E
 
-Why: one table ties the basis and scale of what it writes to those of what it reads, so the last norm's gain cannot go into
-the head and the residual stream cannot turn. Copies are free of each other. The price is the table's bytes once more,
-which the report states; nothing is untied unless more gains fold with it than without.
+Why: one table ties the basis and scale of what it writes to those of what it reads, so the last norm's gain cannot go
+into the head and the residual stream cannot turn. Copies are free of each other. The price is the table's bytes once
+more, which the report states; nothing is untied unless more gains fold with it than without.
 
 BITWISE.
 """

@@ -14,6 +14,7 @@ the gains that fold away; and the solutions of the scale and shift equations.
 
 from __future__ import annotations
 
+import importlib
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -189,8 +190,8 @@ class Member:
 class Space:
     """A set of dimensions that change basis together.
 
-    group: the maps that all operators allow, after the gains in `Spaces.foldable` are gone. varies: atoms on whose index
-    the matrix may depend (heads). bound: the reasons that set the group, the decisive ones first.
+    group: the maps that all operators allow, after the gains in `Spaces.foldable` are gone. varies: atoms on whose
+    index the matrix may depend (heads). bound: the reasons that set the group, the decisive ones first.
     """
 
     name: str
@@ -246,9 +247,7 @@ class Spaces:
 
 def analyse(program: Program) -> Spaces:
     """Find the spaces of a canonical program (`canonicalize` first; a spelling without a rule is a pin)."""
-    from . import rules as _rules  # the table is filled by importing it
-
-    assert _rules.__name__
+    importlib.import_module(".rules", __package__)  # fills the table
     analysis = Analysis(program)
     for node in program.graph.nodes:
         _visit(analysis, node)

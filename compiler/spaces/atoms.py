@@ -4,8 +4,8 @@ A dimension is an ordered product of atoms, most significant first: a view of 76
 concatenation is a direct *sum* of what it joins, and a slice cuts an atom into a sum. Unification ties the atoms of
 two dimensions one by one, splitting and cutting where it must; where sizes do not fit each other, both are pinned.
 
-Every tie has a sign: +1 where both sides take the same matrix T, -1 where one takes T^-t (the two sides of a contraction).
-An atom that is tied to itself with both signs can only take T = T^-t: orthogonal ones.
+Every tie has a sign: +1 where both sides take the same matrix T, -1 where one takes T^-t (the two sides of a
+contraction). An atom that is tied to itself with both signs can only take T = T^-t: orthogonal ones.
 
 A dimension (`Dim`) is a tuple of (atom, sign). A dimension of size 1 is the empty tuple; a symbolic one is None, and
 whatever is tied to it is pinned.

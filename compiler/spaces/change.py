@@ -202,7 +202,7 @@ def project(solution: Solution, key: Key, dims: Sequence[Dim], wanted: Tensor) -
         value = view.mean(drop) if drop else view
         value = value.permute([kept.index(a) for a in support]) * sign
         for axis, atom in enumerate(support):
-            value = _pairs_tied(value, axis, atom)
+            value = pairs_tied(value, axis, atom)
         found[root] = found[root] + value if root in found else value
         counts[root] = counts.get(root, 0) + 1
         return view
@@ -211,7 +211,8 @@ def project(solution: Solution, key: Key, dims: Sequence[Dim], wanted: Tensor) -
     return {root: value / counts[root] for root, value in found.items()}
 
 
-def _pairs_tied(value: Tensor, axis: int, atom: Atom) -> Tensor:
+def pairs_tied(value: Tensor, axis: int, atom: Atom) -> Tensor:
+    """The values along an atom, those of a rotary pair replaced by their mean."""
     if atom.interleaved is None:
         return value
     pairs = value.unflatten(axis, (-1, 2) if atom.interleaved else (2, -1))
@@ -226,7 +227,7 @@ def apply_factors(editor: Editor, spaces: Spaces, values: Mapping[Root, Tensor])
     """Scale every parameter as the equations say. Returns the names of the parameters that changed."""
     assignment = Assignment(spaces.scales, values, multiply=True)
     changed: dict[str, Tensor] = {}
-    for key in spaces.scales.keys():
+    for key in spaces.scales.ordered_keys():
         node = key.node
         if node.op != "get_attr" or key.use is not None:
             continue
@@ -249,7 +250,7 @@ def apply_shifts(editor: Editor, spaces: Spaces, values: Mapping[Root, Tensor]) 
     assignment = Assignment(spaces.shifts, values, multiply=False)
     nodes = {node.name: node for node in editor.graph.nodes}
     done: list[fx.Node] = []
-    for key in spaces.shifts.keys():
+    for key in spaces.shifts.ordered_keys():
         node = key.node
         if node.op == "get_attr" and key.use is None:
             dims = spaces.dims_of[node]

@@ -25,7 +25,7 @@ from .atoms import Atom, Group, Reason
 
 
 class Key(NamedTuple):
-    """What has a vector: a node (whole: dim None), or one dimension of a weight matrix (for one use of it, if given)."""
+    """What has a vector: a node (dim None), or one dimension of a weight matrix (for one use of it, if given)."""
 
     node: fx.Node
     dim: int | None = None
@@ -101,7 +101,7 @@ class Solution:
                 self._variables[key, block] = Variable(block)
         return self._blocks[key]
 
-    def keys(self) -> list[Key]:
+    def ordered_keys(self) -> list[Key]:
         """Everything that occurs in an equation or a pin."""
         return list(self._blocks)
 

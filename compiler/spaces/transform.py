@@ -1,7 +1,7 @@
 """Transforms as values: a change of basis of one space that can be applied, inverted and composed.
 
-Each acts on channels as a column vector, ``v' = M v``, with float64 tensors. `copies` of a space (heads) each have their
-own when the tensors have leading dimensions.
+Each acts on channels as a column vector, ``v' = M v``, with float64 tensors. `copies` of a space (heads) each have
+their own when the tensors have leading dimensions.
 """
 
 from __future__ import annotations

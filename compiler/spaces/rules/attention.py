@@ -1,18 +1,20 @@
 """Attention, rotary embedding and softmax.
 
-=================  ==============================================================  ============================  ===============
-operator           T                                                               log-scale                     shift
-=================  ==============================================================  ============================  ===============
-attention          head dimension: T_q = T_k^-t; values: T_y = T_v, one for each   s_q = -s_k, s_y = s_v; both   z_y = z_v, z_k
-                   key/value head; heads: permutations, groups of queries together  for each key/value head       any, z_q = 0
-rotary             each pair of channels: a complex number (rotation and scale)    equal inside a pair           none
-softmax            permutations                                                    none                          none
-=================  ==============================================================  ============================  ===============
+=========  ==================================================  =====================  ===============
+operator   T                                                   log-scale              shift
+=========  ==================================================  =====================  ===============
+attention  head dimension: T_q = T_k^-t; values: T_y = T_v,    s_q = -s_k, s_y =      z_y = z_v, z_k
+           one for each key/value head; heads: permutations,   s_v; for each          any, z_q = 0
+           groups of queries together                          key/value head
+rotary     each pair of channels: a complex number (rotation   equal inside a pair    none
+           and scale)
+softmax    permutations                                        none                   none
+=========  ==================================================  =====================  ===============
 
-z_y = z_v because the weights of a row sum to one: there is no sink term in this operator, and every query is taken to see
-some key (one that sees none gets no average, in any runtime). Keys may be shifted because the same number is added to all
-scores of a query. A pair turns by one angle only if the tables have equal columns for its two channels, which is proved
-on the graph or on the constant.
+z_y = z_v because the weights of a row sum to one: there is no sink term in this operator, and every query is taken to
+see some key (one that sees none gets no average, in any runtime). Keys may be shifted because the same number is added
+to all scores of a query. A pair turns by one angle only if the tables have equal columns for its two channels, which is
+proved on the graph or on the constant.
 """
 
 from __future__ import annotations
@@ -121,7 +123,7 @@ def _pairs_are_equal(analysis: Analysis, table: fx.Node, interleaved: bool) -> b
     if table.op != "call_function":
         return False
     if table.target == aten.cat.default:
-        parts, dim = table.args[0], argument(table, "dim")
+        parts, dim = argument(table, "tensors"), argument(table, "dim")
         last = dim in (-1, len(value(table).shape) - 1)
         return last and not interleaved and len(parts) == 2 and parts[0] is parts[1]
     if table.target == aten.repeat_interleave.self_int:
@@ -153,10 +155,11 @@ def _keeps_last(node: fx.Node, x: fx.Node) -> bool:
 def _stacked(node: fx.Node) -> list[fx.Node] | None:
     """The two tables that a reshape of a stack interleaves."""
     x = argument(node, "self")
-    if isinstance(x, fx.Node) and x.target == aten.stack.default and len(x.args[0]) == 2:
-        if argument(x, "dim") in (-1, len(value(x).shape) - 1):
-            return list(x.args[0])
-    return None
+    if not isinstance(x, fx.Node) or x.target != aten.stack.default:
+        return None
+    parts = argument(x, "tensors")
+    last = argument(x, "dim") in (-1, len(value(x).shape) - 1)
+    return list(parts) if last and len(parts) == 2 else None
 
 
 @rule(aten.softmax.int, aten._softmax.default, aten.log_softmax.int)

@@ -1,12 +1,13 @@
 """Linears, embeddings and products of matrices.
 
-=====================  =============================================================  ========================  ==================
-operator               T                                                              log-scale                 shift
-=====================  =============================================================  ========================  ==================
-y = x W^T + b          T_x and T_y any: W' = T_y W T_x^-1, b' = T_y b                 W absorbs s_x and s_y     b absorbs z_x, z_y
-y = E[ids]             T_y any: E' = E T_y^T                                          E absorbs s_y             E absorbs z_y
-y = a b (activations)  contracted dimensions contravariant, batch: permutations       none                      none
-=====================  =============================================================  ========================  ==================
+=====================  ===============================================  ===================  ==================
+operator               T                                                log-scale            shift
+=====================  ===============================================  ===================  ==================
+y = x W^T + b          T_x and T_y any: W' = T_y W T_x^-1, b' = T_y b   W absorbs s_x, s_y   b absorbs z_x, z_y
+y = E[ids]             T_y any: E' = E T_y^T                            E absorbs s_y        E absorbs z_y
+y = a b (activations)  contracted dimensions contravariant,             none                 none
+                       batch: permutations
+=====================  ===============================================  ===================  ==================
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import fx
 
 from ...graph import argument, value
-from ..analysis import Analysis, rule
+from ..analysis import Analysis, rule, tensors
 from ..atoms import Group, flipped
 from ..potentials import Key
 
@@ -100,8 +101,7 @@ def embedding(analysis: Analysis, node: fx.Node) -> None:
 @rule(aten.matmul.default, aten.bmm.default)
 def matmul(analysis: Analysis, node: fx.Node) -> None:
     """A product of two activations: what is contracted is contravariant, batch dimensions are permuted together."""
-    a, b = node.args[0], node.args[1]
-    assert isinstance(a, fx.Node) and isinstance(b, fx.Node)
+    a, b = tensors(node)[0], tensors(node)[-1]
     left, right = analysis.dims(a), analysis.dims(b)
     if len(left) < 2 or len(right) < 2:
         for at in (a, b, node):
@@ -111,9 +111,9 @@ def matmul(analysis: Analysis, node: fx.Node) -> None:
     batch = analysis.fresh(node)[:-2]
     for index in range(len(batch)):
         for operand, dims in ((a, left), (b, right)):
-            at = index - len(batch) + len(dims) - 2
-            if at >= 0 and value(operand).shape[at] == value(node).shape[index]:
-                analysis.tie(node, batch[index], dims[at])
+            place = index - len(batch) + len(dims) - 2
+            if place >= 0 and value(operand).shape[place] == value(node).shape[index]:
+                analysis.tie(node, batch[index], dims[place])
     analysis.allow(node, batch, Group.PERMUTATION, "a product of matrices for each index")
     analysis.dims_of[node] = [*batch, left[-2], right[-1]]
     for at in (a, b, node):

@@ -1,31 +1,29 @@
 """Convolutions (the channel axes are those of a linear), pooling and resampling.
 
-===================  ===============================================  =========================  =========================
-operator             T                                                log-scale                  shift
-===================  ===============================================  =========================  =========================
-convolution          channels: T_x and T_y any                        W absorbs s_x and s_y      z_y: bias; z_x: without
-                                                                                                 padding only
-groups               inputs and outputs any inside a group, groups    as above                   as above
-                     permuted together
-depthwise            permutations                                     s_y = s_W + s_x            as above
-average pooling      channels any                                     s_y = s_x                  z_y = z_x without padding
-max pooling          permutations                                     s_y = s_x                  z_y = z_x
-nearest, bilinear    channels any                                     s_y = s_x                  z_y = z_x
-===================  ===============================================  =========================  =========================
+===================  =======================================  ===================  =========================
+operator             T                                        log-scale            shift
+===================  =======================================  ===================  =========================
+convolution          channels: T_x and T_y any                W absorbs s_x, s_y   z_y: bias; z_x: without
+                                                                                   padding only
+groups               inputs and outputs any inside a group,   none                 z_y: bias; z_x: none
+                     groups permuted together
+depthwise            permutations                             s_y = s_W + s_x      z_y: bias; z_x: none
+average pooling      channels any                             s_y = s_x            z_y = z_x without padding
+max pooling          permutations                             s_y = s_x            z_y = z_x
+nearest, bilinear    channels any                             s_y = s_x            z_y = z_x
+===================  =======================================  ===================  =========================
 
 Padding adds zeros, which a shifted input would not have. Spatial dimensions are pinned: their neighbours meet.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
-from ...graph import argument, value
-from ..analysis import Analysis, rule
-from ..atoms import Dim, Group, flatten, flipped, new
+from ...graph import argument, place_of, value
+from ..analysis import Analysis, rule, tensors
+from ..atoms import Dim, Group, Reason, flipped, new
 from ..potentials import Key
 
 aten = torch.ops.aten
@@ -88,10 +86,7 @@ def convolution(analysis: Analysis, node: fx.Node) -> None:
     )
 
 
-def _reason(node: fx.Node, why: str) -> Any:
-    from ...graph import place_of
-    from ..atoms import Reason
-
+def _reason(node: fx.Node, why: str) -> Reason:
     return Reason(Group.NONE, why, place_of(node))
 
 
@@ -175,10 +170,8 @@ _LARGEST = (aten.max_pool1d.default, aten.max_pool2d.default)
 @rule(*_AVERAGES, *_LARGEST)
 def pool(analysis: Analysis, node: fx.Node) -> None:
     """Averages commute with everything along the channels, the largest with permutations and positive scales."""
-    x = node.args[0]
-    assert isinstance(x, fx.Node)
+    x = tensors(node)[0]
     given, out = analysis.dims(x), analysis.fresh(node)
-    spatial = len(out) - 2
     for at in range(2):
         analysis.tie(node, out[at], given[at])
     analysis.dims_of[node] = [*given[:2], *out[2:]]
@@ -188,10 +181,10 @@ def pool(analysis: Analysis, node: fx.Node) -> None:
             node, given[:2], Group.PERMUTATION, "max pooling: only permutations and positive scales commute"
         )
     analysis.same_scale(node, x)
-    padded = [a.name for a in node.target._schema.arguments if a.name == "padding"]
+    schema = node.target._schema  # type: ignore[union-attr]  # an overload
+    padded = any(a.name == "padding" for a in schema.arguments)
     if padded and node.target in _AVERAGES and any(argument(node, "padding")):
         for side in (x, node):
             analysis.pin_shift(node, side, "padding adds zeros to the averages")
     else:
         analysis.same_shift(node, x)
-    assert spatial >= 0 and flatten(out[1] or ()) is not None

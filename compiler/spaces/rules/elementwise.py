@@ -20,6 +20,7 @@ A dimension that an operand of a sum does not have (broadcasting) takes permutat
 from __future__ import annotations
 
 import operator
+
 import torch
 from torch import fx
 
@@ -40,7 +41,8 @@ def broadcast(
 ) -> None:
     """Tie every operand's dimensions to those of the result.
 
-    shared, lacking: why a dimension takes no more than permutations where several operands have it, or where one lacks it.
+    shared, lacking: why a dimension takes no more than permutations where several operands have it, or where one lacks
+    it.
     """
     dims = analysis.fresh(node)
     for index in range(len(dims)):

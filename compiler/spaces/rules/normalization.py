@@ -65,11 +65,10 @@ def norm(analysis: Analysis, node: fx.Node) -> None:
         analysis.scales.tie((1, analysis.key(node)), (-1, analysis.key(weight)))
         if bias is not None:
             analysis.same_scale(node, bias)
-    if layer and weight is not None:
-        # A bias is added where there is none; it must be read here alone.
-        if bias is None or len(bias.users) == 1:
-            analysis.shifts.equal(analysis.key(node), analysis.key(bias if bias is not None else weight))
-            return
+    # A bias is added where there is none; it must be read here alone.
+    if layer and weight is not None and (bias is None or len(bias.users) == 1):
+        analysis.shifts.equal(analysis.key(node), analysis.key(bias if bias is not None else weight))
+        return
     analysis.pin_shift(node, node, f"{name} has no bias of its own")
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ...graph import argument, value
+from ...graph import argument
 from ..analysis import Analysis, rule
 from ..atoms import Dim, Group
 
@@ -68,4 +68,3 @@ def scan(analysis: Analysis, node: fx.Node) -> None:
     analysis.same_scale(node, x)
     for side in (x, node):
         analysis.pin_shift(node, side, name)
-    assert value(node) is not None

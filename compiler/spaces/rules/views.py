@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]  # it ships no types
 import torch
 from torch import fx
 
 from ...graph import argument, value
 from ..analysis import Analysis, rule, tensors
-from ..atoms import Dim, Group, cut_out, direct_sum, new
+from ..atoms import Dim, Group, cut_out, direct_sum
 
 aten = torch.ops.aten
 
@@ -59,7 +59,8 @@ def reshape(analysis: Analysis, node: fx.Node) -> None:
     before, after = list(value(x).shape), list(value(node).shape)
     i = j = 0
     while i < len(before) or j < len(after):
-        left, right = [], []
+        left: list[int] = []
+        right: list[int] = []
         a = b = sympy.Integer(1)
         while True:
             if a == b and (left or right):
@@ -232,4 +233,3 @@ def index(analysis: Analysis, node: fx.Node) -> None:
     analysis.dims_of[node] = [*dims[: len(dims) - len(rest)], *rest]
     analysis.allow(node, dims[: len(dims) - len(rest)], Group.NONE, "rows are chosen by ids")
     _same(analysis, node, x)
-    assert new(1) == ()
