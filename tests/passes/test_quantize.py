@@ -338,7 +338,69 @@ def test_pack_embeddings_packs_tables_that_other_passes_quantized() -> None:
     assert torch.equal(packed(IDS % 20), program(IDS % 20))
 
 
-@pytest.mark.parametrize("name", ["float32", "w8a8", "w4a8", "w8a16", "w4a16"])
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+def test_four_bit_activations_are_codes_below_16_that_the_linears_read(mode: Any) -> None:
+    model = Attention()
+    errors = {}
+    for bits in (4, 8):
+        chosen = recipe(8, activations=ActivationFormat(mode=mode, bits=bits))
+        packed, reports = compressed(captured(model, IDS), chosen, [(IDS,), (IDS.flip(0),)])
+        assert reports["pack_linears"].error is not None
+        assert reports["pack_linears"].error <= 1e-12
+        assert {a.facts["activations"] for a in reports["pack_linears"].applied} == {f"uint{bits}"}
+        seen: list[int] = []
+
+        def observe(node: torch.fx.Node, found: Any, seen: list[int] = seen) -> None:
+            if node.target == OPS.quantize_activation.default:
+                seen.append(int(found[0].max()))
+
+        packed.run_observed(observe, (IDS,), {})
+        # A dynamic range has its largest value at the last code, or next to it: the zero point is a whole number.
+        assert len(seen) == 2
+        assert all(value <= 2**bits - 1 and (mode == "static" or value >= 2**bits - 2) for value in seen)
+        expected = model(IDS).detach()
+        errors[bits] = float((packed(IDS) - expected).norm() / expected.norm())
+    assert 4 * errors[8] < errors[4] < 0.35
+
+
+def test_convolutions_read_eight_bits_beside_linears_that_read_four() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.convolution, self.linear = nn.Conv1d(8, 24, 3), nn.Linear(40, 40)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.convolution(x), self.linear(x)
+
+    x = torch.randn(2, 8, 40)
+    for mode in ("dynamic", "static"):
+        chosen = recipe(
+            activations=ActivationFormat(mode=mode, bits=4),
+            convolutions=ConvolutionFormat(),  # type: ignore[arg-type]
+        )
+        packed, reports = compressed(captured(Both(), x), chosen, [(x,)])
+        assert count(packed, OPS.conv_packed.default) == count(packed, OPS.linear_packed.default) == 1
+        assert sorted(a.facts["bits"] for a in reports["quantize_activations"].applied) == [4, 8]
+
+
+def test_pack_convolutions_refuses_four_bit_inputs() -> None:
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.convolution = nn.Conv1d(8, 24, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.convolution(OPS.quantize_dequantize(x, None, "sample", 4))
+
+    chosen = Recipe(activations=DYNAMIC, convolutions=ConvolutionFormat())
+    packed, reports = compressed(captured(Narrow(), torch.randn(2, 8, 9)), chosen)
+    assert not count(packed, OPS.conv_packed.default)
+    assert "quantized to 4 bits" in reports["pack_convolutions"].refused[0].reason
+
+
+@pytest.mark.parametrize("name", ["float32", "w8a8", "w4a8", "w8a16", "w4a16", "w4a4", "w4a4kv4"])
 def test_the_pipeline_of_every_preset_runs_verified(name: str) -> None:
     from isofold.compiler.recipe import PRESETS
 
@@ -348,7 +410,7 @@ def test_the_pipeline_of_every_preset_runs_verified(name: str) -> None:
     assert reports[0].name == "canonicalize"
     expected = model(IDS).detach()
     error = float((after(IDS) - expected).norm() / expected.norm())
-    assert error < {"float32": 1e-6, "w8a8": 0.03, "w8a16": 0.03}.get(name, 0.25)
+    assert error < {"float32": 1e-6, "w8a8": 0.03, "w8a16": 0.03, "w4a4": 0.4, "w4a4kv4": 0.4}.get(name, 0.25)
     assert (after.weight_bytes < 0.5 * program.weight_bytes) == (name != "float32")
 
 

@@ -32,13 +32,15 @@ def test_uncompressed_models_equal_pytorch_at_other_sizes(name: str, tmp_path: P
         assert relative_difference([want.numpy()], got) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize(
+    ("name", "recipe"), [("bert", "w8a8"), ("llama", "w8a8"), ("bert", "w4a4"), ("llama", "w4a4kv4")]
+)
 def test_compressed_models_agree_with_and_without_the_library(
-    name: str, tmp_path: Path, library: str
+    name: str, recipe: str, tmp_path: Path, library: str
 ) -> None:
     case = registry.get(name)
     captured = capture(case.module, case.args, None, case.dynamic_shapes)
-    program, _ = run_steps(captured, pipeline()(captured, resolve("w8a8"), None), verify=False)
+    program, _ = run_steps(captured, pipeline()(captured, resolve(recipe), None), verify=False)
     export_onnx(program, tmp_path / "m.onnx", "m.data")
     feed = dict(
         zip([p.name for p in program.placeholders], (a.numpy() for a in case.other_args), strict=True)
@@ -48,5 +50,7 @@ def test_compressed_models_agree_with_and_without_the_library(
     for chosen in (None, Path(library)):
         got = open_session(tmp_path / "m.onnx", library=chosen).run(None, feed)
         assert np.isfinite(got[0]).all()
-        # A last bit that moves one code moves the result by much less than rounding to eight bits does.
-        assert relative_difference([want], got) < 0.02
+        # A last bit that moves one code moves the result by much less than rounding does.
+        assert relative_difference([want], got) < (0.02 if recipe == "w8a8" else 0.2)
+        # Most tokens see no such bit at all, whatever the width.
+        assert np.median(np.abs(want - got[0])) < 1e-4 * np.abs(want).max()
