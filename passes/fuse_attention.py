@@ -3,9 +3,9 @@
     transpose(sdpa(transpose(q), transpose(k), transpose(v), mask)) → attention(q, k, v, mask)
 
 Exchanging the head and sequence dimensions commutes with everything that works inside one head and position:
-rotary embedding (it then has head_dim_index 2), norms over the head, slices of it, products with a number, and
-quantizers with a pair for each token and head, or one for all. So the exchanges move through these down to the
-attention, and cancel there; where there is none to cancel, one is inserted.
+rotary embedding (it then has head_dim_index 2), norms over the head, slices of it, products with a number or a vector
+over the head, Hadamard transforms of it, and quantizers with a pair for each token and head, or one for all. So the
+exchanges move through these down to the attention, and cancel there; where there is none to cancel, one is inserted.
 
 Side conditions: four dimensions; static numbers of heads, where those of queries are a multiple of those of keys
 and values (`enable_gqa`; one key head also serves all without it); equal batch; float32; no dropout. What other
@@ -34,7 +34,7 @@ from ..compiler.canonicalize.match import (
     equal_sizes,
     is_call,
 )
-from ..compiler.dialect import attention, quantize_dequantize, rotary
+from ..compiler.dialect import attention, hadamard, quantize_dequantize, rotary
 from ..compiler.editor import Editor
 from ..compiler.graph import argument, dtype, shape
 from ..compiler.passes import Guarantee, define_pass
@@ -140,11 +140,16 @@ def _works_inside_a_head(x: fx.Node) -> bool:
         return argument(x, "head_dim_index") == 1
     if is_call(x, quantize_dequantize.overload):
         return argument(x, "params") is not None or argument(x, "granularity") == "token"
+    if is_call(x, hadamard.overload):
+        return True
     if is_call(x, *_NORMS):
         return len(argument(x, "normalized_shape")) == 1
     if is_call(x, aten.slice.Tensor):
         return int(argument(x, "dim")) % 4 == 3
-    return is_call(x, *MULTIPLICATIONS) and isinstance(x.args[1], (int, float))
+    factor = x.args[1] if is_call(x, *MULTIPLICATIONS) else None
+    if isinstance(factor, fx.Node):
+        return factor.op == "get_attr" and len(shape(factor) or ()) == 1
+    return isinstance(factor, (int, float))
 
 
 def _exchanged(editor: Editor, x: fx.Node, reader: fx.Node, tables: dict[fx.Node, fx.Node]) -> fx.Node:

@@ -138,6 +138,27 @@ def test_rotary_norms_and_slices_move_in_front_of_the_transposes(counts: Callabl
     assert {n.target for n in (query, key)} == {torch.ops.aten.rms_norm.default}
 
 
+def test_hadamard_transforms_and_signs_move_in_front_of_the_transposes(
+    counts: Callable[[Program], Any],
+) -> None:
+    class Turned(Attend):
+        def __init__(self) -> None:
+            super().__init__(heads=2, kv_heads=2, change=self.turn)
+            self.register_buffer("signs", torch.tensor([1.0, -1.0] * 8))
+
+        def turn(self, x: Tensor) -> Tensor:
+            turned: Tensor = torch.ops.isofold.hadamard(x * self.signs, [16], False)
+            return turned
+
+    fused, report = fuse(capture(Turned(), inputs()))
+    assert report.error < 1e-12
+    query, key, _ = the_attention(fused).args[:3]
+    assert {n.target for n in (query, key)} == {torch.ops.isofold.hadamard.default}
+    assert not [
+        n for n in (query.args[0].args[0], key.args[0].args[0]) if n.target == torch.ops.aten.transpose.int
+    ]
+
+
 def test_a_factor_of_queries_that_are_keys_too_stays() -> None:
     """Counted once as the operator's scale, the factor of a value read as query and key would be wrong."""
 
