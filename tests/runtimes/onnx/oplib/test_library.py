@@ -253,6 +253,16 @@ def test_bad_linears_are_errors_that_say_why(
             [torch.ones(2, 8), None, torch.ones(7), None, 1e-5, "layer"],
             r"input 2 \(weight\): expected float32 \[8\]",
         ),
+        (
+            "quantize_activation",
+            [torch.ones(2, 8), None, 32, torch.ones(7)],
+            r"input 2 \(shift\): expected float32 \[8\], got float32 \[7\]",
+        ),
+        (
+            "norm_quantize",
+            [torch.ones(2, 8), None, None, None, None, 1e-5, "rms", 32, None, torch.ones(2, 8)],
+            r"input 6 \(scale\): expected float32 \[8\]",
+        ),
         ("norm", [torch.ones(2, 8), None, None, None, 1e-5, "batch"], r"expected one of layer, rms"),
         (
             "gated",
@@ -323,3 +333,8 @@ def test_the_library_covers_every_operator_that_reaches_onnx(
         with pytest.raises(Exception) as error:  # noqa: PT011 - the text is what matters
             session(helper.make_model(graph, opset_imports=opsets, ir_version=10))
         assert "not a registered function/op" not in str(error.value), operator.onnx_name
+
+
+def test_widths_other_than_four_and_eight_are_an_error(run_operator: Run) -> None:
+    with pytest.raises(Exception, match="attribute 'bits' is 3; expected 4 or 8"):
+        run_operator("quantize_activation", [torch.ones(2, 8), None, 32], attributes={"bits": 3})

@@ -60,9 +60,20 @@ def test_norm_quantize_with_any_outputs(run_operator: Run, kind: str, static: bo
         torch.testing.assert_close(got[-1], params, atol=1e-6, rtol=1e-5)
 
 
-def test_norm_quantize_is_quantize_activation_of_its_own_result(run_operator: Run) -> None:
-    x, w = torch.randn(6, 90), torch.randn(90)
-    _, y, u, params = run_operator("norm_quantize", [x, None, w, None, None, 1e-5, "rms", 32])
-    expected_u, expected_params = OPERATORS["quantize_activation"].reference(y, None, 32)
-    assert torch.equal(u, expected_u)
-    assert torch.equal(params, expected_params)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("static", [False, True])
+def test_norm_quantize_is_quantize_activation_of_its_own_result(
+    run_operator: Run, static: bool, bits: int
+) -> None:
+    """Bit for bit, with shift and scale, which y does not see."""
+    x, w, shift, scale = torch.randn(6, 90), torch.randn(90), torch.randn(90), torch.randn(90)
+    pair = torch.tensor([5 / 2**bits, 2.0 ** (bits - 1)]) if static else None
+    for z, r in product((None, shift), (None, scale)):
+        rest = (32, z, r, bits)
+        _, y, u, params = run_operator("norm_quantize", [x, None, w, None, pair, 1e-5, "rms", *rest])
+        expected_u, expected_params = OPERATORS["quantize_activation"].reference(y, pair, *rest)
+        assert torch.equal(u, expected_u)
+        assert torch.equal(params, expected_params)
+        assert int(u.max()) == 2**bits - 1
+        assert torch.equal(y, run_operator("norm", [x, None, w, None, 1e-5, "rms"])[1])
+        assert torch.equal(run_operator("quantize_activation", [y, pair, *rest])[0], u)
