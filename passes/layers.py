@@ -196,7 +196,11 @@ def set_argument(node: fx.Node, name: str, new: fx.Node) -> None:
         node.update_kwarg(name, new)
         return
     assert isinstance(node.target, torch._ops.OpOverload)
-    node.update_arg([a.name for a in node.target._schema.arguments].index(name), new)
+    declared = node.target._schema.arguments
+    position = [a.name for a in declared].index(name)
+    # Arguments that were left at their defaults are spelled out up to this one.
+    node.args = (*node.args, *(a.default_value for a in declared[len(node.args) : position + 1]))
+    node.update_arg(position, new)
 
 
 def packed_bytes(kind: Kind, sizes: tuple[int, ...], chosen: Any) -> int:

@@ -16,10 +16,13 @@ taken as that, so that before and after stay comparable.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ..compiler.hadamard import apply_hadamard
 
 CONFIDENCE = 0.99
 FLOOR = 1e-6
@@ -44,6 +47,13 @@ class Moments:
         """Moments of `x @ matrix`."""
         m = matrix.double()
         return Moments(self.mean @ m, m.T @ self.covariance @ m)
+
+    def hadamard(self, orders: Sequence[int]) -> Moments:
+        """Moments of `x H` (`isofold::hadamard`)."""
+        if not orders:
+            return self
+        half = apply_hadamard(self.covariance, orders)
+        return Moments(apply_hadamard(self.mean[None], orders)[0], apply_hadamard(half.mT, orders))
 
 
 def qsur_root(moments: Moments, confidence: float = CONFIDENCE) -> float:

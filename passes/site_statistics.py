@@ -24,11 +24,13 @@ from .calibrate import stream
 from .qsur import Moments
 from .sites import Site
 
-ROWS = 512
-"""Rows in the sample of a linear's site."""
+ROWS = 1024
+"""Rows in the sample of a linear's site, fewer where they are wide."""
 
-PIXELS = 1 << 20
-"""Elements in the sample of a convolution's site (at least one whole sample is kept)."""
+ELEMENTS = 1 << 20
+"""Elements in the sample of a site (but at least `LEAST_ROWS` rows, or one whole sample of a convolution)."""
+
+LEAST_ROWS = 256
 
 
 @dataclass
@@ -102,7 +104,8 @@ class _Reservoir:
         if self.rows:
             held = torch.cat([*self.items, x]) if self.items else x
             keys = torch.cat([self.keys, keys])
-            best = keys.topk(min(ROWS, len(keys))).indices.sort().values
+            most = min(ROWS, max(LEAST_ROWS, ELEMENTS // max(x.shape[1], 1)))
+            best = keys.topk(min(most, len(keys))).indices.sort().values
             self.keys, self.items = keys[best], [held[best].clone()]
             return
         items, keys = [*self.items, *(s.clone() for s in x.split(1))], torch.cat([self.keys, keys])
@@ -110,7 +113,7 @@ class _Reservoir:
         used = 0
         for index in keys.argsort(descending=True).tolist():
             used += items[index].numel()
-            if kept and used > PIXELS:
+            if kept and used > ELEMENTS:
                 break
             kept.append(index)
         self.keys, self.items = keys[kept], [items[index] for index in kept]

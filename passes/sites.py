@@ -23,6 +23,7 @@ from ..compiler.dialect import quantize_dequantize
 from ..compiler.editor import Editor
 from ..compiler.errors import InputError
 from ..compiler.graph import argument, dtype, static_size
+from ..compiler.hadamard import apply_hadamard
 from ..compiler.program import Program
 from ..compiler.recipe import ActivationFormat, Kind, Recipe
 from .layers import Layer, check_finite, is_call_of, selected
@@ -32,13 +33,15 @@ KINDS: tuple[Kind, ...] = ("weights", "convolutions")
 
 @dataclass(frozen=True)
 class EdgeTransform:
-    """What is done to a value on its way to its readers: `(x - shift) / scale`, float64 vectors `[K]` or None.
+    """What is done to a value on its way to its readers: `((x - shift) / scale) H`.
 
-    Raises InputError where a scale is not positive or a number is not finite.
+    scale, shift: float64 vectors `[K]` or None. hadamard: orders of the factors of H (`isofold::hadamard`), empty for
+    none. Raises InputError where a scale is not positive or a number is not finite.
     """
 
     scale: Tensor | None = None
     shift: Tensor | None = None
+    hadamard: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name, vector in (("scale", self.scale), ("shift", self.shift)):
@@ -57,15 +60,30 @@ class EdgeTransform:
     @property
     def is_identity(self) -> bool:
         """Whether it changes nothing."""
-        return (self.scale is None or bool((self.scale == 1).all())) and (
-            self.shift is None or not bool(self.shift.any())
-        )
+        unscaled = self.scale is None or bool((self.scale == 1).all())
+        unshifted = self.shift is None or not bool(self.shift.any())
+        return unscaled and unshifted and not self.hadamard
 
     def apply(self, x: Tensor, dim: int = -1) -> Tensor:
-        """`(x - shift) / scale` along `dim`, in the dtype of x."""
+        """x as its readers see it, channels along `dim` (the last one where there is a Hadamard transform)."""
         if self.shift is not None:
             x = x - along(self.shift.to(x), x, dim)
-        return x if self.scale is None else x / along(self.scale.to(x), x, dim)
+        if self.scale is not None:
+            x = x / along(self.scale.to(x), x, dim)
+        return apply_hadamard(x, self.hadamard) if self.hadamard else x
+
+    def fold(self, weight: Tensor) -> Tensor:
+        """The weight float `[N, K, ...]` that reads the transformed value, `W diag(s) H`, in float64."""
+        folded = weight.double()
+        if self.scale is not None:
+            folded = folded * along(self.scale.double(), weight, 1)
+        return apply_hadamard(folded, self.hadamard) if self.hadamard else folded
+
+    def offset(self, weight: Tensor) -> Tensor | None:
+        """W z, float64 `[N]`: what the shift takes from each output (kernel positions summed); None without one."""
+        if self.shift is None:
+            return None
+        return (weight.double() * along(self.shift.double(), weight, 1)).flatten(1).sum(1)
 
 
 @dataclass(frozen=True)
