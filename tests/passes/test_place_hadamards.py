@@ -18,10 +18,13 @@ from torch.nn import functional as F
 from isofold.compiler.capture import capture
 from isofold.compiler.driver import Step, relative_error, run_steps
 from isofold.compiler.errors import InputError, VerificationError
+from isofold.compiler.graph import argument
 from isofold.compiler.hadamard import hadamard_matrix
 from isofold.compiler.passes import PassReport
 from isofold.compiler.program import Program
+from isofold.compiler.recipe import PRESETS
 from isofold.passes import place_hadamards as module
+from isofold.passes.pipeline import plan
 from isofold.passes.place_hadamards import place_hadamards
 from isofold.runtimes.onnx.oplib.build import library_path
 from isofold.runtimes.onnx.translate import to_onnx
@@ -268,26 +271,80 @@ def test_it_is_not_placed_twice() -> None:
     assert {r.reason.rpartition("is ")[2] for r in again.report.refused} == {"a Hadamard transform already"}
 
 
-@pytest.mark.parametrize("with_library", [False, True])
-def test_exported_with_dynamic_sizes_it_computes_the_same(with_library: bool, tmp_path: Path) -> None:
-    after, _, before = place(dynamic=DYNAMIC, linears=EVERY, attentions=EVERY, seed=2)
+def results(model: ir.Model, folder: Path, with_library: bool, x: Tensor) -> list[np.ndarray]:
+    """The model's outputs; with the library, through its kernels."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if with_library:
         options.register_custom_ops_library(str(library_path()))
-    model = to_onnx(after)
-    assert any(node.op_type == "Hadamard" for node in model.graph)
-    if with_library:
-        kept = [key for key, f in model.functions.items() if f.name != "Hadamard"]
-        for key in list(model.functions):
-            if key not in kept:
-                del model.functions[key]
-    ir.save(model, tmp_path / "model.onnx")
+        for key in [key for key, function in model.functions.items() if function.domain == "ai.isofold"]:
+            del model.functions[key]
+    ir.save(model, folder / "model.onnx")
     session = onnxruntime.InferenceSession(
-        str(tmp_path / "model.onnx"), options, providers=["CPUExecutionProvider"]
+        str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
     )
+    found: list[np.ndarray] = session.run(None, {"x": x.numpy()})
+    return found
+
+
+@pytest.mark.parametrize("with_library", [False, True])
+def test_exported_with_dynamic_sizes_it_computes_the_same(with_library: bool, tmp_path: Path) -> None:
+    after, _, before = place(dynamic=DYNAMIC, linears=EVERY, attentions=EVERY, seed=2)
     for shape in ((2, 5, 24), (3, 11, 24)):
+        model = to_onnx(after)
+        assert sum(node.op_type == "Hadamard" for node in model.graph) == 5
         x = torch.randn(shape)
-        (got,) = session.run(None, {"x": x.numpy()})
+        (got,) = results(model, tmp_path, with_library, x)
         for program in (before, after):
             assert np.abs(got - program(x).detach().numpy()).max() < 1e-5
+
+
+class Layer(nn.Module):
+    """A post-norm layer with outlier channels: nothing in it can turn for free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.up, self.down = nn.LayerNorm(96), nn.Linear(96, 160), nn.Linear(160, 96)
+        with torch.no_grad():
+            self.norm.weight[::40] = 30.0
+            self.norm.bias.normal_()
+            self.up.weight[:, ::40] /= 30.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x + torch.tanh(x))
+        out: Tensor = self.down(F.gelu(self.up(y)))
+        return out
+
+
+def quantized(program: Program, **options: Any) -> Program:
+    """The program by the recipe w4a4, with transforms where `options` say."""
+    recipe = PRESETS["w4a4"]
+    steps = plan(program, recipe)
+    position = next(i for i, step in enumerate(steps) if "quantize" in step.run.name)
+    return run_steps(program, [*steps[:position], Step(place_hadamards, options), *steps[position:]])[0]
+
+
+@pytest.mark.parametrize("with_library", [False, True])
+def test_through_the_pipeline_transforms_end_in_the_quantizers_and_pay(
+    with_library: bool, tmp_path: Path, counts: Any
+) -> None:
+    x = torch.randn(3, 7, 96)
+    program = capture(Layer().eval(), (x,), None, {"x": {0: Dim("batch", max=64), 1: Dim("length", max=64)}})
+    turned = quantized(program, linears=EVERY, seed=0)
+    assert counts(turned)["hadamard"] == counts(turned)["mul"] == 0
+    assert counts(turned)["norm_quantize"] == counts(turned)["quantize_activation"] == 1
+    orders = [
+        list(argument(node, "hadamard"))
+        for node in (
+            *calls(turned, OPS.norm_quantize.default),
+            *calls(turned, OPS.quantize_activation.default),
+        )
+    ]
+    assert orders == [[12, 8], [20, 8]]
+    exact = program(x)
+    assert relative_error([exact], [turned(x)]) < 0.6 * relative_error([exact], [quantized(program)(x)])
+    other = torch.randn(2, 11, 96)
+    (got,) = results(to_onnx(turned), tmp_path, with_library, other)
+    # A code may fall on either side of an edge: single steps of 4 bits, not the whole.
+    assert np.abs(got - turned(other).detach().numpy()).mean() < 2e-3 * np.abs(got).mean()
