@@ -76,7 +76,8 @@ OrtStatus* hadamard_plan(const Attributes& a, const char* name, bool transpose, 
                   a.op->name, name, (long long)order, i);
     plan->size *= order;
     if (plan->size > (int64_t(1) << 30))
-      return fail(a.api, ORT_INVALID_ARGUMENT, "%s: the product of attribute '%s' is larger than 2^30", a.op->name, name);
+      return fail(a.api, ORT_INVALID_ARGUMENT, "%s: the product of attribute '%s' is larger than 2^30", a.op->name,
+                  name);
     if (position < 0) {
       plan->width = order;
       continue;
