@@ -74,10 +74,10 @@ OrtStatus* hadamard_plan(const Attributes& a, const char* name, bool transpose, 
                   "%s: attribute '%s' has %lld at position %d; expected orders of known Hadamard matrices (12, 20, 28, "
                   "...), a power of two only as the last",
                   a.op->name, name, (long long)order, i);
-    plan->size *= order;
-    if (plan->size > (int64_t(1) << 30))
+    if (order > (int64_t(1) << 30) / plan->size)
       return fail(a.api, ORT_INVALID_ARGUMENT, "%s: the product of attribute '%s' is larger than 2^30", a.op->name,
                   name);
+    plan->size *= order;
     if (position < 0) {
       plan->width = order;
       continue;

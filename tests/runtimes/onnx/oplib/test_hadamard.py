@@ -83,6 +83,7 @@ def test_norms_transform_before_they_quantize(run_operator: Run, kind: str) -> N
         (torch.ones(2, 48), [4, 12], r"'orders' has 4 at position 0"),
         (torch.ones(2, 8), [0], r"'orders' has 0 at position 0"),
         (torch.ones(2, 8), [2**40], r"larger than 2\^30"),
+        (torch.ones(2, 8), [252, 2**62], r"larger than 2\^30"),
     ],
 )
 def test_bad_transforms_are_errors_that_say_why(
