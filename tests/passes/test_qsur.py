@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 
+from isofold.compiler.hadamard import hadamard_matrix
+from isofold.compiler.hadamard_orders import factor
 from isofold.passes.qsur import Moments, chi_square_quantile, qsur_root
 
 
@@ -60,3 +62,12 @@ def test_data_that_does_not_span_its_channels_stays_finite() -> None:
     covariance = torch.diag(torch.tensor([1.0, 2.0, 0.0, 0.0]).double())
     assert 0 < qsur_root(Moments(torch.zeros(4).double(), covariance)) < 0.1
     assert qsur_root(Moments(torch.ones(4).double(), torch.zeros(4, 4).double())) == 0.0
+
+
+def test_a_hadamard_transform_is_the_rotation_by_its_matrix() -> None:
+    m = moments(12)
+    by_matrix, by_factors = m.rotated(hadamard_matrix(12)), m.hadamard(factor(12))
+    assert torch.allclose(by_factors.mean, by_matrix.mean)
+    assert torch.allclose(by_factors.covariance, by_matrix.covariance)
+    outlier = m.scaled(torch.tensor([1.0] * 11 + [0.01]))
+    assert qsur_root(outlier.hadamard(factor(12))) > qsur_root(outlier)
