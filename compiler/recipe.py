@@ -4,6 +4,7 @@
     weights: {bits: 4, group_size: 32, symmetric: true, range: mse}
     activations: {mode: dynamic}
     embeddings: {bits: 8}
+    fold: {rotation: hadamard, scale: none}
     convolutions: {bits: 8}
     layers:
       - match: ["lm_head", "model.layers.0.*"]
@@ -88,6 +89,38 @@ class CacheFormat(_Strict):
     bits: Literal[4, 8] = 8
 
 
+class Fold(_Strict):
+    """Equivalent transforms before anything is rounded; the program computes the same, and rounds better.
+
+    rotation: of every channel space that takes one: `hadamard` (random signs and a Hadamard matrix), `womi` (eigenvectors
+    of the readers' weights, then Hadamard), `learned` (from womi, on calibration data) or `none`.
+    scale: of every quantized layer's input, per channel: `smoothquant`, `osplus`, `awq`, `cle`, `search` (the best of
+    them at each layer), `learned`, `none`. It is folded into what writes the value where that is legal, and rides on the
+    activation quantizer where not. shift: `osplus`, `mean`, `search`, `learned`, `none`, likewise.
+    online: `auto` puts Hadamard transforms into the graph where inputs have four bits and no rotation can be folded, and on
+    queries and keys where a cache is quantized; `off` never.
+    balance: put free scales where the weights' norms are least, first. steps, seed: of learning and of random matrices.
+    """
+
+    rotation: Literal["none", "hadamard", "womi", "learned"] = "none"
+    scale: Literal["none", "smoothquant", "osplus", "awq", "cle", "search", "learned"] = "none"
+    shift: Literal["none", "osplus", "mean", "search", "learned"] = "none"
+    online: Literal["auto", "off"] = "auto"
+    balance: bool = True
+    steps: int = Field(default=100, ge=1)
+    seed: int = 0
+
+    @property
+    def learns(self) -> bool:
+        """Whether something is learned."""
+        return "learned" in (self.rotation, self.scale, self.shift)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether some choice is made on calibration data."""
+        return self.learns or self.scale not in ("none", "cle") or self.shift != "none"
+
+
 class LayerRule(_Strict):
     """Formats for the layers whose module path matches; what is not given is inherited, null means float."""
 
@@ -107,6 +140,7 @@ class LayerRule(_Strict):
 class Recipe(_Strict):
     """A whole recipe. `None` for weights, embeddings, convolutions or kv (keys and values) leaves those in float.
 
+    fold: equivalent transforms that come first, None for none.
     fuse: whether to fuse operators (attention, norms, epilogues, shared inputs) for the runtimes' kernels.
     """
 
@@ -116,6 +150,7 @@ class Recipe(_Strict):
     embeddings: EmbeddingFormat | None = None
     convolutions: ConvolutionFormat | None = None
     kv: CacheFormat | None = None
+    fold: Fold | None = None
     fuse: bool = True
     layers: list[LayerRule] = []
 
@@ -141,7 +176,9 @@ class Recipe(_Strict):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether some range must be measured on data."""
+        """Whether some range or transform must be found on data."""
+        if self.fold is not None and self.fold.needs_data:
+            return True
         rules = [self.activations, *(r.activations for r in self.layers if r.activations is not None)]
         return any(a.mode == "static" for a in rules)
 
@@ -238,11 +275,54 @@ PRESETS: dict[str, Recipe] = {
             convolutions=ConvolutionFormat(),
             kv=CacheFormat(bits=4),
         ),
+        Recipe(
+            name="w8a8-smooth",
+            weights=_W8,
+            activations=_DYNAMIC,
+            embeddings=EmbeddingFormat(),
+            convolutions=ConvolutionFormat(),
+            fold=Fold(scale="search", shift="search"),
+        ),
+        Recipe(
+            name="w4a8-smooth",
+            weights=_W4,
+            activations=_DYNAMIC,
+            embeddings=EmbeddingFormat(),
+            convolutions=ConvolutionFormat(),
+            fold=Fold(scale="search", shift="search"),
+        ),
+        Recipe(
+            name="w4a8-rotate",
+            weights=_W4,
+            activations=_DYNAMIC,
+            embeddings=EmbeddingFormat(),
+            convolutions=ConvolutionFormat(),
+            fold=Fold(rotation="hadamard"),
+        ),
+        Recipe(
+            name="w4a4kv4-rotate",
+            weights=_W4,
+            activations=_DYNAMIC4,
+            embeddings=EmbeddingFormat(),
+            convolutions=ConvolutionFormat(),
+            kv=CacheFormat(bits=4),
+            fold=Fold(rotation="hadamard"),
+        ),
+        Recipe(
+            name="w4a4kv4-learned",
+            weights=_W4,
+            activations=_DYNAMIC4,
+            embeddings=EmbeddingFormat(),
+            convolutions=ConvolutionFormat(),
+            kv=CacheFormat(bits=4),
+            fold=Fold(rotation="learned", scale="learned", shift="learned"),
+        ),
         Recipe(name="w8a16", weights=_W8, embeddings=EmbeddingFormat()),
         Recipe(name="w4a16", weights=_W4, embeddings=EmbeddingFormat()),
     )
 }
-"""Named recipes. `w` is the width of weights, `a` that of activations (a16: float), `kv` that of keys and values."""
+"""Named recipes. `w` is the width of weights, `a` that of activations (a16: float), `kv` that of keys and values; `smooth`
+(scales and shifts), `rotate` and `learned` name the transforms that are folded in first."""
 
 
 def resolve(recipe: Recipe | str | os.PathLike[str] | dict[str, Any]) -> Recipe:

@@ -72,9 +72,7 @@ class Histogram:
             bins[BINS // 2 : BINS // 2 + BINS] = pairs
         self.width *= 2
 
-    def range(
-        self, percentile: float = 100.0, search: str = "minmax", bits: int = 8
-    ) -> tuple[float, float]:
+    def range(self, percentile: float = 100.0, search: str = "minmax", bits: int = 8) -> tuple[float, float]:
         """A range that contains 0: by percentile (the share of values inside), or `mse` (for codes of that width)."""
         low, high = min(self.low, 0.0), max(self.high, 0.0)
         if percentile < 100:
@@ -161,7 +159,7 @@ def stream(
     total = len(batches) if isinstance(batches, Sequence) else None
     done = 0
     for index, batch in enumerate(batches):
-        args, kwargs = _arguments(program, batch, index)
+        args, kwargs = batch_arguments(program, batch, index)
 
         def check(node: fx.Node, found: Any, index: int = index) -> None:
             if node.name not in names:
@@ -193,7 +191,7 @@ def stream(
         )
 
 
-def _arguments(program: Program, batch: Any, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def batch_arguments(program: Program, batch: Any, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The batch as checked args and kwargs of the program."""
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}

@@ -8,8 +8,8 @@
    the linears that feed it (its views then lead to them), epilogues before those linears are joined and before norms,
    which take only the sums that no linear took.
 
-Steps that a recipe does not ask for are left out; later issues add folds between 1 and 2 (the fold solver)
-and better quantizers in 2.
+Between 1 and 2 come the folds that the recipe asks for (`fold_transforms`). Steps that a recipe does not ask for are
+left out.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ..compiler.canonicalize import canonicalize
 from ..compiler.driver import Step
 from ..compiler.program import Program
 from ..compiler.recipe import Kind, Recipe
+from .fold_transforms import fold_steps
 from .fuse_attention import fuse_attention
 from .fuse_epilogues import fuse_epilogues
 from .fuse_gated import fuse_gated
@@ -41,7 +42,9 @@ from .quantize_weights import quantize_weights
 def plan(program: Program, recipe: Recipe, calibration: Iterable[Any] | None = None) -> list[Step]:
     """The steps of `recipe` for `program`; calibration batches as in `calibrate.calibrate`."""
     options = {"recipe": recipe}
-    steps = [Step(canonicalize), Step(check_recipe, options)]
+    if recipe.fold is not None and calibration is not None:
+        calibration = list(calibration)
+    steps = [Step(canonicalize), Step(check_recipe, options), *fold_steps(recipe, calibration)]
     weights, embeddings, convolutions, cache = (
         _asks_for(recipe, kind) for kind in ("weights", "embeddings", "convolutions", "kv")
     )

@@ -1,0 +1,393 @@
+"""Learn rotations, scales and shifts through the differentiable program, with the rounding in the loop (OSTQuant).
+
+    minimize over R, s, z:   loss( Q-program(R, s, z), program )
+
+The student is the program with quantizers on activations (straight-through gradients), keys and values, and with every
+weight computed from the frozen one at each step: turned by its spaces' matrices, scaled and shifted for its site,
+Hadamard-transformed where the site has one, and rounded (straight through). The teacher is the program itself; the loss
+is the divergence over the teacher's most likely tokens, or the relative squared error of hidden states (kl_top.py).
+
+What is learned is what channel spaces and edges allow: an orthogonal matrix for each space that turns (on the Stiefel
+manifold), an angle for each rotary pair where keys are quantized (both channels of a pair turn as one: the tie without
+which the transform would not be an identity), and log-scales and shifts of each site. Rotations start from WOMI, scales
+and shifts from the search of `choose_edges`; the start is kept where training does not end below it.
+
+Source: OSTQuant (arXiv 2501.13987); learning rates are its own for rotations, larger for scales, whose few steps here see
+less data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from ..compiler.dialect import quantize_dequantize
+from ..compiler.graph import argument
+from ..compiler.hadamard import apply_hadamard
+from ..compiler.program import Program
+from ..compiler.recipe import ActivationFormat, Fold, Recipe
+from ..compiler.spaces.analysis import Space, Spaces, analyse
+from ..compiler.spaces.atoms import Group
+from ..compiler.spaces.change import rotated
+from ..compiler.spaces.transform import pair_matrix
+from .calibrate import batch_arguments
+from .choose_edges import choose_edges
+from .choose_rotations import choose_rotations
+from .fold_rotation import fold_rotation
+from .kl_top import loss_against
+from .layers import group_size_for
+from .quantize_activations import quantize_activations
+from .quantize_cache import quantize_cache
+from .ranges import dequantized, quantize_matrix
+from .sites import EdgeTransform, Reader, Site, along, find_sites
+from .stiefel import RiemannianAdam
+
+ROTATION_RATE, SCALE_RATE, SHIFT_RATE = 0.0169, 0.005, 0.005
+
+Progress = Callable[[int, int, float], None]
+"""Called with (steps done, steps in all, loss)."""
+
+
+@dataclass
+class Learned:
+    """What was learned: matrices by the space's name, edge transforms by the site's name, and the loss on the way."""
+
+    rotations: dict[str, Tensor]
+    edges: dict[str, EdgeTransform]
+    losses: list[float] = field(default_factory=list)
+    before: float = 0.0
+    after: float = 0.0
+
+
+@dataclass
+class _SiteParameters:
+    site: Site
+    log_scale: Tensor
+    shift: Tensor | None
+    hadamard: tuple[int, ...]
+    step: float
+    """Typical magnitude of the value, by which its shift is measured."""
+
+    def transform(self) -> EdgeTransform:
+        shift = None if self.shift is None else (self.shift * self.step).detach().double()
+        return EdgeTransform(self.log_scale.detach().double().exp(), shift, self.hadamard)
+
+
+def learn_transforms(
+    program: Program,
+    recipe: Recipe,
+    fold: Fold,
+    calibration: Iterable[Any],
+    *,
+    hadamard: Callable[[Sequence[Site], Spaces], set[str]],
+    progress: Progress | None = None,
+) -> Learned:
+    """Transforms for a canonical program whose gains are folded (`rotation: learned`) or not.
+
+    calibration: batches as in `calibrate`; they are gone through in turn. hadamard: which sites get an online transform.
+    """
+    batches = [batch_arguments(program, batch, index) for index, batch in enumerate(calibration)]
+    spaces = analyse(program)
+    generator = torch.Generator().manual_seed(fold.seed)
+    start = (
+        choose_rotations(spaces, "womi" if fold.rotation == "learned" else fold.rotation, fold.seed)
+        if fold.rotation != "none"
+        else {}
+    )
+    student = _Student(program, spaces, recipe, fold, start, calibration, hadamard)
+    loss = loss_against(program)
+    order = _order(len(batches), fold.steps, generator)
+    teacher = {}
+
+    def of(index: int) -> Tensor:
+        flat = program.flatten_inputs(*batches[index])
+        if index not in teacher:
+            with torch.no_grad():
+                teacher[index] = pytree.tree_leaves(
+                    program.graph_module(*batches[index][0], **batches[index][1])
+                )
+        expected = teacher[index] if len(teacher) <= 16 else teacher.pop(index)
+        return loss(student.run(flat), expected)
+
+    probe = list(range(min(4, len(batches))))
+    with torch.no_grad():
+        before = sum(float(of(i)) for i in probe) / len(probe)
+    first = student.snapshot()
+    learned = Learned({}, {}, before=before)
+    optimizer = student.optimizer(fold)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, fold.steps)
+    for done, index in enumerate(order):
+        optimizer.zero_grad()
+        found = of(index)
+        found.backward()
+        optimizer.step()
+        schedule.step()
+        learned.losses.append(float(found.detach()))
+        if progress is not None:
+            progress(done + 1, fold.steps, learned.losses[-1])
+    with torch.no_grad():
+        learned.after = sum(float(of(i)) for i in probe) / len(probe)
+    if not learned.after < before:
+        student.restore(first)
+        learned.after = before
+    learned.rotations, learned.edges = student.rotations(), student.edges()
+    return learned
+
+
+def _order(batches: int, steps: int, generator: torch.Generator) -> Iterator[int]:
+    left: list[int] = []
+    for _ in range(steps):
+        if not left:
+            left = torch.randperm(batches, generator=generator).tolist()
+        yield left.pop()
+
+
+class _Student:
+    """The rounded program as a function of the transforms."""
+
+    def __init__(
+        self,
+        program: Program,
+        spaces: Spaces,
+        recipe: Recipe,
+        fold: Fold,
+        start: dict[str, Tensor],
+        calibration: Iterable[Any],
+        hadamard: Callable[[Sequence[Site], Spaces], set[str]],
+    ) -> None:
+        self.spaces = spaces
+        self.matrices = {
+            name: matrix.float().requires_grad_(fold.rotation == "learned") for name, matrix in start.items()
+        }
+        self.angles = self._angles(recipe) if fold.rotation == "learned" else {}
+        dynamic = _dynamic(recipe)
+        quantized = quantize_activations(program, recipe=dynamic).program if _rounds(recipe) else program
+        if recipe.kv is not None:
+            quantized = quantize_cache(quantized, recipe=recipe).program
+        self.program = quantized
+        sites = find_sites(program, recipe)
+        names = hadamard(sites, spaces)
+        self.sites = self._sites(program, recipe, fold, sites, names, start, calibration)
+        self.reader_of: dict[str, tuple[_SiteParameters, Reader]] = {
+            reader.node: (parameters, reader)
+            for parameters in self.sites
+            for reader in parameters.site.readers
+        }
+        nodes = {node.name: node for node in quantized.graph.nodes}
+        self.input_of: dict[str, _SiteParameters] = {}
+        for parameters in self.sites:
+            source = argument(nodes[parameters.site.readers[0].node], "input")
+            if source.target == quantize_dequantize.overload:
+                self.input_of[source.name] = parameters
+        self.touched = {
+            str(member.node.target): member.node
+            for space in spaces.spaces
+            if space.name in self.matrices or space.name in self.angles
+            for member in space.parameters
+        }
+
+    def _angles(self, recipe: Recipe) -> dict[str, Tensor]:
+        if recipe.kv is None:
+            return {}
+        found = {}
+        for space in self.spaces.spaces:
+            if space.group in (Group.PAIR, Group.PAIR_ORTHOGONAL):
+                sizes = [atom.size for atom in space.varies]
+                found[space.name] = torch.zeros(*sizes, space.size // 2, requires_grad=True)
+        return found
+
+    def _sites(
+        self,
+        program: Program,
+        recipe: Recipe,
+        fold: Fold,
+        sites: Sequence[Site],
+        names: set[str],
+        start: dict[str, Tensor],
+        calibration: Iterable[Any],
+    ) -> list[_SiteParameters]:
+        turned = fold_rotation(program, rotations=start).program if start else program
+        scale: Any = "search" if fold.scale == "learned" else fold.scale
+        shift: Any = "search" if fold.shift == "learned" else fold.shift
+        chosen = choose_edges(
+            turned, recipe, scale=scale, shift=shift, calibration=calibration, hadamard=names, seed=fold.seed
+        )
+        found = []
+        for site in sites:
+            transform = chosen[site.name].transform
+            channels = site.channels
+            scales = torch.ones(channels, dtype=torch.float64) if transform.scale is None else transform.scale
+            log_scale = scales.log().float().requires_grad_(fold.scale == "learned")
+            shifted = site.shift_refusal is None and (fold.shift == "learned" or transform.shift is not None)
+            step = 1.0
+            offset = None
+            if shifted:
+                z = torch.zeros(channels, dtype=torch.float64) if transform.shift is None else transform.shift
+                step = float(z.abs().mean()) or 1.0
+                offset = (z / step).float().requires_grad_(fold.shift == "learned")
+            found.append(_SiteParameters(site, log_scale, offset, transform.hadamard, step))
+        return found
+
+    # ---- parameters
+
+    def optimizer(self, fold: Fold) -> RiemannianAdam:
+        """Rotations on the Stiefel manifold, everything else by plain Adam steps (scales in their logarithm)."""
+        groups: list[dict[str, Any]] = []
+        turning_ = [m for m in self.matrices.values() if m.requires_grad]
+        if turning_:
+            groups.append({"params": turning_, "lr": ROTATION_RATE, "manifold": "stiefel"})
+        if self.angles:
+            groups.append(
+                {"params": list(self.angles.values()), "lr": ROTATION_RATE, "manifold": "euclidean"}
+            )
+        scales = [p.log_scale for p in self.sites if p.log_scale.requires_grad]
+        if scales:
+            groups.append({"params": scales, "lr": SCALE_RATE, "manifold": "euclidean"})
+        shifts = [p.shift for p in self.sites if p.shift is not None and p.shift.requires_grad]
+        if shifts:
+            groups.append({"params": shifts, "lr": SHIFT_RATE, "manifold": "euclidean"})
+        return RiemannianAdam(groups)
+
+    def _all(self) -> list[Tensor]:
+        shifts = [p.shift for p in self.sites if p.shift is not None]
+        return [*self.matrices.values(), *self.angles.values(), *(p.log_scale for p in self.sites), *shifts]
+
+    def snapshot(self) -> list[Tensor]:
+        """All values, to come back to."""
+        return [t.detach().clone() for t in self._all()]
+
+    def restore(self, values: Sequence[Tensor]) -> None:
+        """Values of `snapshot`."""
+        with torch.no_grad():
+            for parameter, held in zip(self._all(), values, strict=True):
+                parameter.copy_(held)
+
+    def rotations(self) -> dict[str, Tensor]:
+        """Float64 matrices, made orthogonal to that precision."""
+        found = {}
+        for name, matrix in self.matrices.items():
+            left, _, right = torch.linalg.svd(matrix.detach().double())
+            found[name] = left @ right
+        for space in self.spaces.spaces:
+            if space.name in self.angles:
+                angle = self.angles[space.name].detach().double()
+                found[space.name] = pair_matrix(angle, torch.ones_like(angle), bool(space.atom.interleaved))
+        return found
+
+    def edges(self) -> dict[str, EdgeTransform]:
+        """The transform of every site."""
+        return {p.site.name: p.transform() for p in self.sites}
+
+    # ---- running
+
+    def run(self, flat: Sequence[Any]) -> list[Any]:
+        """Flat outputs."""
+        parameters = {name: self._turned(name, node) for name, node in self.touched.items()}
+        result = _Interpreter(self, parameters).run(*flat, enable_io_processing=False)
+        return pytree.tree_leaves(result)
+
+    def _turned(self, name: str, node: fx.Node) -> Tensor:
+        held: Tensor = self.program.tensors[name]
+        for space in self.spaces.spaces:
+            if not any(member.node is node for member in space.parameters):
+                continue
+            matrix = self._matrix(space)
+            if matrix is not None:
+                held = rotated(held, self.spaces.dims_of[node], space, matrix)
+        return held
+
+    def _matrix(self, space: Space) -> Tensor | None:
+        if space.name in self.matrices:
+            return self.matrices[space.name]
+        if space.name in self.angles:
+            angle = self.angles[space.name]
+            return pair_matrix(angle, torch.ones_like(angle), bool(space.atom.interleaved)).to(angle.dtype)
+        return None
+
+
+class _Interpreter(fx.Interpreter):
+    def __init__(self, student: _Student, parameters: dict[str, Tensor]) -> None:
+        super().__init__(student.program.graph_module)
+        self.student, self.parameters = student, parameters
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        held = self.parameters.get(str(target))
+        return super().get_attr(target, args, kwargs) if held is None else held
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.name in self.student.input_of:
+            site = self.student.input_of[n.name]
+            x, params, *rest = self.fetch_args_kwargs_from_env(n)[0]
+            return quantize_dequantize.overload(_moved(site, x), params, *rest)
+        if n.name in self.student.reader_of:
+            return self._read(n, *self.student.reader_of[n.name])
+        return super().run_node(n)
+
+    def _read(self, n: fx.Node, site: _SiteParameters, reader: Reader) -> Any:
+        x, weight, bias = (self._value(argument(n, name)) for name in ("input", "weight", "bias"))
+        if argument(n, "input").name not in self.student.input_of:
+            x = _moved(site, x)  # activations stay float
+        y = reader.run(x, _rounded(reader, _folded(site, weight)))
+        total = bias
+        if site.shift is not None:
+            shift = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
+            offset = shift @ (site.shift * site.step)
+            total = offset if total is None else total + offset
+        return y if total is None else y + along(total, y, site.site.channel_dim)
+
+    def _value(self, node: Any) -> Any:
+        return self.env[node] if isinstance(node, fx.Node) else node
+
+
+def _moved(site: _SiteParameters, x: Tensor) -> Tensor:
+    dim = site.site.channel_dim
+    if site.shift is not None:
+        x = x - along(site.shift * site.step, x, dim)
+    x = x * along(torch.exp(-site.log_scale), x, dim)
+    return EdgeTransform(hadamard=site.hadamard).apply(x, dim) if site.hadamard else x
+
+
+def _folded(site: _SiteParameters, weight: Tensor) -> Tensor:
+    scaled = weight * along(torch.exp(site.log_scale), weight, 1)
+    return apply_hadamard(scaled, site.hadamard) if site.hadamard else scaled
+
+
+def _rounded(reader: Reader, weight: Tensor) -> Tensor:
+    """The weight as its format leaves it, with a straight-through gradient."""
+    form = reader.format
+    with torch.no_grad():
+        size = group_size_for(tuple(weight.shape), form)
+        found = quantize_matrix(
+            weight.detach(), bits=form.bits, group_size=size, symmetric=getattr(form, "symmetric", True),
+            search="absmax", storable=weight.dim() == 2,
+        )  # fmt: skip
+        rounded = dequantized(found, size).reshape(weight.shape)
+    return weight + (rounded - weight).detach()
+
+
+def _dynamic(recipe: Recipe) -> Recipe:
+    """The recipe with ranges that follow each token: static ones are measured after the transforms are folded."""
+
+    def free(form: ActivationFormat) -> ActivationFormat:
+        return form.model_copy(update={"mode": "dynamic"}) if form.mode == "static" else form
+
+    layers = [
+        rule.model_copy(update={"activations": free(rule.activations)})
+        if rule.activations is not None
+        else rule
+        for rule in recipe.layers
+    ]
+    return recipe.model_copy(update={"activations": free(recipe.activations), "layers": layers})
+
+
+def _rounds(recipe: Recipe) -> bool:
+    forms = [
+        recipe.activations,
+        *(rule.activations for rule in recipe.layers if rule.activations is not None),
+    ]
+    return any(form.mode != "float" for form in forms)
