@@ -103,7 +103,7 @@ def test_three_linears_become_one(packed: Make, text: Callable[[Program], list[s
     lines = text(fused)
     scale = argument(the_attention(fused), "scale")
     assert lines == [
-        "%0 = quantize_activation(x0, None, 32)",
+        "%0 = quantize_activation(x0, None, 32, None, None, 8)",
         "%1 = getitem(%0, 0)",
         "%2 = getitem(%0, 1)",
         "%3 = linear_packed(%1, %2, c, c, None, c, c, None, 96, 64, 8, 0, 1.0, 'none', False)",
