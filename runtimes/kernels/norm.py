@@ -171,16 +171,16 @@ def _rows(
             sweep(k, body)
 
         _choose(flags, [SHIFT, SCALE], transform, [])
-        read = plain(row, tirx.const(0, "int64"))
+        moved = plain(row, tirx.const(0, "int64"))
         with when(is_set(QUANTIZE)), T.If(is_set(STATIC)):
             with T.Then():
                 scale, zero = bind(load(pair, 0, 1)), bind(load(pair, 1, 1))
-                write_codes(isa, read, k, u, r * kp, kp, scale, zero, levels)
+                write_codes(isa, moved, k, u, r * kp, kp, scale, zero, levels)
             with T.Else():
                 scale, zero = pair_of(lowest.result(), highest.result(), levels)
                 store(params, r * 2, scale, 1)
                 store(params, r * 2 + 1, zero, 1)
-                write_codes(isa, read, k, u, r * kp, kp, scale, zero, levels)
+                write_codes(isa, moved, k, u, r * kp, kp, scale, zero, levels)
 
 
 KERNELS = [

@@ -147,9 +147,7 @@ def _pack64(read: Read, at: Any, inverse: Any, z: Any, largest: Any) -> Any:
     return T.min(T.reinterpret("uint8x64", sorted_), largest)
 
 
-def write_codes(
-    isa: Isa, read: Read, k: Any, u: Any, out: Any, kp: Any, s: Any, z: Any, levels: Any
-) -> None:
+def write_codes(isa: Isa, read: Read, k: Any, u: Any, out: Any, kp: Any, s: Any, z: Any, levels: Any) -> None:
     """u[out : out + kp] = codes of the row, zeros after."""
     inverse = bind(T.float32(1.0) / s)
     done: Any = T.int64(0)

@@ -95,7 +95,7 @@ def _translation(operator: Operator) -> Callable[..., Any]:
     arguments = operator.overload._schema.arguments
 
     def translate(*args: Any, **kwargs: Any) -> Any:
-        given = {a.name: a.default_value for a in arguments if a.has_default_value()}
+        given: dict[str, Any] = {a.name: a.default_value for a in arguments if a.has_default_value()}
         given |= dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
         inputs = [given.get(a.name) for a in arguments if is_tensor(a)]
         attributes = {}

@@ -234,7 +234,9 @@ def test_quantize_dequantize_has_a_straight_through_gradient_that_stops_at_the_r
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_dynamic_quantize_dequantize_passes_the_gradient_of_all_but_what_half_a_step_cuts_off(bits: int) -> None:
+def test_dynamic_quantize_dequantize_passes_the_gradient_of_all_but_what_half_a_step_cuts_off(
+    bits: int,
+) -> None:
     x = randn(20, 64).requires_grad_()
     weight = randn(20, 64).flip(0)
     y = OPS.quantize_dequantize(x, None, "token", bits)
