@@ -107,7 +107,7 @@ def pair_matrix(angle: Tensor, scale: Tensor, interleaved: bool) -> Tensor:
     half = angle.shape[-1]
     first = torch.arange(half) * 2 if interleaved else torch.arange(half)
     second = first + (1 if interleaved else half)
-    matrix = torch.zeros(*angle.shape[:-1], 2 * half, 2 * half, dtype=torch.float64)
+    matrix = torch.zeros(*angle.shape[:-1], 2 * half, 2 * half, dtype=angle.dtype)
     cos, sin = scale * torch.cos(angle), scale * torch.sin(angle)
     matrix[..., first, first] = cos
     matrix[..., second, second] = cos
