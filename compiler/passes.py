@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from .editor import Editor
 from .graph import Place
 from .program import Program
@@ -93,7 +95,9 @@ class Pass:
     def __call__(self, program: Program, **options: Any) -> PassResult:
         """Run on a copy; the given program is not changed."""
         editor = Editor(program)
-        self.edit(editor, **options)
+        # Weights may require gradients (a program is differentiable); what a pass makes of them is a new constant.
+        with torch.no_grad():
+            self.edit(editor, **options)
         result = editor.finish()
         report = PassReport(
             name=self.name,

@@ -31,6 +31,7 @@ def turning(spaces: Spaces) -> list[Space]:
     return [space for space in spaces.spaces if space.group in full and not space.gains]
 
 
+@torch.no_grad()
 def choose_rotations(spaces: Spaces, method: str, seed: int = 0) -> dict[str, Tensor]:
     """Matrices `[n, n]` or `[*sizes of space.varies, n, n]` by the space's name; method `hadamard | womi`."""
     chosen = {}
@@ -42,6 +43,7 @@ def choose_rotations(spaces: Spaces, method: str, seed: int = 0) -> dict[str, Te
     return chosen
 
 
+@torch.no_grad()
 def reader_basis(spaces: Spaces, space: Space) -> Tensor:
     """Eigenvectors (columns) of the covariance of the readers' weights over the space's channels.
 
@@ -53,7 +55,10 @@ def reader_basis(spaces: Spaces, space: Space) -> Tensor:
     first = torch.zeros(*sizes, n, dtype=torch.float64)
     count = 0
     for member in space.parameters:
-        if not any(u.target is aten.linear.default and argument(u, "weight") is member.node for u in member.node.users):
+        if not any(
+            u.target is aten.linear.default and argument(u, "weight") is member.node
+            for u in member.node.users
+        ):
             continue
         if member.dim != 1:
             continue
@@ -64,10 +69,16 @@ def reader_basis(spaces: Spaces, space: Space) -> Tensor:
             if space.atom in atoms:
                 order = [atoms.index(a) for a in (*space.varies, space.atom)]
                 rest = [i for i in range(len(atoms)) if i not in order]
-                rows.append(view.permute([*rest, *order]).flatten(0, len(rest) - 1) if rest else view.permute(order)[None])
+                rows.append(
+                    view.permute([*rest, *order]).flatten(0, len(rest) - 1)
+                    if rest
+                    else view.permute(order)[None]
+                )
             return view
 
-        by_blocks(spaces.program.tensors[str(member.node.target)].double(), spaces.dims_of[member.node], collect)
+        by_blocks(
+            spaces.program.tensors[str(member.node.target)].double(), spaces.dims_of[member.node], collect
+        )
         for found in rows:
             total += torch.einsum("r...i,r...j->...ij", found, found)
             first += found.sum(0)

@@ -162,7 +162,7 @@ class _Student:
     ) -> None:
         self.spaces = spaces
         self.matrices = {
-            name: matrix.float().requires_grad_(fold.rotation == "learned") for name, matrix in start.items()
+            name: matrix.detach().float().requires_grad_(fold.rotation == "learned") for name, matrix in start.items()
         }
         self.angles = self._angles(recipe) if fold.rotation == "learned" else {}
         dynamic = _dynamic(recipe)
@@ -292,7 +292,7 @@ class _Student:
         return pytree.tree_leaves(result)
 
     def _turned(self, name: str, node: fx.Node) -> Tensor:
-        held: Tensor = self.program.tensors[name]
+        held: Tensor = self.program.tensors[name].detach()
         for space in self.spaces.spaces:
             if not any(member.node is node for member in space.parameters):
                 continue
