@@ -97,7 +97,7 @@ def _fold_scales(
             if reason is None and not isinstance(found, str):
                 factor = assignment.over(*found)
                 if factor is not None:
-                    realised[by_value[value][0]] = factor.flatten()
+                    realised[by_value[value][0]] = factor.reshape(-1, factor.shape[-1])[0]
         apply_factors(editor, spaces, {root: v.exp() for root, v in chosen.items()})
     for value, reason in reasons.items():
         if reason is None:

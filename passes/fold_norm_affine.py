@@ -92,7 +92,8 @@ def _foldable_biases(
 
 def _remove(editor: Editor, node: fx.Node, gain: Gain, without_bias: bool) -> None:
     if not gain.norm:
-        x = next(a for a in node.args[:2] if isinstance(a, fx.Node) and a.name == gain.input.name)
+        parameter = gain.parameter.target
+        x = next(a for a in node.args[:2] if isinstance(a, fx.Node) and a.target != parameter)
         editor.applied(node, "its gain is folded into what reads it")
         editor.replace(node, x)
         return

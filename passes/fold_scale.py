@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, fx
 
 from ..compiler.editor import Editor
-from ..compiler.graph import argument, place_of, value
+from ..compiler.graph import place_of
 from ..compiler.passes import Guarantee, define_pass
 from ..compiler.spaces.analysis import Spaces, analyse
-from ..compiler.spaces.atoms import Dim
-from ..compiler.spaces.change import Assignment, Root, apply_factors, project
+from ..compiler.spaces.atoms import Dim, leaves
+from ..compiler.spaces.change import Assignment, Root, apply_factors, project, size_of_dim
 from ..compiler.spaces.potentials import Key, Solution
 
 
@@ -58,7 +58,7 @@ def realisable(
             reasons[name] = found
             continue
         key, dims = found
-        values = project(solution, key, dims, vector)
+        values = project(solution, key, dims, vector.expand([size_of_dim(dim) for dim in dims]))
         fresh = {root: v for root, v in values.items() if root not in chosen}
         free, _ = solution.parametrize([*chosen, *fresh])
         if not fresh or not set(fresh) <= set(free):
@@ -70,21 +70,18 @@ def realisable(
 
 
 def channel_key(spaces: Spaces, solution: Solution, node: fx.Node) -> tuple[Key, list[Dim]] | str:
-    """The key of a value's channels through a linear that reads it, or why its vector is pinned."""
+    """A value's key and dimensions, where its vector is a function of the channels alone, or why it has none."""
     pin = solution.pin_of(spaces.key(node)) if spaces.key(node) in solution.known else None
     if pin is not None:
         place = f" ({pin.place})" if pin.place is not None else ""
         return f"its {solution.what} is pinned: {pin.why}{place}"
-    dims = spaces.dims_of[node]
-    last = len(value(node).shape) - 1
-    if any(dims[at] for at in range(last)):
-        for user in node.users:
-            if user.target is torch.ops.aten.linear.default and argument(user, "input") is node:
-                weight = spaces.constant(argument(user, "weight"))
-                if solution.what == "shift":
-                    return Key(weight, 1, user), [spaces.dims_of[weight][1]]
-        return f"its {solution.what} is not one vector of channels"
-    return spaces.key(node), [dims[last]]
+    key = spaces.key(node)
+    channels = {atom for atom, _ in leaves(spaces.dims_of[node][-1])}
+    for block in solution.blocks(key):
+        root, _ = solution.find((key, block))
+        if not set(solution.ordered_support(root)) <= channels:
+            return f"its {solution.what} is not one vector of channels"
+    return key, spaces.dims_of[node]
 
 
 __all__ = ["Assignment", "channel_key", "fold_scale", "realisable"]

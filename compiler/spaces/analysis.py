@@ -129,9 +129,9 @@ class Analysis:
         """A value cannot be scaled."""
         self.scales.pin(self.key(at), Reason(Group.NONE, why, place_of(node)))
 
-    def pin_shift(self, node: fx.Node, at: fx.Node, why: str) -> None:
-        """A value cannot be shifted."""
-        self.shifts.pin(self.key(at), Reason(Group.NONE, why, place_of(node)))
+    def pin_shift(self, node: fx.Node, at: fx.Node, why: str, only: Dim = None) -> None:
+        """A value cannot be shifted (the part of it with the indices of `only`, if given)."""
+        self.shifts.pin(self.key(at), Reason(Group.NONE, why, place_of(node)), only)
 
     def pin(self, node: fx.Node, at: fx.Node, why: str) -> None:
         """Neither basis, nor scale, nor shift of a value can change."""
@@ -300,7 +300,7 @@ def _resolve(analysis: Analysis) -> Spaces:
 def _pin_mixed_uses(analysis: Analysis) -> None:
     """A parameter read as a matrix here and as a plain value there has no scale; one bias of two linears no shift."""
     whole = {key.node for terms in analysis.scales.equations for _, key in terms if key.dim is None}
-    whole |= {key.node for key, _ in analysis.scales.pins if key.dim is None}
+    whole |= {key.node for key, _, _ in analysis.scales.pins if key.dim is None}
     for node, dim in analysis.axes:
         if node in whole:
             reason = Reason(

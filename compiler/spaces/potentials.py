@@ -7,8 +7,9 @@ and bias absorb them. The equations have small integer coefficients, so eliminat
 its solutions are all choices that change nothing in what the program computes.
 
 A vector is a function of the indices of some atoms, its *support*. A value of several blocks (a concatenation) has one
-vector for each. Two blocks correspond when the atoms of one are among those of the other; tied vectors depend only on
-the atoms that both have (keys that are copied for a group of queries have one scale for the group).
+vector for each. Two blocks correspond when the atoms of one are among those of the other (or, where there are none
+such, when they are the same part of a concatenation); tied vectors depend only on the atoms that both have (keys that are
+copied for a group of queries have one scale for the group).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import NamedTuple
 from torch import fx
 
 from ..graph import place_of
-from .atoms import Atom, Group, Reason
+from .atoms import Atom, Dim, Group, Reason, leaves
 
 
 class Key(NamedTuple):
@@ -50,7 +51,7 @@ class Potentials:
 
     what: str
     equations: list[tuple[Term, ...]] = field(default_factory=list)
-    pins: list[tuple[Key, Reason]] = field(default_factory=list)
+    pins: list[tuple[Key, Reason, Dim]] = field(default_factory=list)
 
     def tie(self, *terms: Term) -> None:
         """sum of coefficient * vector = 0; coefficients are +1 and -1."""
@@ -60,9 +61,9 @@ class Potentials:
         """Both vectors are one."""
         self.tie((1, a), (-1, b))
 
-    def pin(self, key: Key, reason: Reason) -> None:
-        """The vector is zero."""
-        self.pins.append((key, reason))
+    def pin(self, key: Key, reason: Reason, only: Dim = None) -> None:
+        """The vector is zero, in all blocks or in those with the indices of `only`."""
+        self.pins.append((key, reason, only))
 
     def close(self, blocks_of: Callable[[Key], Sequence[Block]]) -> Solution:
         """Instantiate everything, when all structure is known."""
@@ -85,8 +86,11 @@ class Solution:
                     self._union(row[0][1], row[1][1], -row[0][0] * row[1][0])
                 else:
                     longer.append(row)
-        for key, reason in given.pins:
+        for key, reason, only in given.pins:
+            part = None if only is None else {atom for atom, _ in leaves(only)}
             for block in self.blocks(key):
+                if part is not None and not part & block:
+                    continue
                 root, _ = self.find((key, block))
                 if self._variables[root].pin is None:
                     self._variables[root].pin = reason
@@ -141,11 +145,28 @@ class Solution:
                 yield chosen
                 return
             coefficient, key = rest[0]
-            for block in self.blocks(key):
-                if all(block <= other or other <= block for _, (_, other) in chosen):
-                    yield from extend([*chosen, (coefficient, (key, block))], rest[1:])
+            found = [self._counterparts(key, *other) for _, other in chosen]
+            # An equation that no block can meet would be lost, and with it a pin: tie all of them then.
+            common = [b for b in self.blocks(key) if all(b in some for some in found)] or self.blocks(key)
+            for block in common:
+                yield from extend([*chosen, (coefficient, (key, block))], rest[1:])
 
         return extend([], terms)
+
+    def _counterparts(self, key: Key, other: Key, block: Block) -> Sequence[Block]:
+        """The blocks of a key that correspond to a block of another.
+
+        Where none is a part of the other (a pooled image has other positions), those with a common atom that tells
+        blocks apart, or all of them.
+        """
+        ours, theirs = self.blocks(key), self.blocks(other)
+        nested = [b for b in ours if b <= block or block <= b]
+        if nested:
+            return nested
+        telling = {
+            a for side in (ours, theirs) for a in frozenset().union(*side) - frozenset.intersection(*side)
+        }
+        return [b for b in ours if b & block & telling] or ours
 
     def _union(self, a: tuple[Key, Block], b: tuple[Key, Block], sign: int) -> None:
         (ra, sa), (rb, sb) = self.find(a), self.find(b)

@@ -101,8 +101,9 @@ def rotate(analysis: Analysis, node: fx.Node) -> None:
         analysis.same_scale(node, x)
     # Positions turn differently; heads are beside the channels and all turn alike.
     analysis.allow(node, dims[:-1], Group.PERMUTATION, "rotary: each head by itself")
+    analysis.same_shift(node, x)
     for side in (x, node):
-        analysis.pin_shift(node, side, "rotary: a shift would turn with the position")
+        analysis.pin_shift(node, side, "rotary: a shift would turn with the position", only=part)
 
 
 _COLUMN_BY_COLUMN = (

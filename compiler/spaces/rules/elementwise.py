@@ -156,11 +156,13 @@ def _narrow(analysis: Analysis, node: fx.Node, x: fx.Node) -> bool:
 
 
 def _gain(analysis: Analysis, node: fx.Node, operands: list[fx.Node], divided: bool) -> Gain | None:
-    """A product with a parameter that has channels in one dimension only, and that no other dimension lacks."""
+    """A product with (or quotient by) a parameter that has channels in one dimension only, and x has all of its own."""
     first, second = operands
     rank = len(value(node).shape)
     for x, g in ((first, second), (second, first)):
-        if divided or not analysis.is_parameter(g) or analysis.is_parameter(x) or len(value(x).shape) != rank:
+        if (divided and g is first) or not analysis.is_parameter(g) or analysis.is_parameter(x):
+            continue
+        if len(value(x).shape) != rank:
             continue
         wide = [i for i, s in enumerate(value(g).shape) if s != 1]
         whole = all(size(x, i) == size(node, i) for i in range(rank))

@@ -14,7 +14,7 @@ from torch import fx
 
 from ...graph import argument, value
 from ..analysis import Analysis, rule, tensors
-from ..atoms import Dim, Group, cut_out, direct_sum
+from ..atoms import Atom, Dim, Group, cut_out, direct_sum
 
 aten = torch.ops.aten
 
@@ -110,6 +110,15 @@ def expand(analysis: Analysis, node: fx.Node) -> None:
     _same(analysis, node, x)
 
 
+def _with_atom(analysis: Analysis, part: fx.Node, at: int) -> Dim:
+    """The dimension along which a part is joined; one of a single index gets an atom, to be told from the others."""
+    if analysis.dims(part)[at] == ():
+        dims = list(analysis.dims(part))
+        dims[at] = ((Atom(1), 1),)
+        analysis.dims_of[analysis.constant(part)] = dims
+    return analysis.dims(part)[at]
+
+
 @rule(aten.cat.default)
 def cat(analysis: Analysis, node: fx.Node) -> None:
     """A direct sum along one dimension."""
@@ -117,7 +126,7 @@ def cat(analysis: Analysis, node: fx.Node) -> None:
     rank = len(value(node).shape)
     at = int(argument(node, "dim")) % rank
     dims = analysis.fresh(node)
-    joined = [analysis.dims(p)[at] for p in parts]
+    joined = [_with_atom(analysis, p, at) for p in parts]
     for part in parts:
         for index in range(rank):
             if index != at:
