@@ -7,9 +7,8 @@ and bias absorb them. The equations have small integer coefficients, so eliminat
 its solutions are all choices that change nothing in what the program computes.
 
 A vector is a function of the indices of some atoms, its *support*. A value of several blocks (a concatenation) has one
-vector for each. Two blocks correspond when the atoms of one are among those of the other (or, where there are none
-such, when they are the same part of a concatenation); tied vectors depend only on the atoms that both have (keys that are
-copied for a group of queries have one scale for the group).
+vector for each. Blocks of two values correspond unless they are different parts of one concatenation; tied vectors
+depend only on the atoms that both have (keys that are copied for a group of queries have one scale for the group).
 """
 
 from __future__ import annotations
@@ -146,27 +145,21 @@ class Solution:
                 return
             coefficient, key = rest[0]
             found = [self._counterparts(key, *other) for _, other in chosen]
-            # An equation that no block can meet would be lost, and with it a pin: tie all of them then.
-            common = [b for b in self.blocks(key) if all(b in some for some in found)] or self.blocks(key)
-            for block in common:
+            for block in [b for b in self.blocks(key) if all(b in some for some in found)]:
                 yield from extend([*chosen, (coefficient, (key, block))], rest[1:])
 
         return extend([], terms)
 
     def _counterparts(self, key: Key, other: Key, block: Block) -> Sequence[Block]:
-        """The blocks of a key that correspond to a block of another.
+        """The blocks of a key that correspond to a block of another: all but those of other parts of a concatenation.
 
-        Where none is a part of the other (a pooled image has other positions), those with a common atom that tells
-        blocks apart, or all of them.
+        Whatever is no other part is tied (a pooled image has other positions, but the same channels): an equation
+        that found no blocks would be lost, and with it a pin.
         """
-        ours, theirs = self.blocks(key), self.blocks(other)
-        nested = [b for b in ours if b <= block or block <= b]
-        if nested:
-            return nested
-        telling = {
-            a for side in (ours, theirs) for a in frozenset().union(*side) - frozenset.intersection(*side)
-        }
-        return [b for b in ours if b & block & telling] or ours
+        ours = self.blocks(key)
+        if len(ours) == len(self.blocks(other)) == 1:
+            return ours
+        return [b for b in ours if not any(_apart(b, block, self.blocks(k)) for k in (key, other))]
 
     def _union(self, a: tuple[Key, Block], b: tuple[Key, Block], sign: int) -> None:
         (ra, sa), (rb, sb) = self.find(a), self.find(b)
@@ -247,6 +240,17 @@ class Solution:
         """A set of roots that parametrizes all solutions."""
         dependent = {next(iter(row)) for row in self._rows}
         return [root for root in self.roots() if root not in dependent]
+
+
+def _apart(a: Block, b: Block, blocks: Sequence[Block]) -> bool:
+    """Whether two blocks have atoms that occur among these blocks, but in no block together."""
+    known = frozenset().union(*blocks)
+    return any(
+        not any(x in block and y in block for block in blocks)
+        for x in a & known
+        for y in b & known
+        if x is not y
+    )
 
 
 def _opposite(root: tuple[Key, Block]) -> Reason:
