@@ -24,6 +24,7 @@ from .layer_norm import canonicalize_layer_norm
 from .linear import canonicalize_linear
 from .masks import simplify_masks
 from .merge_duplicates import merge_duplicates
+from .merged_heads import split_merged_heads
 from .rms_norm import canonicalize_rms_norm
 from .rotary import canonicalize_rotary
 from .split import canonicalize_splits
@@ -42,6 +43,7 @@ FORMS: tuple[Pass, ...] = (
     canonicalize_layer_norm,
     canonicalize_rms_norm,
     canonicalize_rotary,
+    split_merged_heads,
     canonicalize_attention,
     absorb_grouped_queries,
     simplify_masks,

@@ -7,7 +7,8 @@ may be scalings, added biases, `masked_fill` and `where` with a low constant, an
 spells its arguments the same way: (q, k, v, mask, 0.0, is_causal), scale as a number, enable_gqa. A number that
 multiplies q or k alone moves into the scale.
 
-Side conditions: the weights are read by the product with the values only; masking comes after every scaling;
+Side conditions: the weights are read by the product with the values only; masking comes after every scaling (an
+added bias may be scaled with the scores);
 what masked positions are filled with is so low that their weight is zero and that adding a score to it changes
 nothing (below -1e18): then a row without any visible key keeps its uniform weights too. A soft cap
 (`c tanh(s / c)`) has no place in the operator and is refused. Exactness: real.
@@ -47,7 +48,10 @@ _LOW = -1e18
 
 @dataclass
 class Scores:
-    """softmax's input, read down to q k^T: scale, then additions and masks in the order they are applied."""
+    """softmax's input, read down to q k^T: scale, then additions and masks in the order they are applied.
+
+    A step is ("add", bias, its factor), ("keep", mask, low) or ("fill", mask, low).
+    """
 
     q: fx.Node
     k_transposed: fx.Node
@@ -184,7 +188,7 @@ def _added(editor: Editor, bias: fx.Node) -> tuple[str, fx.Node, float]:
             return "keep", mask, filled
         if filled == 0.0 and kept is not None and kept <= _LOW:
             return "fill", mask, kept
-    return "add", bias, 0.0
+    return "add", bias, 1.0
 
 
 def _leads_to_product(node: object) -> bool:
@@ -217,9 +221,12 @@ def _read_scaling(editor: Editor, node: fx.Node) -> Scores | str:
         read = _read_scores(editor, inner)
         if isinstance(read, str):
             return read
-        if read.steps:
-            return "the scores are scaled after a bias or mask was applied"
-        read.scale *= number if is_call(node, *MULTIPLICATIONS) else 1.0 / number
+        if any(step != "add" for step, _, _ in read.steps):
+            return "the scores are scaled after a mask was applied"
+        factor_of_scores = number if is_call(node, *MULTIPLICATIONS) else 1.0 / number
+        read.scale *= factor_of_scores
+        # s (q k + b) = s q k + s b
+        read.steps = [(step, bias, by * factor_of_scores) for step, bias, by in read.steps]
         return read
     return "the scores are multiplied by a tensor"
 
@@ -240,6 +247,7 @@ def _mask(editor: Editor, scores: Scores, anchor: fx.Node) -> fx.Node | None:
     for step, operand, low in scores.steps:
         if step == "add":
             operand = uncast(operand) if dtype(uncast(operand)) == kind else operand
+            operand = operand if low == 1.0 else editor.call(aten.mul.Tensor, operand, low, like=anchor)
             mask = operand if mask is None else editor.call(aten.add.Tensor, mask, operand, like=anchor)
             continue
         if mask is None:

@@ -3,10 +3,12 @@
     x @ W^T,  mm(x, W^T),  addmm(b, x, W^T),  einsum('..k,nk->..n', x, W),  linear(x, W) + b
 
 `aten.linear` contracts the last dimension of x with the last of the weight. A matrix that stands the other way
-round is transposed once. A constant vector added to a linear is its bias; two of them are summed in float64.
+round is transposed once. A constant vector added to a linear is its bias; two of them are summed in float64. A linear
+works on each row by itself, so leading dimensions that are merged in front of it and split behind it stay as they are.
 
 Side conditions: the matrix is a constant of two dimensions; the linear has no reader but the addition, and the
-vector spans its last dimension only. Exactness: real (the bias is added in another place of the same sum).
+vector spans its last dimension only; all readers split the leading dimensions again. Exactness: real (the bias is
+added in another place of the same sum).
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import Tensor, fx
 from ..editor import Editor
 from ..graph import argument, only_user, shape
 from ..passes import Guarantee, define_pass
-from .match import ADDITIONS, aten, either_order, fake_dim, is_call, operands, vector
+from .match import ADDITIONS, RESHAPES, aten, either_order, equal_sizes, fake_dim, is_call, operands, vector
 
 _TRANSPOSITIONS = (aten.t.default, aten.transpose.int, aten.permute.default)
 
@@ -41,6 +43,8 @@ def canonicalize_linear(editor: Editor) -> None:
         _einsum(editor, node)
     for node in editor.calls(aten.linear.default):
         _absorb_bias(editor, node)
+    for node in editor.calls(aten.linear.default):
+        _keep_leading_dimensions(editor, node)
 
 
 def _rewrite(editor: Editor, node: fx.Node, x: fx.Node, matrix: object, bias: object) -> None:
@@ -123,6 +127,31 @@ def _absorb_bias(editor: Editor, linear: fx.Node) -> None:
         )
         editor.replace(addition, new)
         return
+
+
+def _keep_leading_dimensions(editor: Editor, linear: fx.Node) -> None:
+    """reshape(linear(reshape(x, [-1, K])), [..., N]) is linear(x)."""
+    merged = operands(linear)[0]
+    x = operands(merged)[0] if is_call(merged, *RESHAPES) else None
+    outer, inner = shape(x) if isinstance(x, fx.Node) else None, shape(merged)
+    if not outer or not inner or len(outer) == len(inner) or not equal_sizes(outer[-1], inner[-1]):
+        return
+    wanted = (*outer[:-1], (shape(linear) or (0,))[-1])
+
+    def splits(user: fx.Node) -> bool:
+        size = shape(user) or ()
+        return (
+            is_call(user, *RESHAPES)
+            and len(size) == len(wanted)
+            and all(equal_sizes(a, b) for a, b in zip(size, wanted, strict=True))
+        )
+
+    if not linear.users or not all(splits(user) for user in linear.users):
+        return
+    editor.applied(linear, "leading dimensions are not merged around a linear")
+    new = editor.call(aten.linear.default, x, *operands(linear)[1:], like=linear)
+    for user in list(linear.users):
+        editor.replace(user, new)
 
 
 def _is_vector(editor: Editor, node: object) -> bool:

@@ -162,19 +162,22 @@ def _element(
 def _comparison(
     editor: Editor, part: Any, scores: tuple[Any, ...], node: fx.Node, like: fx.Node
 ) -> fx.Node | None:
-    """key <= query + number, from two ranges."""
+    """key <= query + number, or query <= key + number (a window), from two ranges."""
     difference = at_most_zero(part)
     if difference is None:
         return None
-    offset = -(difference - coordinate(3) + coordinate(2))
+    query, key = coordinate(2), coordinate(3)
+    ahead, behind = (-(difference - sign * (key - query)) for sign in (1, -1))
+    offset = ahead if ahead.is_Integer else behind
     if not offset.is_Integer:
         return None
-    query, key = (_range(editor, size, argument(node, name), like, node) for size, name in
-                  ((scores[2], "query"), (scores[3], "key")))  # fmt: skip
+    rows, columns = (_range(editor, size, argument(node, name), like, node) for size, name in
+                     ((scores[2], "query"), (scores[3], "key")))  # fmt: skip
+    rows = editor.call(aten.unsqueeze.default, rows, 1, like=like, before=node)
+    low, high = (columns, rows) if ahead.is_Integer else (rows, columns)
     if offset != 0:
-        query = editor.call(aten.add.Tensor, query, int(offset), like=like, before=node)
-    column = editor.call(aten.unsqueeze.default, query, 1, like=like, before=node)
-    compared = editor.call(aten.le.Tensor, key, column, like=like, before=node)
+        high = editor.call(aten.add.Tensor, high, int(offset), like=like, before=node)
+    compared = editor.call(aten.le.Tensor, low, high, like=like, before=node)
     for _ in range(2):
         compared = editor.call(aten.unsqueeze.default, compared, 0, like=like, before=node)
     return compared

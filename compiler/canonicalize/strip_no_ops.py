@@ -117,7 +117,7 @@ def _permute(node: fx.Node) -> fx.Node | None:
 
 
 _IDENTITIES: dict[object, Callable[[fx.Node], fx.Node | None]] = {
-    **dict.fromkeys(CASTS, _first),
+    **dict.fromkeys((*CASTS, aten.type_as.default), _first),
     **dict.fromkeys(RESHAPES, _first),
     **dict.fromkeys(_PERMUTATIONS, _permute),
     aten.clone.default: _first,

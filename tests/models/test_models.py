@@ -65,6 +65,26 @@ def test_unknown_choices() -> None:
         isofold.models.get("bert", attention="flash")
 
 
+def test_fastspeech2_shifts_relative_positions_as_its_own_method_does() -> None:
+    from transformers.models.fastspeech2_conformer import modeling_fastspeech2_conformer as source
+
+    from isofold.models.fastspeech2_conformer import shifted
+
+    scores = torch.randn(2, 3, 5, 9, generator=torch.Generator().manual_seed(0))
+    own = source.FastSpeech2ConformerAttention.shift_relative_position_tensor
+    assert torch.equal(shifted(scores), own(None, scores))
+
+
+def test_gemma2_reaches_its_logit_caps() -> None:
+    """A cap that nothing comes near would hide a transform that it forbids."""
+    case = isofold.models.get("gemma2")
+    with torch.no_grad():
+        capped = case.module(*case.args)
+        case.module.model.config.final_logit_softcapping = None
+        free = case.module(*case.args)
+    assert float((capped - free).abs().max()) > 0.1 * float(free.abs().max())
+
+
 def test_minilm_has_its_real_weights() -> None:
     from isofold.models.minilm import tokenize
 

@@ -86,6 +86,55 @@ def test_a_row_without_keys_keeps_its_uniform_weights(canonical: Any, of: Any) -
     assert "scaled_dot_product_attention" in found.text
 
 
+def test_a_bias_that_is_scaled_with_the_scores(canonical: Any, of: Any) -> None:
+    found = canonical(
+        of(lambda q, k, v, a: ((q @ k.mT + a) / 4.0).softmax(-1) @ v), *qkv(), torch.randn(H, S, T)
+    )
+    assert found.text.startswith("%0 = mul.Tensor(inputs_3, 0.25)\n%1 = scaled_dot_product_attention(")
+
+
+MERGED: dict[str, Callable[..., Tensor]] = {
+    "bmm": lambda q, k, a: torch.bmm(q, k) * 0.25 + a,
+    "baddbmm": lambda q, k, a: torch.baddbmm(a, q, k, beta=1.0, alpha=0.25),
+    "baddbmm, half the bias": lambda q, k, a: torch.baddbmm(a * 2, q, k, beta=0.5, alpha=0.25),
+}
+
+
+@pytest.mark.parametrize("spelling", MERGED)
+def test_batch_and_heads_merged(spelling: str, canonical: Any, of: Any) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, a: Tensor, mask: Tensor) -> Tensor:
+        three = [x.reshape(q.shape[0] * H, -1, D) for x in (q, k, v)]
+        scores = MERGED[spelling](three[0], three[1].mT, a).view(q.shape[0], H, q.shape[2], -1)
+        weights = (scores + mask).softmax(-1).view(three[0].shape[0], q.shape[2], -1)
+        return torch.bmm(weights, three[2]).view(q.shape[0], H, q.shape[2], D)
+
+    batch, queries, keys = Dim("batch", max=64), Dim("queries", max=64), Dim("keys", max=64)
+    sizes = (
+        {0: batch, 2: queries},
+        {0: batch, 2: keys},
+        {0: batch, 2: keys},
+        {0: 4 * batch, 2: keys},
+        {3: keys},
+    )
+    inputs = (*qkv(), torch.randn(B * H, 1, T), torch.randn(1, 1, 1, T))
+    found = canonical(of(attend), *inputs, dynamic_shapes=(sizes,))
+    assert "bmm" not in found.text
+    assert "scale=0.25" in found.text
+
+
+def test_a_merged_dimension_that_is_cut_elsewhere_stays(canonical: Any, of: Any) -> None:
+    """`[B H, S, T]` seen as `[B, H S, T / 2, 2]` splits more than its first dimension."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = torch.bmm(q, k.mT).view(B, S, 2 * H, 4).softmax(-1).view(B * H, S, 8)
+        return torch.bmm(weights, v)
+
+    found = canonical(
+        of(attend), torch.randn(B * H, S, D), torch.randn(B * H, 8, D), torch.randn(B * H, 8, D)
+    )
+    assert found.text.count("bmm") == 2
+
+
 REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "weights returned": (
         lambda q, k, v: ((w := (q @ k.mT).softmax(-1)) @ v, w),
@@ -100,8 +149,10 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
         "the scores are soft-capped, which the operator cannot say",
     ),
     "scaled after the mask": (
-        lambda q, k, v: ((q @ k.mT + torch.ones(T)) * 0.5).softmax(-1) @ v,
-        "the scores are scaled after a bias or mask was applied",
+        lambda q, k, v: (
+            ((q @ k.mT).masked_fill(torch.ones(S, T, dtype=torch.bool).triu(1), LOW) * 0.5).softmax(-1) @ v
+        ),
+        "the scores are scaled after a mask was applied",
     ),
     "mild mask": (
         lambda q, k, v: (
@@ -256,6 +307,16 @@ def test_other_masks_stay(spelling: str, canonical: Any, of: Any) -> None:
     found = canonical(of(masked), *self_attention(), dynamic_shapes=((*FREE,),))
     assert "True, scale" not in found.text
     assert "None, 0, False" not in found.text
+
+
+def test_a_window_is_rebuilt_without_copies(canonical: Any, of: Any) -> None:
+    def windowed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = NOT_CAUSAL["window"](q).expand(q.shape[0], H, -1, -1)
+        return F.scaled_dot_product_attention(q, k, v, mask)
+
+    found = canonical(of(windowed), *self_attention(), dynamic_shapes=((*FREE,),))
+    assert "expand" not in found.text
+    assert found.text.count("le.Tensor(") == 2
 
 
 def test_a_mask_that_is_always_true_goes(canonical: Any, of: Any) -> None:

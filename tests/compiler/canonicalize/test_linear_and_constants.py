@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
@@ -45,6 +46,26 @@ def test_addmm(canonical: Any, of: Any) -> None:
     assert plain.text == "%0 = linear(inputs_0, c[6,8], c[6])\nreturn [%0]"
     scaled = canonical(of(lambda x, w, b: torch.addmm(b, x, w, alpha=2.0), **tensors), torch.randn(3, 8))
     assert scaled.refused == ["addmm scales its operands by alpha or beta"]
+
+
+def test_leading_dimensions_are_not_merged_around_a_linear(canonical: Any, of: Any) -> None:
+    def rows(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return torch.addmm(b, x.view(-1, x.shape[-1]), w).view(*x.shape[:-1], 6)
+
+    free = (({0: Dim("batch", max=64), 1: Dim("sequence", max=64)},),)
+    tensors = {"w": torch.randn(8, 6), "b": torch.randn(6)}
+    found = canonical(of(rows, **tensors), torch.randn(2, 3, 8), dynamic_shapes=free)
+    assert "reshape" not in found.text
+    assert "linear(inputs_0, c[6,8], c[6])" in found.text
+
+
+def test_rows_that_are_read_merged_stay_merged(canonical: Any, of: Any) -> None:
+    def rows(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        merged = F.linear(x.view(-1, 8), w)
+        return merged.view(2, 3, 6), merged.sum(0)
+
+    found = canonical(of(rows, w=torch.randn(6, 8)), torch.randn(2, 3, 8))
+    assert found.text.count("reshape") == 2
 
 
 def test_two_biases_become_one(canonical: Any, of: Any) -> None:
@@ -184,6 +205,7 @@ def test_random_numbers_are_no_constant(of: Any) -> None:
 
 NO_OPS: dict[str, Callable[[Tensor], Tensor]] = {
     "cast": lambda x: x.to(torch.float32).float(),
+    "type of itself": lambda x: x.type_as(x),
     "clone": lambda x: x.clone().contiguous(),
     "dropout": lambda x: F.dropout(x, 0.5, False),
     "whole slice": lambda x: x[:, :, 0:].narrow(1, 0, 3),

@@ -28,6 +28,13 @@ EXPECTED = {
     "opt": (2, 0, 5, 0, 0, 0),
     "gpt_neox": (2, 0, 5, 4, 0, 2),
     "mpt": (2, 0, 5, 0, 0, 2),
+    "gemma2": (0, 9, 0, 4, 2, 0),
+    "gemma3": (2, 13, 0, 4, 2, 0),
+    "falcon": (2, 0, 3, 4, 0, 2),
+    "bloom": (2, 0, 6, 0, 0, 2),
+    "gpt2": (2, 0, 5, 0, 0, 2),
+    "phi3": (2, 5, 0, 4, 2, 0),
+    "olmo2": (2, 9, 0, 4, 2, 0),
     "mamba2": (0, 5, 0, 0, 2, 0),
     "bamba": (1, 9, 0, 2, 5, 0),
     "bert": (2, 0, 5, 0, 0, 2),
@@ -35,24 +42,30 @@ EXPECTED = {
     "t5": (6, 12, 0, 0, 4, 0),
     "t5_encoder": (2, 5, 0, 0, 2, 0),
     "t5_decoder": (4, 7, 0, 0, 2, 0),
+    "marian": (6, 0, 10, 0, 0, 0),
     "whisper": (6, 0, 12, 0, 0, 6),
     "whisper_encoder": (2, 0, 5, 0, 0, 4),
     "whisper_decoder": (4, 0, 7, 0, 0, 2),
     "wav2vec2": (2, 0, 6, 0, 0, 6),
     "wav2vec2_bert": (2, 0, 13, 0, 0, 0),
     "vit": (2, 0, 5, 0, 0, 2),
+    "fastspeech2_encoder": (2, 0, 14, 0, 0, 0),
+    "fastspeech2_decoder": (2, 0, 10, 0, 0, 0),
     "hifigan": (0, 0, 0, 0, 0, 0),
     "convnext": (0, 0, 9, 0, 0, 5),
     "resnet": (0, 0, 0, 0, 0, 0),
 }
-CAUSAL = {"llama", "qwen3", "opt", "gpt_neox", "bamba", "whisper", "whisper_decoder"}
+CAUSAL = {
+    "llama", "qwen3", "opt", "gpt_neox", "falcon", "gpt2", "phi3", "olmo2", "bamba", "whisper", "whisper_decoder",
+}  # fmt: skip
 GONE = {
     "rsqrt", "erf", "sigmoid", "softmax", "_weight_norm", "_weight_norm_interface", "clone", "alias", "dropout",
     "view", "_unsafe_view", "contiguous", "split", "chunk", "split_with_sizes", "diff", "addmm", "mm",
     "_native_batch_norm_legit_no_training", "batch_norm", "_assert_tensor_metadata", "repeat_interleave",
+    "type_as", "baddbmm", "bmm",
 }  # fmt: skip
-#: Mamba2 repeats its B and C over heads, which is no attention.
-KEPT = {"mamba2": {"repeat_interleave"}, "bamba": {"repeat_interleave"}}
+#: Mamba2 repeats its B and C over heads, which is no attention; the operator has no place for Gemma 2's logit cap.
+KEPT = {"mamba2": {"repeat_interleave"}, "bamba": {"repeat_interleave"}, "gemma2": {"softmax", "diff"}}
 
 
 def test_the_table_is_complete() -> None:
