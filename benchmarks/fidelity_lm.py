@@ -1,10 +1,11 @@
-"""A small real language model and its two twins on WikiText-2: perplexity after rounding, by the transforms folded first.
+"""A small real language model and its two twins on WikiText-2: perplexity after rounding, by folded transforms.
 
     python benchmarks/fidelity_lm.py [--json FILE] [--quick] [--model NAME] [--format NAME] [--method NAME] [--seeds N]
 
 The twins compute the same function as the plain model with outlier channels (powers of two moved between gains,
-projections and their readers; the residual stream in its own eigenbasis). The program is run as the recipe's passes leave
-it before packing (simulated rounding, which packing keeps bit by bit). Protocol: windows of 256 tokens plus the next
+projections and their readers; the residual stream in its own eigenbasis). The program is run as the recipe's passes
+leave it before packing (simulated rounding, which packing keeps bit by bit).
+Protocol: windows of 256 tokens plus the next
 one, no overlap, the first 80,000 tokens of the test text; weights one scale a row, activations dynamic per token,
 keys and values per token and head, everything but the head. Calibration and learning use windows of the train text.
 

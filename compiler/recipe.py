@@ -92,13 +92,13 @@ class CacheFormat(_Strict):
 class Fold(_Strict):
     """Equivalent transforms before anything is rounded; the program computes the same, and rounds better.
 
-    rotation: of every channel space that takes one: `hadamard` (random signs and a Hadamard matrix), `womi` (eigenvectors
-    of the readers' weights, then Hadamard), `learned` (from womi, on calibration data) or `none`.
-    scale: of every quantized layer's input, per channel: `smoothquant`, `osplus`, `awq`, `cle`, `search` (the best of
-    them at each layer), `learned`, `none`. It is folded into what writes the value where that is legal, and rides on the
-    activation quantizer where not. shift: `osplus`, `mean`, `search`, `learned`, `none`, likewise.
-    online: `auto` puts Hadamard transforms into the graph where inputs have four bits and no rotation can be folded, and on
-    queries and keys where a cache is quantized; `off` never.
+    rotation: of every channel space that takes one: `hadamard` (random signs and a Hadamard matrix), `womi`
+    (eigenvectors of the readers' weights, then Hadamard), `learned` (from womi, on calibration data) or `none`.
+    scale: of every quantized layer's input, per channel: `smoothquant`, `osplus`, `awq`, `cle`, `search` (the best
+    of them at each layer), `learned`, `none`. It is folded into what writes the value where that is legal, and rides
+    on the activation quantizer where not. shift: `osplus`, `mean`, `search`, `learned`, `none`, likewise.
+    online: `auto` puts Hadamard transforms into the graph where inputs are quantized and no rotation can be folded,
+    and on queries and keys where a cache is quantized; `off` never. Without a rotation there are none.
     balance: put free scales where the weights' norms are least, first. steps, seed: of learning and of random matrices.
     """
 
@@ -281,7 +281,7 @@ PRESETS: dict[str, Recipe] = {
             activations=_DYNAMIC,
             embeddings=EmbeddingFormat(),
             convolutions=ConvolutionFormat(),
-            fold=Fold(scale="search", shift="search"),
+            fold=Fold(scale="search", shift="mean"),
         ),
         Recipe(
             name="w4a8-smooth",
@@ -289,7 +289,7 @@ PRESETS: dict[str, Recipe] = {
             activations=_DYNAMIC,
             embeddings=EmbeddingFormat(),
             convolutions=ConvolutionFormat(),
-            fold=Fold(scale="search", shift="search"),
+            fold=Fold(scale="search", shift="mean"),
         ),
         Recipe(
             name="w4a8-rotate",
@@ -321,8 +321,8 @@ PRESETS: dict[str, Recipe] = {
         Recipe(name="w4a16", weights=_W4, embeddings=EmbeddingFormat()),
     )
 }
-"""Named recipes. `w` is the width of weights, `a` that of activations (a16: float), `kv` that of keys and values; `smooth`
-(scales and shifts), `rotate` and `learned` name the transforms that are folded in first."""
+"""Named recipes. `w` is the width of weights, `a` that of activations (a16: float), `kv` that of keys and
+values; `smooth` (scales and shifts), `rotate` and `learned` name the transforms that are folded in first."""
 
 
 def resolve(recipe: Recipe | str | os.PathLike[str] | dict[str, Any]) -> Recipe:

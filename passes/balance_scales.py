@@ -2,7 +2,8 @@
 
     minimize  sum over writers |W_w diag(s)|^2 + sum over readers |W_r diag(1/s)|^2     →     s^4 = readers / writers
 
-elementwise, with the squared norms of what is scaled up by each channel and of what is scaled down. Why: a trained model
+elementwise, with the squared norms of what is scaled up by each channel and of what is scaled down. Why: a trained
+model
 stands somewhere on the orbit of its scales, and where it stands decides what rounding costs: outlier channels moved
 between two layers change nothing in float and ruin four bits. The least norm is unique on the orbit, so two models that
 differ by scales come out equal. Roots that share equations are balanced in turn until nothing moves.
@@ -35,7 +36,10 @@ def balance_scales(editor: Editor) -> None:
     if not free:
         return
     powers = _powers(spaces, expressed)
-    logs = {root: torch.zeros([a.size for a in spaces.scales.ordered_support(root)], dtype=torch.float64) for root in free}
+    logs = {
+        root: torch.zeros([a.size for a in spaces.scales.ordered_support(root)], dtype=torch.float64)
+        for root in free
+    }
     for _ in range(_ROUNDS):
         if max(_balance(root, logs, powers, expressed) for root in free) < 1e-6:
             break
@@ -50,11 +54,17 @@ def balance_scales(editor: Editor) -> None:
 
 
 def _is_gain(spaces: Spaces, root: Root) -> bool:
-    gains = {spaces.scales.find((spaces.key(g.parameter), b))[0] for g in spaces.gains for b in spaces.scales.blocks(spaces.key(g.parameter))}
+    gains = {
+        spaces.scales.find((spaces.key(g.parameter), b))[0]
+        for g in spaces.gains
+        for b in spaces.scales.blocks(spaces.key(g.parameter))
+    }
     return root in gains
 
 
-def _powers(spaces: Spaces, expressed: dict[Root, dict[Root, object]]) -> dict[Root, list[tuple[Root, int, Tensor]]]:
+def _powers(
+    spaces: Spaces, expressed: dict[Root, dict[Root, object]]
+) -> dict[Root, list[tuple[Root, int, Tensor]]]:
     """For each parametrizing root: (root of a parameter's vector, its sign there, squared norms over the support)."""
     found: dict[Root, list[tuple[Root, int, Tensor]]] = {}
     solution = spaces.scales
@@ -65,7 +75,9 @@ def _powers(spaces: Spaces, expressed: dict[Root, dict[Root, object]]) -> dict[R
         dims = spaces.dims_of[key.node]
 
         def collect(view: Tensor, axes: list[Axis], key: object = key) -> Tensor:
-            chosen = [(at, atom) for at, (atom, _, dim) in enumerate(axes) if key.dim is None or dim == key.dim]  # type: ignore[attr-defined]  # a Key
+            chosen = [
+                (at, atom) for at, (atom, _, dim) in enumerate(axes) if key.dim is None or dim == key.dim
+            ]  # type: ignore[attr-defined]  # a Key
             root, sign = solution.find((key, frozenset(a for _, a in chosen)))  # type: ignore[arg-type]  # a Key
             terms = expressed.get(root)
             if terms:
@@ -102,7 +114,9 @@ def _balance(
         else:
             down += now
     both = (up > 0) & (down > 0)
-    step = torch.where(both, torch.log(down.clamp(min=1e-300) / up.clamp(min=1e-300)) / 4, torch.zeros_like(up))
+    step = torch.where(
+        both, torch.log(down.clamp(min=1e-300) / up.clamp(min=1e-300)) / 4, torch.zeros_like(up)
+    )
     logs[root] += step
     return float(step.abs().max()) if step.numel() else 0.0
 
@@ -111,4 +125,3 @@ def _tied(spaces: Spaces, root: Root, value: Tensor) -> Tensor:
     for axis, atom in enumerate(spaces.scales.ordered_support(root)):
         value = pairs_tied(value, axis, atom)
     return value
-

@@ -4,8 +4,8 @@
     womi       R = H' V^T, V the eigenvectors of the readers' covariance, H' a randomised Hadamard matrix
                OSTQuant (arXiv 2501.13987): all channels get the same variance, and it is spread besides
 
-The residual stream, the values of each head and queries with keys where nothing but a contraction lies between take a full
-rotation. Rotary pairs have one angle each, which averages nothing and is left to learning. A Hadamard matrix has
+The residual stream, the values of each head and queries with keys where nothing but a contraction lies between take a
+full rotation. Rotary pairs have one angle each, which averages nothing and is left to learning. A Hadamard matrix has
 entries of one magnitude, so a single outlier channel ends up as 1 / sqrt(n) everywhere.
 
 Matrices act on channels as a column vector, v' = R v, float64.

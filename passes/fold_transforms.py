@@ -88,14 +88,14 @@ def _online(fold: Fold) -> bool:
 
 
 def sites_to_transform(sites: Sequence[Site], spaces: Spaces, fold: Fold) -> set[str]:
-    """Sites of four-bit activations that no folded rotation reaches."""
+    """Sites of quantized activations that no folded rotation reaches (online: under 1 % of a product)."""
     if not _online(fold):
         return set()
     turned = {space.atom for space in turning(spaces)}
     nodes = {node.name: node for node in spaces.program.graph.nodes}
     found = set()
     for site in sites:
-        if site.kind != "weights" or site.bits != 4 or site.activations.mode == "float":
+        if site.kind != "weights" or site.activations.mode == "float":
             continue
         atoms = [atom for atom, _ in leaves(spaces.dims_of[nodes[site.value]][-1])]
         if not any(atom in turned for atom in atoms):

@@ -12,8 +12,8 @@ manifold), an angle for each rotary pair where keys are quantized (both channels
 which the transform would not be an identity), and log-scales and shifts of each site. Rotations start from WOMI, scales
 and shifts from the search of `choose_edges`; the start is kept where training does not end below it.
 
-Source: OSTQuant (arXiv 2501.13987); learning rates are its own for rotations, larger for scales, whose few steps here see
-less data.
+Source: OSTQuant (arXiv 2501.13987); learning rates are its own for rotations, larger for scales,
+whose few steps here see less data.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def learn_transforms(
 ) -> Learned:
     """Transforms for a canonical program whose gains are folded (`rotation: learned`) or not.
 
-    calibration: batches as in `calibrate`; they are gone through in turn. hadamard: which sites get an online transform.
+    calibration: batches as in `calibrate`; they are gone through in turn. hadamard: which sites get an online
+    transform.
     """
     batches = [batch_arguments(program, batch, index) for index, batch in enumerate(calibration)]
     spaces = analyse(program)
@@ -162,7 +163,8 @@ class _Student:
     ) -> None:
         self.spaces = spaces
         self.matrices = {
-            name: matrix.detach().float().requires_grad_(fold.rotation == "learned") for name, matrix in start.items()
+            name: matrix.detach().float().requires_grad_(fold.rotation == "learned")
+            for name, matrix in start.items()
         }
         self.angles = self._angles(recipe) if fold.rotation == "learned" else {}
         dynamic = _dynamic(recipe)

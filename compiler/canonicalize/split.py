@@ -3,6 +3,9 @@
 chunk, split, split_with_sizes, unbind's relatives and narrow are slices that torch hands out together; later
 patterns (rotary halves, fused q/k/v, gate and up in one linear) then see one spelling.
 
+A selected index of a dimension that a reshape cut off the last one (`q = x.view(..., 3, D)[..., 0, :]`) is a slice
+of the last dimension before the cut, `x.view(..., 3 D)[..., 0:D]`.
+
 Side conditions: the dimension that is cut has a static size. Exactness: bitwise.
 """
 
@@ -15,7 +18,7 @@ from torch import fx
 from ..editor import Editor
 from ..graph import argument, shape
 from ..passes import Guarantee, define_pass
-from .match import aten, operands, slice_bounds
+from .match import RESHAPES, aten, is_call, operands, slice_bounds
 
 _SPLITS = (
     aten.split.Tensor,
@@ -40,6 +43,26 @@ def canonicalize_splits(editor: Editor) -> None:
         bounds = slice_bounds(node)
         if bounds is not None and tuple(operands(node)[1:]) != bounds:
             node.args, node.kwargs = (operands(node)[0], *bounds), {}
+    for node in editor.calls(aten.select.int):
+        _selected(editor, node)
+
+
+def _selected(editor: Editor, node: fx.Node) -> None:
+    cut, dim, index = operands(node)
+    size = (shape(cut) or ()) if isinstance(cut, fx.Node) else ()
+    if not is_call(cut, *RESHAPES) or len(size) < 3 or dim % len(size) != len(size) - 2:
+        return
+    parts, width = size[-2:]
+    if not (isinstance(parts, int) and isinstance(width, int) and isinstance(index, int)):
+        return
+    sizes = [*list(operands(cut)[1])[:-2], parts * width]
+    whole = editor.call(aten.reshape.default, operands(cut)[0], sizes, like=cut, before=node)
+    start = (index % parts) * width
+    editor.applied(node, f"index {index} of {parts} is a slice of the last dimension")
+    last = len(size) - 2
+    editor.replace(
+        node, editor.call(aten.slice.Tensor, whole, last, start, start + width, 1, like=node, before=node)
+    )
 
 
 def _slices(editor: Editor, node: fx.Node) -> None:

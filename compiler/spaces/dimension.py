@@ -124,7 +124,7 @@ def _with_inputs(nodes: Iterable[fx.Node | None], found: set[fx.Node]) -> None:
 
 def _unit_gains(program: Program, spaces: Spaces) -> Program:
     """The program with gains of one where they fold: on the orbit of every point with the same other parameters."""
-    tensors = dict(program.tensors)
+    tensors = {n: held.detach() if isinstance(held, Tensor) else held for n, held in program.tensors.items()}
     for gain in spaces.foldable:
         name = str(gain.parameter.target)
         tensors[name] = torch.ones_like(tensors[name])

@@ -252,6 +252,24 @@ def test_parts_are_slices(canonical: Any, of: Any) -> None:
     )
 
 
+def test_an_index_of_a_dimension_that_was_cut_off_is_a_slice(canonical: Any, of: Any) -> None:
+    def parts(x: Tensor) -> Tensor:
+        q, k, v = (x.view(*x.shape[:-1], 2, 3, 4)[..., i, :] for i in (0, 1, -1))
+        return q * k + v
+
+    found = canonical(of(parts), torch.randn(5, 7, 24), dynamic_shapes=(({0: Dim("batch", max=64)},),))
+    assert "select" not in found.text
+    assert found.text.count("reshape") == 1
+    assert [f"slice.Tensor(%1, 3, {start}, {start + 4}, 1)" in found.text for start in (0, 4, 8)] == [
+        True
+    ] * 3
+
+
+def test_an_index_of_another_dimension_stays(canonical: Any, of: Any) -> None:
+    found = canonical(of(lambda x: x.view(5, 2, 3, 4)[:, 1]), torch.randn(5, 24))
+    assert "select" in found.text
+
+
 def test_equal_calls_are_one(canonical: Any, of: Any) -> None:
     found = canonical(of(lambda x: torch.exp(x) + torch.exp(x.clone()) * torch.exp(-x)), torch.randn(3, 2))
     assert found.text.count("exp(") == 2
