@@ -4,7 +4,8 @@ chunk, split, split_with_sizes, unbind's relatives and narrow are slices that to
 patterns (rotary halves, fused q/k/v, gate and up in one linear) then see one spelling.
 
 A selected index of a dimension that a reshape cut off the last one (`q = x.view(..., 3, D)[..., 0, :]`) is a slice
-of the last dimension before the cut, `x.view(..., 3 D)[..., 0:D]`.
+of the last dimension before the cut, `x.view(..., 3 D)[..., 0:D]`. Constant indices that follow one another
+(`x[..., [4], :]`) are a slice too.
 
 Side conditions: the dimension that is cut has a static size. Exactness: bitwise.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import operator
 
+import torch
 from torch import fx
 
 from ..editor import Editor
@@ -45,6 +47,25 @@ def canonicalize_splits(editor: Editor) -> None:
             node.args, node.kwargs = (operands(node)[0], *bounds), {}
     for node in editor.calls(aten.select.int):
         _selected(editor, node)
+    for node in editor.calls(aten.index.Tensor):
+        _indexed(editor, node)
+
+
+def _indexed(editor: Editor, node: fx.Node) -> None:
+    x, indices = operands(node)[0], list(argument(node, "indices"))
+    given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
+    held = editor.tensor(given[0][1]) if len(given) == 1 else None
+    if held is None or held.dim() != 1 or held.dtype != torch.int64 or not held.numel():
+        return
+    dim, size = given[0][0], (shape(x) or ())[given[0][0]]
+    if not isinstance(size, int):
+        return
+    wanted = (held % size).tolist()
+    if wanted != list(range(wanted[0], wanted[0] + len(wanted))):
+        return
+    editor.applied(node, f"constant indices of dimension {dim} are a slice")
+    bounds = (dim, wanted[0], wanted[0] + len(wanted), 1)
+    editor.replace(node, editor.call(aten.slice.Tensor, x, *bounds, like=node))
 
 
 def _selected(editor: Editor, node: fx.Node) -> None:

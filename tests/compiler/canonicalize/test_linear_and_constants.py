@@ -265,6 +265,18 @@ def test_an_index_of_a_dimension_that_was_cut_off_is_a_slice(canonical: Any, of:
     ] * 3
 
 
+def test_constant_indices_in_a_row_are_a_slice(canonical: Any, of: Any) -> None:
+    found = canonical(of(lambda x: x[..., [-2, -1], :] * x[:, [0]].sum()), torch.randn(5, 6, 4))
+    assert "slice.Tensor(inputs_0, 1, 4, 6, 1)" in found.text
+    assert "slice.Tensor(inputs_0, 1, 0, 1, 1)" in found.text
+    assert "index" not in found.text
+
+
+def test_other_constant_indices_stay(canonical: Any, of: Any) -> None:
+    found = canonical(of(lambda x: x[:, [0, 2]] * x[:, [-1, 0]]), torch.randn(5, 6, 4))
+    assert found.text.count("index.Tensor") == 2
+
+
 def test_an_index_of_another_dimension_stays(canonical: Any, of: Any) -> None:
     found = canonical(of(lambda x: x.view(5, 2, 3, 4)[:, 1]), torch.randn(5, 24))
     assert "select" in found.text

@@ -62,7 +62,7 @@ GONE = {
     "rsqrt", "erf", "sigmoid", "softmax", "_weight_norm", "_weight_norm_interface", "clone", "alias", "dropout",
     "view", "_unsafe_view", "contiguous", "split", "chunk", "split_with_sizes", "diff", "addmm", "mm",
     "_native_batch_norm_legit_no_training", "batch_norm", "_assert_tensor_metadata", "repeat_interleave",
-    "type_as", "baddbmm", "bmm", "select",
+    "type_as", "baddbmm", "bmm",
 }  # fmt: skip
 #: Mamba2 repeats its B and C over heads, which is no attention; the operator has no place for Gemma 2's logit cap.
 KEPT = {"mamba2": {"repeat_interleave"}, "bamba": {"repeat_interleave"}, "gemma2": {"softmax", "diff"}}
