@@ -34,6 +34,8 @@ from .change import Assignment, Axis, apply_shifts, by_blocks, pairs_tied
 aten = torch.ops.aten
 
 _TOLERANCE = 1e-9
+_MASKED = -1e30
+"""Below this a constant is a mask, also of scores that no attention operator computes."""
 
 _VIEWS = frozenset(
     {
@@ -110,9 +112,11 @@ def learned(program: Program) -> list[str]:
         elif node.target is aten.scaled_dot_product_attention.default:
             _with_inputs((argument(node, "attn_mask"),), fixed)
     tables = {str(node.target) for node in fixed if node.op == "get_attr"}
-    return [
-        name for name, held in program.parameters.items() if held.is_floating_point() and name not in tables
-    ]
+    return [name for name, held in program.parameters.items() if name not in tables and _is_learned(held)]
+
+
+def _is_learned(held: Tensor) -> bool:
+    return held.is_floating_point() and held.numel() > 1 and float(held.detach().min()) > _MASKED
 
 
 def _with_inputs(nodes: Iterable[fx.Node | None], found: set[fx.Node]) -> None:
