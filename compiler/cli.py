@@ -294,6 +294,9 @@ def inspect_command(
         Path | None, typer.Option("--html", metavar="FILE", help="Write the report of an artefact as a page.")
     ] = None,
     calibration: CalibrationOption = None,
+    spaces: Annotated[
+        bool, typer.Option("--spaces", help="Show which channels can change basis, and what forbids more.")
+    ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -302,7 +305,9 @@ def inspect_command(
     from . import inspect_job
 
     with _session(as_json=as_json, quiet=quiet) as say:
-        facts = inspect_job.inspect(subject, recipe=recipe, calibration=calibration, html=html, say=say)
+        facts = inspect_job.inspect(
+            subject, recipe=recipe, calibration=calibration, html=html, say=say, spaces=spaces
+        )
     if as_json:
         _print_json(facts)
     else:

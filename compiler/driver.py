@@ -51,11 +51,12 @@ def run_steps(
     *,
     verify: bool = True,
     progress: Callable[[str], None] | None = None,
+    watch: Callable[[str, Program], None] | None = None,
 ) -> tuple[Program, list[PassReport]]:
     """Run `steps` on `program`. Returns the new program (with a record of each pass) and the reports.
 
     Raises VerificationError that names the pass, the bound and the passes that had already run. `progress` is
-    called with a pass's name before it runs.
+    called with a pass's name before it runs, `watch` with the name and the new program after it was checked.
     """
     reports: list[PassReport] = []
     before = program.run_float64() if verify else None
@@ -73,6 +74,8 @@ def run_steps(
         report.seconds = time.perf_counter() - started
         reports.append(report)
         program = result.program.with_record(report.to_json())
+        if watch is not None:
+            watch(step.run.name, program)
     return program, reports
 
 

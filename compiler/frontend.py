@@ -19,6 +19,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from .artefact import publishing
+from .canonicalize import canonicalize
 from .capture import capture
 from .driver import run_steps
 from .errors import ArtefactError, InputError
@@ -28,6 +29,8 @@ from .recipe import Recipe, resolve
 from .registry import backend_for, pipeline
 from .report import build_report
 from .report_files import add_measurements
+from .spaces.analysis import analyse
+from .spaces.describe import describe
 
 Model = nn.Module | ExportedProgram | Program | str | os.PathLike[str]
 Progress = Callable[[str], None]
@@ -42,6 +45,8 @@ class Lowerable:
     recipe: Recipe
     passes: list[PassReport]
     seconds: dict[str, float] = field(default_factory=dict)
+    spaces: dict[str, Any] | None = None
+    """Channel spaces of the canonical program (`spaces.describe`), where the recipe folds something."""
 
 
 def prepare(
@@ -69,13 +74,20 @@ def prepare(
         )
     started = time.perf_counter()
     say("capture")
-    captured = _capture(model, args, kwargs, dynamic_shapes)
+    captured = capture_model(model, args, kwargs, dynamic_shapes)
     seconds = {"capture": time.perf_counter() - started}
     started = time.perf_counter()
     steps = pipeline()(captured, chosen, calibration)
-    program, reports = run_steps(captured, steps, verify=verify, progress=say)
+    spaces: dict[str, Any] | None = None
+
+    def look(name: str, program: Program) -> None:
+        nonlocal spaces
+        if name == canonicalize.name and chosen.fold is not None:
+            spaces = describe(analyse(program))
+
+    program, reports = run_steps(captured, steps, verify=verify, progress=say, watch=look)
     seconds["passes"] = time.perf_counter() - started
-    return Lowerable(captured, program, chosen, reports, seconds)
+    return Lowerable(captured, program, chosen, reports, seconds, spaces)
 
 
 def compile(  # named for what users call: isofold.compile
@@ -214,12 +226,14 @@ def report_of(lowerable: Lowerable, target: str) -> dict[str, Any]:
         target=target,
         environment=environment,
         seconds=lowerable.seconds,
+        spaces=lowerable.spaces,
     )
 
 
-def _capture(
+def capture_model(
     model: Model, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None, dynamic_shapes: Any
 ) -> Program:
+    """The program of a model; a transformers model without inputs gets examples. Raises CaptureError, InputError."""
     if isinstance(model, nn.Module) and args is None and kwargs is None:
         from .examples_from import examples_from
 

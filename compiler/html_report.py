@@ -21,6 +21,7 @@ _OWN_KEYS = frozenset(
     {
         *("isofold", "model", "recipe", "target", "environment", "seconds", "total_seconds", "totals"),
         *("passes", "layers", "refused", "blocks", "histograms", "profile"),
+        *("spaces", "folds", "hadamards"),
     }
 )
 """What the page shows in its own sections; other keys are facts of backends."""
@@ -38,7 +39,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        bytes=format_bytes, number=_number, microseconds=format_microseconds, path=_path
+        bytes=format_bytes, number=_number, microseconds=format_microseconds, path=_path, place=place_text, summary=summary_line
     )
     layers = report["layers"]
     return environment.get_template("report.html.jinja").render(
@@ -56,6 +57,9 @@ def render_html(report: Mapping[str, Any]) -> str:
             for entry in report["histograms"]
         ],
         profile=report.get("profile"),
+        spaces=report.get("spaces"),
+        folds=report.get("folds", []),
+        hadamards=report.get("hadamards", []),
         backend=_flat({key: held for key, held in report.items() if key not in _OWN_KEYS}),
         error=program_error(report),
     )
@@ -98,6 +102,21 @@ def format_microseconds(spent: float | None) -> str:
     if spent is None:
         return "-"
     return f"{spent / 1000:.2f} ms" if spent >= 1000 else f"{spent:.0f} µs"
+
+
+def place_text(place: Mapping[str, Any]) -> str:
+    """Where something is: module path, and file and line without folders and code, as far as known."""
+    source = place.get("source")
+    line = ":".join(source.split(": ")[0].rpartition("/")[2].split(":")[:2]) if source else place["node"]
+    return ", ".join(part for part in (place["module"], line) if part) or "(model)"
+
+
+def summary_line(summary: Mapping[str, int]) -> str:
+    """The summary of `spaces.describe` in one sentence."""
+    return (
+        f"{summary['spaces']} channel spaces; {summary['foldable']} of {summary['gains']} gains fold; "
+        f"{summary['free_scales']} free scales, {summary['free_shifts']} free shifts"
+    )
 
 
 def _path(module: str) -> Markup:

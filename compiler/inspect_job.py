@@ -1,4 +1,4 @@
-"""`isofold inspect`: a model's layers and what a recipe would do to each, or an artefact's contents and integrity."""
+"""`isofold inspect`: a model's layers or channel spaces, or an artefact's contents and integrity."""
 
 from __future__ import annotations
 
@@ -12,16 +12,28 @@ from .artefact import MANIFEST, read_manifest
 from .console import show as show_line
 from .console import show_table
 from .errors import InputError
-from .html_report import format_bytes, format_microseconds, write_html
+from .html_report import format_bytes, format_microseconds, place_text, summary_line, write_html
 
 Say = Callable[[str], None]
 
 
 def inspect(
-    subject: str, *, recipe: str, calibration: Path | None, html: Path | None, say: Say
+    subject: str,
+    *,
+    recipe: str,
+    calibration: Path | None,
+    html: Path | None,
+    say: Say,
+    spaces: bool = False,
 ) -> dict[str, Any]:
     """Facts about a model or an artefact, as JSON-like values; `kind` says which. Raises IsofoldError."""
     if (Path(subject) / MANIFEST).is_file():
+        if spaces:
+            raise InputError(
+                "Channel spaces are those of a model, and this is a compiled artefact",
+                where=subject,
+                hint="give the model that it was compiled from; report.html in the folder has them where its recipe folds",
+            )
         return inspect_artefact(Path(subject), html, say)
     if html is not None:
         raise InputError(
@@ -29,6 +41,8 @@ def inspect(
             where=subject,
             hint="compile the model first: isofold compile MODEL",
         )
+    if spaces:
+        return inspect_spaces(subject, say)
     return inspect_model(subject, recipe, calibration, say)
 
 
@@ -101,10 +115,30 @@ def inspect_model(text: str, recipe: str, calibration: Path | None, say: Say) ->
     }
 
 
+def inspect_spaces(text: str, say: Say) -> dict[str, Any]:
+    """The channel spaces of the canonical program, as `spaces.describe` gives them. No recipe changes them."""
+    from .canonicalize import canonicalize
+    from .driver import Step, run_steps
+    from .frontend import capture_model
+    from .model_reference import resolve_model
+    from .spaces.analysis import analyse
+    from .spaces.describe import describe
+
+    say("load the model")
+    reference = resolve_model(text)
+    say("capture")
+    captured = capture_model(reference.model, reference.args, reference.kwargs, reference.dynamic_shapes)
+    program, _ = run_steps(captured, [Step(canonicalize)], verify=False, progress=say)
+    say("find channel spaces")
+    return {"kind": "spaces", "model": reference.name, **describe(analyse(program))}
+
+
 def show(facts: Mapping[str, Any]) -> None:
-    """Facts of either kind as tables on stdout."""
+    """Facts of any kind as tables on stdout."""
     if facts["kind"] == "artefact":
         _show_artefact(facts)
+    elif facts["kind"] == "spaces":
+        _show_spaces(facts)
     else:
         _show_model(facts)
 
@@ -205,6 +239,59 @@ def _show_model(facts: Mapping[str, Any]) -> None:
         f"weights: {format_bytes(totals['weight_bytes_before'])} → {format_bytes(totals['weight_bytes_after'])}, "
         f"{100 * totals['quantized_share']:.1f} % quantized"
     )
+
+
+_LISTED = 3
+"""Parameters of a space, and places of a reason, that tables name."""
+
+
+def _show_spaces(facts: Mapping[str, Any]) -> None:
+    gains = {gain["name"]: gain for gain in facts["gains"]}
+    rows = [
+        [
+            space["name"],
+            f"{space['channels']}{' x ' + str(space['copies']) if space['copies'] > 1 else ''}",
+            space["group"],
+            str(len(space["parameters"])),
+            _parameters(space["parameters"]),
+            _folding([gains[name] for name in space["gains"]]),
+            _bound(space["bound"]),
+        ]
+        for space in facts["spaces"]
+    ]
+    show_line(f"{facts['model']}: {summary_line(facts['summary'])}")
+    show_table(
+        ["space", ">channels", "group", ">parameters", "such as (axis)", "gains", "bound set by"], rows
+    )
+    kept: dict[str, list[str]] = {}
+    for gain in facts["gains"]:
+        if not gain["folds"]:
+            kept.setdefault(gain["kept"]["why"], []).append(f"{gain['name']} ({place_text(gain['kept'])})")
+    if kept:
+        rows = [[str(len(names)), _first(names), reason] for reason, names in kept.items()]
+        show_table([">gains", "that stay (decided at)", "because"], rows)
+
+
+def _parameters(members: list[dict[str, Any]]) -> str:
+    return _first([f"{member['name']} ({member['axis']})" for member in members])
+
+
+def _first(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def _folding(gains: list[dict[str, Any]]) -> str:
+    if not gains:
+        return "none"
+    folding = sum(gain["folds"] for gain in gains)
+    return "all fold" if folding == len(gains) else f"{folding} of {len(gains)} fold"
+
+
+def _bound(bound: Mapping[str, Any] | None) -> str:
+    if bound is None:
+        return "nothing"
+    return f"{bound['why']} ({place_text(bound)})"
 
 
 def _show_artefact(facts: Mapping[str, Any]) -> None:

@@ -370,5 +370,6 @@ def _field_names() -> list[str]:
         EmbeddingFormat,
         ConvolutionFormat,
         CacheFormat,
+        Fold,
     )
     return sorted({name for model in models for name in model.model_fields})

@@ -8,6 +8,9 @@
     refused        places left alone, grouped by pass and reason
     blocks         the model as a graph of blocks, and one repeated block operator by operator (`block_graph`)
     histograms     weights of the worst layers before and after
+    spaces         channel spaces of the canonical program (`spaces.describe`), None for recipes that fold nothing
+    folds          what each pass that folds transforms did, its error, and its refusals (see `fold_rows`)
+    hadamards      transforms that are computed at run time (see `online_hadamards`)
 
 `add_profile` puts in what ONNX Runtime measured; `html_report.render_html` draws the page. Times and bytes are
 measured or counted, never estimated.
@@ -22,13 +25,18 @@ from torch import Tensor, fx
 
 from .block_graph import block_graph
 from .dialect.operator import operator_of
-from .graph import argument, module_path, value
+from .graph import argument, module_path, place_of, value
 from .passes import PassReport
 from .program import Program
 from .weight_histograms import decoded, weight_inside, worst_histograms
 
 WORST = 6
 """Layers whose weights are drawn."""
+FOLDS = (
+    *("untie_embeddings", "fold_norm_affine", "center_norms", "balance_scales", "fold_rotation", "fold_edges"),
+    *("transform_edges", "absorb_into_norms", "place_hadamards"),
+)
+"""Passes of `recipe.fold`, in the order in which they run."""
 
 
 def build_report(
@@ -40,6 +48,7 @@ def build_report(
     target: str,
     environment: Mapping[str, Any],
     seconds: Mapping[str, float],
+    spaces: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The report of `program`, compiled from `captured`. `seconds` is kept by reference, so later entries show."""
     records = [report.to_json() for report in passes]
@@ -57,6 +66,9 @@ def build_report(
         "refused": refused_groups(records),
         "blocks": block_graph(captured, program),
         "histograms": worst_histograms(captured, program, layers, WORST),
+        "spaces": None if spaces is None else dict(spaces),
+        "folds": fold_rows(records),
+        "hadamards": online_hadamards(program),
     }
 
 
@@ -85,11 +97,49 @@ def refused_groups(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]
     return [{"pass": name, "reason": reason, "places": places} for (name, reason), places in ordered]
 
 
+def fold_rows(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each fold pass that ran: `{pass, guarantee, error, seconds, applied, refused}`.
+
+    error: what the driver measured in float64, None where the pass changed nothing or nothing was verified.
+    applied: `[{module, node, source, what, ...}]`. refused: `[{reason, places}]`, most places first.
+    """
+    rows = []
+    for record in records:
+        if record["pass"] in FOLDS:
+            refused = [{k: group[k] for k in ("reason", "places")} for group in refused_groups([record])]
+            kept = {key: record[key] for key in ("pass", "guarantee", "error", "seconds", "applied")}
+            rows.append({**kept, "refused": refused})
+    return rows
+
+
+def online_hadamards(program: Program) -> list[dict[str, Any]]:
+    """Hadamard transforms left in the program: `{module, node, source, operator, orders, fused, microseconds}`.
+
+    fused: whether the node does more (a quantizer with the transform inside), so that its time is that of both.
+    microseconds: None until `add_profile`.
+    """
+    found = []
+    for node in program.graph.nodes:
+        declared = operator_of(node.target) if node.op == "call_function" else None
+        if declared is None:
+            continue
+        alone = declared.name == "hadamard"
+        name = "orders" if alone else "hadamard"
+        if name not in [a.name for a in declared.overload._schema.arguments]:
+            continue
+        orders = [int(order) for order in argument(node, name) or ()]
+        if orders:
+            row = {**vars(place_of(node)), "operator": declared.name, "orders": orders}
+            found.append({**row, "fused": not alone, "microseconds": None})
+    return found
+
+
 def add_profile(report: dict[str, Any], profile: Iterable[Mapping[str, Any]]) -> None:
     """Put measured times into `report`: `profile` has `{name, op, microseconds}` for each node that ran.
 
     A layer gets the time of the node that computes it; a node that computes several layers (a shared q/k/v linear) is
-    split by their outputs. Also fills `report["profile"]` with times by operator type.
+    split by their outputs. Also fills the times of `report["hadamards"]`, and `report["profile"]` with times by
+    operator type.
     """
     nodes = [dict(entry) for entry in profile]
     by_name: dict[str, float] = {}
@@ -100,6 +150,8 @@ def add_profile(report: dict[str, Any], profile: Iterable[Mapping[str, Any]]) ->
     for row in report["layers"]:
         spent = by_name.get(row["packed"]) if row["packed"] else None
         row["microseconds"] = None if spent is None else spent * row["share"]
+    for row in report.get("hadamards", ()):
+        row["microseconds"] = by_name.get(row["node"])
     report["profile"] = {
         "total_microseconds": sum(sum(times) for times in by_type.values()),
         "by_type": [
