@@ -67,10 +67,13 @@ def prepare(
     say = progress or (lambda _: None)
     chosen = resolve(recipe)
     if chosen.needs_calibration and calibration is None:
+        folds = chosen.fold is not None and chosen.fold.needs_data
         raise InputError(
-            "The recipe has static activation ranges, which are measured on data",
+            f"The recipe has {'transforms' if folds else 'static activation ranges'}, which are "
+            f"{'chosen' if folds else 'measured'} on data",
             where=f"recipe {chosen.name!r}",
-            hint="pass calibration=[...] (a few dozen typical inputs), or use activations.mode: dynamic",
+            hint="pass calibration=[...] (a few dozen typical inputs), or use "
+            + ("fold.scale: cle and fold.shift: none" if folds else "activations.mode: dynamic"),
         )
     started = time.perf_counter()
     say("capture")

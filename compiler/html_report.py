@@ -39,7 +39,12 @@ def render_html(report: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        bytes=format_bytes, number=_number, microseconds=format_microseconds, path=_path, place=place_text, summary=summary_line
+        bytes=format_bytes,
+        number=_number,
+        microseconds=format_microseconds,
+        path=_path,
+        place=place_text,
+        summary=summary_line,
     )
     layers = report["layers"]
     return environment.get_template("report.html.jinja").render(

@@ -32,7 +32,7 @@ def inspect(
             raise InputError(
                 "Channel spaces are those of a model, and this is a compiled artefact",
                 where=subject,
-                hint="give the model that it was compiled from; report.html in the folder has them where its recipe folds",
+                hint="give the model that it was made of; report.html in the folder shows them if its recipe folds",
             )
         return inspect_artefact(Path(subject), html, say)
     if html is not None:

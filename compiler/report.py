@@ -33,8 +33,8 @@ from .weight_histograms import decoded, weight_inside, worst_histograms
 WORST = 6
 """Layers whose weights are drawn."""
 FOLDS = (
-    *("untie_embeddings", "fold_norm_affine", "center_norms", "balance_scales", "fold_rotation", "fold_edges"),
-    *("transform_edges", "absorb_into_norms", "place_hadamards"),
+    *("untie_embeddings", "fold_norm_affine", "center_norms", "balance_scales", "fold_rotation"),
+    *("fold_edges", "transform_edges", "absorb_into_norms", "place_hadamards"),
 )
 """Passes of `recipe.fold`, in the order in which they run."""
 
