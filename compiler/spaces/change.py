@@ -226,23 +226,27 @@ def pairs_tied(value: Tensor, axis: int, atom: Atom) -> Tensor:
 def apply_factors(editor: Editor, spaces: Spaces, values: Mapping[Root, Tensor]) -> list[str]:
     """Scale every parameter as the equations say. Returns the names of the parameters that changed."""
     assignment = Assignment(spaces.scales, values, multiply=True)
-    changed: dict[str, Tensor] = {}
+    by_name: dict[str, list[Key]] = {}
     for key in spaces.scales.ordered_keys():
-        node = key.node
-        if node.op != "get_attr" or key.use is not None:
-            continue
-        dims = spaces.dims_of[node]
-        factor = assignment.over(key, dims if key.dim is None else [dims[key.dim]])
-        if factor is None:
-            continue
-        name = str(node.target)
-        held = changed.get(name, editor.tensors[name].double())
-        if key.dim is not None:
-            factor = factor.reshape([-1 if d == key.dim else 1 for d in range(held.dim())])
-        changed[name] = held * factor
-    for name, tensor in changed.items():
-        editor.tensors[name] = tensor.to(editor.tensors[name].dtype).contiguous()
-    return list(changed)
+        if key.node.op == "get_attr" and key.use is None:
+            by_name.setdefault(str(key.node.target), []).append(key)
+    changed: list[str] = []
+    # One parameter at a time: in float64 all of them would be twice the model.
+    for name, keys in by_name.items():
+        held: Tensor | None = None
+        for key in keys:
+            dims = spaces.dims_of[key.node]
+            factor = assignment.over(key, dims if key.dim is None else [dims[key.dim]])
+            if factor is None:
+                continue
+            held = editor.tensors[name].double() if held is None else held
+            if key.dim is not None:
+                factor = factor.reshape([-1 if d == key.dim else 1 for d in range(held.dim())])
+            held = held * factor
+        if held is not None:
+            editor.tensors[name] = held.to(editor.tensors[name].dtype).contiguous()
+            changed.append(name)
+    return changed
 
 
 def apply_shifts(editor: Editor, spaces: Spaces, values: Mapping[Root, Tensor]) -> list[fx.Node]:
