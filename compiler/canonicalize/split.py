@@ -5,7 +5,8 @@ patterns (rotary halves, fused q/k/v, gate and up in one linear) then see one sp
 
 A selected index of a dimension that a reshape cut off the last one (`q = x.view(..., 3, D)[..., 0, :]`) is a slice
 of the last dimension before the cut, `x.view(..., 3 D)[..., 0:D]`. Constant indices that follow one another
-(`x[..., [4], :]`) are a slice too.
+(`x[..., [4], :]`) are a slice too. Heads cut out of `x.view(..., H, D)` are cut out of x: each part has channels of
+its own.
 
 Side conditions: the dimension that is cut has a static size. Exactness: bitwise.
 """
@@ -20,7 +21,7 @@ from torch import fx
 from ..editor import Editor
 from ..graph import argument, shape
 from ..passes import Guarantee, define_pass
-from .match import RESHAPES, aten, is_call, operands, slice_bounds
+from .match import RESHAPES, aten, equal_sizes, is_call, operands, slice_bounds
 
 _SPLITS = (
     aten.split.Tensor,
@@ -49,6 +50,26 @@ def canonicalize_splits(editor: Editor) -> None:
         _selected(editor, node)
     for node in editor.calls(aten.index.Tensor):
         _indexed(editor, node)
+    for node in editor.calls(aten.slice.Tensor):
+        _heads(editor, node)
+
+
+def _heads(editor: Editor, node: fx.Node) -> None:
+    """slice(reshape(x, [..., H, D]), heads a to b) is reshape(slice(x, a D to b D), [..., b - a, D])."""
+    cut, bounds = operands(node)[0], slice_bounds(node)
+    x = operands(cut)[0] if is_call(cut, *RESHAPES) else None
+    outer, size = (shape(n) or () if isinstance(n, fx.Node) else () for n in (x, cut))
+    if bounds is None or len(outer) < 2 or len(size) != len(outer) + 1 or bounds[0] != len(size) - 2:
+        return
+    heads, width = size[-2:]
+    static = isinstance(heads, int) and isinstance(width, int) and outer[-1] == heads * width
+    if not static or bounds[3] != 1 or not all(map(equal_sizes, outer[:-1], size[:-2])):
+        return
+    _, start, end, _ = bounds
+    part = editor.call(aten.slice.Tensor, x, len(outer) - 1, start * width, end * width, 1, like=node)
+    sizes = [*list(operands(cut)[1])[:-2], end - start, width]
+    editor.applied(node, f"heads {start} to {end} are a slice of the last dimension")
+    editor.replace(node, editor.call(aten.reshape.default, part, sizes, like=node))
 
 
 def _indexed(editor: Editor, node: fx.Node) -> None:

@@ -265,6 +265,16 @@ def test_an_index_of_a_dimension_that_was_cut_off_is_a_slice(canonical: Any, of:
     ] * 3
 
 
+def test_heads_are_cut_out_of_what_they_are_views_of(canonical: Any, of: Any) -> None:
+    def heads(x: Tensor) -> Tensor:
+        parts = x.view(x.shape[0], 7, 6, 4)
+        return parts[:, :, :-2] * parts[:, :, [-1]]
+
+    found = canonical(of(heads), torch.randn(5, 7, 24), dynamic_shapes=(({0: Dim("batch", max=64)},),))
+    assert "slice.Tensor(inputs_0, 2, 0, 16, 1)" in found.text
+    assert "slice.Tensor(inputs_0, 2, 20, 24, 1)" in found.text
+
+
 def test_constant_indices_in_a_row_are_a_slice(canonical: Any, of: Any) -> None:
     found = canonical(of(lambda x: x[..., [-2, -1], :] * x[:, [0]].sum()), torch.randn(5, 6, 4))
     assert "slice.Tensor(inputs_0, 1, 4, 6, 1)" in found.text
