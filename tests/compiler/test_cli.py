@@ -51,6 +51,21 @@ def branching():
 
 
 number = 3
+
+
+def case(name):
+    from isofold.models import registry
+
+    found = registry.get(name)
+    return found.module, found.args
+
+
+def llama():
+    return case("llama")
+
+
+def bert():
+    return case("bert")
 """
 
 
@@ -197,6 +212,67 @@ def test_inspect_a_model_shows_what_becomes_of_each_weight(folder: Path) -> None
     assert "stays float: not chosen by the recipe" in table
 
 
+def rows_of(table: str, first: str) -> list[str]:
+    """The lines of a table that begin with a word, their cells one space apart."""
+    return [" ".join(line.split()) for line in table.splitlines() if line.startswith(first)]
+
+
+def test_inspect_shows_the_channel_spaces_of_a_decoder(folder: Path) -> None:
+    done = invoke("inspect", "python:net.py:llama", "--spaces", "-q")
+    assert done.exit_code == 0, done.stderr
+    first, *rest = done.stdout.splitlines()
+    assert first.startswith("llama: 11 channel spaces; 5 of 5 gains fold; ")
+    rows = rows_of("\n".join(rest), "space")[1:]
+    assert len(rows) == 11
+    assert rows[0].startswith(
+        "space0 64 orthogonal 21 model.model.embed_tokens.weight (1), all fold rms_norm"
+    )
+    assert "modeling_llama.py:" in done.stdout
+    assert "and 18 more" in done.stdout
+    for start in (
+        "space3 16 x 2 rotary pairs 2 ",
+        "space4 16 x 2 general 2 ",
+        "space5 96 permutations 3 ",
+        "space10 96 permutations 3 ",
+    ):
+        assert any(row.startswith(start) for row in rows), (start, rows)
+    assert "that stay" not in done.stdout
+
+
+def test_inspect_says_why_gains_do_not_fold(folder: Path) -> None:
+    done = invoke("inspect", "python:net.py:bert", "--spaces", "-q")
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout.startswith("bert: 8 channel spaces; 0 of 5 gains fold; ")
+    assert rows_of(done.stdout, "space3")[0].startswith("space3 96 permutations 3 ")
+    because = done.stdout.partition("that stay (decided at)")[2]
+    assert "layer_norm of a scaled value" in because
+    assert "it is an output of the program" in because
+
+
+def test_inspect_spaces_as_json(folder: Path) -> None:
+    facts = json.loads(invoke("inspect", "python:net.py:make", "--spaces", "--json", "-q").stdout)
+    assert facts["kind"] == "spaces"
+    assert set(facts) == {"kind", "model", "summary", "spaces", "gains"}
+    assert set(facts["summary"]) == {"spaces", "gains", "foldable", "free_scales", "free_shifts"}
+    (hidden,) = facts["spaces"]
+    assert hidden["channels"] == 256
+    assert hidden["group"] == "permutations"
+    assert hidden["copies"] == 1
+    assert hidden["gains"] == []
+    assert [(m["name"], m["axis"]) for m in hidden["parameters"]] == [
+        ("up.weight", 0),
+        ("up.bias", 0),
+        ("down.weight", 1),
+    ]
+    assert set(hidden["bound"]) == {"group", "why", "module", "node", "source"}
+    assert "relu" in hidden["bound"]["why"]
+    assert "net.py" in hidden["bound"]["source"]
+    (gain,) = facts["gains"]
+    assert gain["name"] == "norm.weight"
+    assert not gain["folds"]
+    assert "output" in gain["kept"]["why"]
+
+
 def test_inspect_an_artefact_verifies_its_files(folder: Path, tmp_path: Path) -> None:
     done = invoke("inspect", "net-w8a8", "--html", str(tmp_path / "page.html"))
     assert done.exit_code == 0, done.stderr
@@ -260,6 +336,16 @@ def test_build_is_quick_the_second_time() -> None:
         (
             ("inspect", "python:net.py:make", "--html", "page.html"),
             ("A page can only be written for an artefact",),
+        ),
+        (("inspect", "net-w8a8", "--spaces"), ("Channel spaces are those of a model", "where: net-w8a8")),
+        (("inspect", "python:net.py:mke", "--spaces"), ("has no 'mke'", "did you mean 'make'")),
+        (
+            ("inspect", "python:net.py:make", "--spaces", "--html", "page.html"),
+            ("A page can only be written for an artefact",),
+        ),
+        (
+            ("compile", "python:net.py:make", "-r", "w8a8-smooth"),
+            ("The recipe has transforms, which are chosen on data", "fold.scale: cle"),
         ),
         (("bench", "net-w8a8", "--against", "none.onnx"), ("There is no such file", "none.onnx")),
     ],
