@@ -15,6 +15,8 @@ REAL: computed in float64 and rounded once.
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from ..compiler.graph import place_of
 from ..compiler.passes import Guarantee, define_pass
 from ..compiler.spaces.analysis import Spaces, analyse
 from ..compiler.spaces.change import Axis, Root, apply_factors, by_blocks, pairs_tied
+from ..compiler.spaces.potentials import Key
 
 _ROUNDS = 20
 
@@ -63,7 +66,7 @@ def _is_gain(spaces: Spaces, root: Root) -> bool:
 
 
 def _powers(
-    spaces: Spaces, expressed: dict[Root, dict[Root, object]]
+    spaces: Spaces, expressed: dict[Root, dict[Root, Fraction]]
 ) -> dict[Root, list[tuple[Root, int, Tensor]]]:
     """For each parametrizing root: (root of a parameter's vector, its sign there, squared norms over the support)."""
     found: dict[Root, list[tuple[Root, int, Tensor]]] = {}
@@ -74,11 +77,11 @@ def _powers(
         held = spaces.program.tensors[str(key.node.target)].double()
         dims = spaces.dims_of[key.node]
 
-        def collect(view: Tensor, axes: list[Axis], key: object = key) -> Tensor:
+        def collect(view: Tensor, axes: list[Axis], key: Key = key) -> Tensor:
             chosen = [
                 (at, atom) for at, (atom, _, dim) in enumerate(axes) if key.dim is None or dim == key.dim
-            ]  # type: ignore[attr-defined]  # a Key
-            root, sign = solution.find((key, frozenset(a for _, a in chosen)))  # type: ignore[arg-type]  # a Key
+            ]
+            root, sign = solution.find((key, frozenset(a for _, a in chosen)))
             terms = expressed.get(root)
             if terms:
                 support = solution.ordered_support(root)
@@ -98,7 +101,7 @@ def _balance(
     root: Root,
     logs: dict[Root, Tensor],
     powers: dict[Root, list[tuple[Root, int, Tensor]]],
-    expressed: dict[Root, dict[Root, object]],
+    expressed: dict[Root, dict[Root, Fraction]],
 ) -> float:
     """One step in one root with the others held; the largest change of a log-scale."""
     up, down = torch.zeros_like(logs[root]), torch.zeros_like(logs[root])
@@ -106,8 +109,8 @@ def _balance(
         exponent = torch.zeros_like(norms)
         for source, coefficient in expressed[of].items():
             if source in logs:
-                exponent = exponent + float(coefficient) * sign * logs[source]  # type: ignore[arg-type]  # a Fraction
-        direction = float(expressed[of][root]) * sign  # type: ignore[arg-type]  # a Fraction
+                exponent = exponent + float(coefficient) * sign * logs[source]
+        direction = float(expressed[of][root]) * sign
         now = norms * torch.exp(2 * exponent)
         if direction > 0:
             up += now

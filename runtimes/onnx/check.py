@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from ...compiler.dialect import ONNX_DOMAIN, OPERATORS, operator_of
 from ...compiler.errors import VerificationError
 from ...compiler.program import Program
-from .operator_check import operator_differences
+from .operator_check import Difference, operator_differences
 from .session import open_session
 from .translate import input_names, tensor_arguments
 
@@ -172,24 +172,33 @@ def check_results(program: Program, path: Path, library: Path | None) -> dict[st
     return facts
 
 
-def _check_operators(program: Program, path: Path, library: Path | None) -> dict[str, float]:
+def _check_operators(program: Program, path: Path, library: Path | None) -> dict[str, Any]:
     """Largest differences of single operators on the program's own inputs. Raises VerificationError that lists them."""
     found = operator_differences(program, path, library)
-    wrong = [d for d in found if not d.error <= _OPERATOR and not (d.steps <= 1 and 0 < d.share <= _SHARE)]
+    wrong = [d for d in found if not d.error <= _OPERATOR and not _few_flips(d)]
     if wrong or not found:
         raise VerificationError(
             "The exported file does not compute what the program computes",
             where="; ".join(f"{d.node} ({d.op})" for d in wrong[:5]) or str(path),
             expected=f"each operator within {_OPERATOR:g}, codes within one step in at most {_SHARE:.1%}",
-            got="; ".join(f"{d.error:.3g}, {d.steps} steps in {d.share:.2%}" for d in wrong[:5]) or "no operators",
+            got="; ".join(
+                f"{d.error:.3g}, {d.differing} of {d.codes} codes by up to {d.steps}" for d in wrong[:5]
+            )
+            or "no operators",
             hint="this is a defect of isofold's lowering; please report it with the model",
         )
     return {
         "compared": len(found),
         "error": max(d.error for d in found),
         "steps": max(d.steps for d in found),
-        "share": max(d.share for d in found),
+        "differing": sum(d.differing for d in found),
+        "codes": sum(d.codes for d in found),
     }
+
+
+def _few_flips(difference: Difference) -> bool:
+    """Whether codes differ by one step in a few places (one or two of a small tensor are a large share)."""
+    return difference.steps <= 1 and 0 < difference.differing <= max(2, _SHARE * difference.codes)
 
 
 def rounds_activations(program: Program) -> bool:
