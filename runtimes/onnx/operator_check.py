@@ -35,14 +35,16 @@ class Difference:
     """One result of one operator.
 
     error: norm of the difference over norm (of codes: over their parameters' scales).
-    steps, share: of codes, the largest difference in steps of the quantizer, and the share that differ at all.
+    steps, differing, codes: of codes, the largest difference in steps of the quantizer, how many differ at all, and
+    how many there are.
     """
 
     node: str
     op: str
     error: float
     steps: int = 0
-    share: float = 0.0
+    differing: int = 0
+    codes: int = 0
 
 
 def operator_differences(
@@ -77,6 +79,11 @@ def operator_differences(
     for name, (node, expected) in wanted.items():
         by_node.setdefault(node, []).append((got[name], expected))
     return [d for node, results in by_node.items() for d in _compare(node, ops[node], results)]
+
+
+def share_of_codes(differences: Sequence[Difference]) -> float:
+    """Share of all codes that differ; of one small tensor's codes a single one may be a percent."""
+    return sum(d.differing for d in differences) / max(sum(d.codes for d in differences), 1)
 
 
 def _cut(
@@ -138,7 +145,7 @@ def _compare(node: str, op: str, results: Sequence[tuple[np.ndarray, np.ndarray]
     while index < len(results):
         got, expected = results[index]
         if got.shape != expected.shape or got.dtype != expected.dtype:
-            found.append(Difference(node, op, float("inf"), 255, 1.0))
+            found.append(Difference(node, op, float("inf"), 255, got.size, got.size))
         elif expected.dtype == np.uint8:
             index += 1
             found.append(_codes(node, op, (got, expected), results[index]))
@@ -157,9 +164,7 @@ def _codes(
     )
     away = np.abs(got - expected)
     error = _relative(params[0][..., 0], params[1][..., 0])
-    return Difference(
-        node, op, error, int(away.max(initial=0)), float(np.mean(away > 0)) if away.size else 0.0
-    )
+    return Difference(node, op, error, int(away.max(initial=0)), int(np.count_nonzero(away)), away.size)
 
 
 def _relative(got: np.ndarray, expected: np.ndarray) -> float:
