@@ -48,6 +48,7 @@ from .sites import EdgeTransform, Reader, Site, along, find_sites
 from .stiefel import RiemannianAdam
 
 ROTATION_RATE, SCALE_RATE, SHIFT_RATE = 0.0169, 0.005, 0.005
+"""Of a step: the angle of a channel, the change of a log-scale, of a shift in units of the mean shift."""
 
 Progress = Callable[[int, int, float], None]
 """Called with (steps done, steps in all, loss)."""
@@ -240,9 +241,11 @@ class _Student:
     def optimizer(self, fold: Fold) -> RiemannianAdam:
         """Rotations on the Stiefel manifold, everything else by plain Adam steps (scales in their logarithm)."""
         groups: list[dict[str, Any]] = []
-        turning_ = [m for m in self.matrices.values() if m.requires_grad]
-        if turning_:
-            groups.append({"params": turning_, "lr": ROTATION_RATE, "manifold": "stiefel"})
+        for matrix in self.matrices.values():
+            if matrix.requires_grad:
+                # The optimizer's step is a length of the whole matrix; this turns each channel by the rate.
+                rate = ROTATION_RATE * matrix.shape[-1] ** 0.5
+                groups.append({"params": [matrix], "lr": rate, "manifold": "stiefel"})
         if self.angles:
             groups.append(
                 {"params": list(self.angles.values()), "lr": ROTATION_RATE, "manifold": "euclidean"}
