@@ -45,7 +45,7 @@ def fold_edges(
     program = editor.program
     sites = {site.name: site for site in find_sites(program, recipe)}
     shifted = _fold_shifts(editor, transforms, {name: site.value for name, site in sites.items()})
-    # Scales are applied after the shifts: the program between is the editor's own.
+    # Scales are applied after the shifts, and to the biases that those made: the program between is analysed anew.
     _fold_scales(editor, transforms, {name: site.value for name, site in sites.items()}, shifted, rest)
 
 
@@ -80,7 +80,7 @@ def _fold_scales(
     shifted: set[str],
     rest: dict[str, EdgeTransform],
 ) -> None:
-    spaces = analyse(editor.program)
+    spaces = analyse(editor.finish() if shifted else editor.program)
     nodes = {node.name: node for node in spaces.program.graph.nodes}
     by_value: dict[str, tuple[str, Tensor]] = {}
     for name, transform in transforms.items():
