@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import RecipeError, near_misses
 
@@ -109,6 +109,12 @@ class Fold(_Strict):
     balance: bool = True
     steps: int = Field(default=100, ge=1)
     seed: int = 0
+
+    @field_validator("online", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, given: Any) -> Any:
+        # YAML reads a bare off as false.
+        return "off" if given is False else given
 
     @property
     def learns(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from isofold.compiler.errors import RecipeError
-from isofold.compiler.recipe import PRESETS, Recipe, resolve
+from isofold.compiler.recipe import PRESETS, Fold, Recipe, resolve
 
 TEXT = """
 name: mixed
@@ -89,6 +89,11 @@ BAD: list[tuple[Any, str]] = [
     ({"kv": {"bits": 2}}, r"kv.bits: .*got 2"),
     ({"kv": {"granularity": "tensor"}}, r"kv.granularity: no such field"),
     ({"convolutions": {}}, r"activations.mode must not be float"),
+    ({"fold": {"rotation": "qr"}}, r"fold.rotation: .*'hadamard'.*got 'qr'"),
+    ({"fold": {"scale": "smooth", "shift": "os"}}, r"fold.scale: [\s\S]*fold.shift: .*got 'os'"),
+    ({"fold": {"rotations": "womi"}}, r"fold.rotations: no such field \(did you mean 'rotation'"),
+    ({"fold": {"steps": 0}}, r"fold.steps: .*got 0"),
+    ({"fold": "hadamard"}, r"fold: .*got 'hadamard'"),
     ({"layers": [{"weights": None}]}, r"layers.0.match"),
 ]
 
@@ -106,3 +111,57 @@ def test_files_that_are_not_recipes(tmp_path: Path, text: str, message: str) -> 
     (tmp_path / "r.yml").write_text(text)
     with pytest.raises(RecipeError, match=message):
         resolve(tmp_path / "r.yml")
+
+
+FOLD = """
+name: turned
+weights: {bits: 4, group_size: 32}
+activations: {mode: dynamic, bits: 4}
+fold: {rotation: womi, scale: cle, online: off, balance: false, seed: 3}
+"""
+
+
+def test_fold_is_read_and_written() -> None:
+    recipe = Recipe.from_yaml(FOLD)
+    assert recipe.fold == Fold(rotation="womi", scale="cle", online="off", balance=False, seed=3)
+    assert recipe.fold is not None
+    assert (recipe.fold.shift, recipe.fold.steps) == ("none", 100)
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    assert Recipe.from_yaml("fold: null").fold is None
+
+
+@pytest.mark.parametrize(
+    ("fold", "learns", "data"),
+    [
+        ({"rotation": "hadamard"}, False, False),
+        ({"rotation": "womi", "scale": "cle"}, False, False),
+        ({"scale": "smoothquant"}, False, True),
+        ({"scale": "search"}, False, True),
+        ({"shift": "mean"}, False, True),
+        ({"rotation": "learned"}, True, True),
+        ({"scale": "learned"}, True, True),
+    ],
+)
+def test_which_folds_need_data(fold: dict[str, Any], learns: bool, data: bool) -> None:
+    recipe = Recipe(fold=Fold(**fold))
+    assert recipe.fold is not None
+    assert recipe.fold.learns == learns
+    assert recipe.needs_calibration == data
+
+
+def test_presets_that_fold() -> None:
+    assert {name: recipe.needs_calibration for name, recipe in PRESETS.items() if recipe.fold} == {
+        "w8a8-smooth": True,
+        "w4a8-smooth": True,
+        "w4a8-rotate": False,
+        "w4a4kv4-rotate": False,
+        "w4a4kv4-learned": True,
+    }
+
+
+def test_the_documentation_lists_every_preset_and_field_of_fold(root: Path) -> None:
+    text = (root / "docs" / "recipes.md").read_text()
+    for name in PRESETS:
+        assert f"| `{name}` |" in text, name
+    for field in Fold.model_fields:
+        assert f"`fold.{field}`" in text, field

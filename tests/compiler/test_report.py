@@ -17,7 +17,7 @@ from isofold.compiler.capture import capture
 from isofold.compiler.errors import ArtefactError
 from isofold.compiler.frontend import prepare, report_of
 from isofold.compiler.html_report import format_bytes, render_html, write_html
-from isofold.compiler.report import add_profile, packed_bytes, packed_nodes, refused_groups
+from isofold.compiler.report import FOLDS, add_profile, packed_bytes, packed_nodes, refused_groups
 from isofold.compiler.svg import graph_svg, histogram_svg
 from isofold.compiler.weight_histograms import BINS, decoded, weight_inside
 
@@ -314,3 +314,78 @@ def test_histogram_of_nothing_still_draws() -> None:
 )
 def test_bytes_read_well(size: float | None, text: str) -> None:
     assert format_bytes(size) == text
+
+
+@pytest.fixture(scope="module")
+def folded() -> dict[str, Any]:
+    """The report of Net through a recipe that turns, with online transforms."""
+    torch.manual_seed(0)
+    prepared = prepare(Net(), (torch.randint(0, 100, (2, 8)),), recipe="w4a8-rotate")
+    return report_of(prepared, "cpu")
+
+
+def test_a_fold_brings_the_spaces_of_the_canonical_program(folded: dict[str, Any]) -> None:
+    assert json.loads(json.dumps(folded)) == folded
+    spaces = folded["spaces"]
+    assert spaces["summary"]["spaces"] == len(spaces["spaces"])
+    assert spaces["summary"]["foldable"] == spaces["summary"]["gains"] == 4
+    stream = spaces["spaces"][0]
+    assert (stream["channels"], stream["group"]) == (64, "orthogonal that keeps the ones")
+    assert "layer_norm" in stream["bound"]["why"]
+    assert "test_report.py" in stream["bound"]["source"]
+    assert {"general", "permutations"} <= {space["group"] for space in spaces["spaces"]}
+
+
+def test_every_fold_has_a_row_with_its_error(folded: dict[str, Any]) -> None:
+    rows = {row["pass"]: row for row in folded["folds"]}
+    assert list(rows) == [name for name in FOLDS if name in rows]
+    assert {"fold_norm_affine", "center_norms", "fold_rotation", "place_hadamards"} <= set(rows)
+    assert len(rows["center_norms"]["applied"]) == 4
+    for row in rows.values():
+        assert row["guarantee"] in ("real", "bitwise")
+        assert (row["error"] is None) == (not row["applied"])
+        assert (row["error"] or 0) < 2e-5
+        assert all(group["reason"] and group["places"] for group in row["refused"])
+
+
+def test_the_page_shows_spaces_and_folds(folded: dict[str, Any]) -> None:
+    page = render_html(folded)
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", "", page))
+    assert "Channel spaces" in text
+    assert "4 of 4 gains fold" in text
+    assert "orthogonal that keeps the ones" in text
+    for row in folded["folds"]:
+        for group in row["refused"]:
+            assert f"{row['pass']}: left alone" in text, group
+    assert text.count("center_norms: applied") == 1
+
+
+def test_times_land_on_the_transforms_at_run_time() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up, self.down = nn.Linear(64, 96), nn.Linear(64, 96), nn.Linear(96, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(torch.relu(self.gate(x)) * self.up(x))
+
+    torch.manual_seed(0)
+    prepared = prepare(Gated(), (torch.randn(2, 8, 64),), recipe="w4a8-rotate", verify=False)
+    report = report_of(prepared, "cpu")
+    rows = report["hadamards"]
+    assert rows
+    assert all(row["microseconds"] is None and row["orders"] for row in rows)
+    add_profile(report, [{"name": row["node"], "op": "X", "microseconds": 7.0} for row in rows])
+    assert all(row["microseconds"] == 7.0 for row in rows)
+    text = re.sub(r"<[^>]*>", "", render_html(report))
+    assert "Hadamard transforms at run time" in text
+    assert "7 µs" in text
+
+
+def test_a_recipe_without_folds_has_no_section(report: dict[str, Any]) -> None:
+    assert report["spaces"] is None
+    assert report["folds"] == []
+    assert report["hadamards"] == []
+    page = render_html(report)
+    assert "Channel spaces" not in page
+    assert ">Folds<" not in page
