@@ -117,13 +117,17 @@ def _isofold_nodes(
         return
     suffix = "" if kind.shared_quantizer else str(layer)
     if not kind.shared_quantizer or layer == 0:
-        yield helper.make_node(
+        quantizer = helper.make_node(
             "QuantizeActivation",
             [source],
             [f"u{suffix}", f"params{suffix}"],
             domain="ai.isofold",
+            bits=8,
             align=packing.alignment(kind.group),
         )
+        # make_node cannot tell the type of an empty list.
+        quantizer.attribute.append(helper.make_attribute("hadamard", [], attr_type=onnx.AttributeProto.INTS))
+        yield quantizer
     wsum = data.add(f"wsum{layer}", packed.wsum.numpy())
     inputs = [f"u{suffix}", f"params{suffix}", weight, scale, "", wsum]
     yield helper.make_node("PackedLinear", inputs, [target], **attributes)

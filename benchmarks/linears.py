@@ -12,11 +12,13 @@ read bandwidth sampled in the same rounds (4 KiB pages, the better of one and fo
 from __future__ import annotations
 
 import argparse
+import hashlib
 from pathlib import Path
 
 import numpy as np
 
 from harness import (
+    HERE,
     BenchmarkError,
     Results,
     Worker,
@@ -104,7 +106,9 @@ def measure(
 ) -> None:
     """One interleaved run of all kinds on one shape, and its rows."""
     n, k = SHAPES[shape]
-    folder = subject_folder("linears", shape)
+    # Files of an older form would be opened by the newer library.
+    source = hashlib.sha256((HERE / "linear_models.py").read_bytes()).hexdigest()
+    folder = subject_folder("linears", shape, source)
     inputs = folder / f"x-m{m}.npz"
     x = np.random.default_rng(1).standard_normal((m, k)).astype(np.float32)
     np.savez(inputs, x=x)
