@@ -71,7 +71,11 @@ def test_activation_then_residual(packed: Make, text: Any, name: str, function: 
 def test_golden_text(packed: Make, text: Any) -> None:
     program = packed(After(lambda y, x: F.relu(y) + x), (X,))
     linear = "linear_packed(%1, %2, c, c, None, c, c, {}, 64, 64, 8, 0, 1.0, '{}', False)"
-    quantized = ["%0 = quantize_activation(x0, None, 32, None, None, 8)", "%1 = getitem(%0, 0)", "%2 = getitem(%0, 1)"]
+    quantized = [
+        "%0 = quantize_activation(x0, None, 32, None, None, 8)",
+        "%1 = getitem(%0, 0)",
+        "%2 = getitem(%0, 1)",
+    ]
     plain = ["%3 = " + linear.format("None", "none"), "%4 = relu(%3)", "%5 = add(%4, x0)"]
     assert text(program) == quantized + plain
     assert text(fuse(program)[0]) == [*quantized, "%3 = " + linear.format("x0", "relu")]
