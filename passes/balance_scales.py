@@ -3,10 +3,9 @@
     minimize  sum over writers |W_w diag(s)|^2 + sum over readers |W_r diag(1/s)|^2     →     s^4 = readers / writers
 
 elementwise, with the squared norms of what is scaled up by each channel and of what is scaled down. Why: a trained
-model
-stands somewhere on the orbit of its scales, and where it stands decides what rounding costs: outlier channels moved
-between two layers change nothing in float and ruin four bits. The least norm is unique on the orbit, so two models that
-differ by scales come out equal. Roots that share equations are balanced in turn until nothing moves.
+model stands somewhere on the orbit of its scales, and where it stands decides what rounding costs: outlier channels
+moved between two layers change nothing in float and ruin four bits. The least norm is unique on the orbit, so two
+models that differ by scales come out equal. Roots that share equations are balanced in turn until nothing moves.
 
 Norms' gains are left out (fold_norm_affine takes them away); a channel that is zero on one side keeps its scale.
 
@@ -35,7 +34,8 @@ def balance_scales(editor: Editor) -> None:
     """Balance all free scales of the program."""
     spaces = analyse(editor.program)
     free, expressed = spaces.scales.parametrize(spaces.scales.free_roots())
-    free = [root for root in free if not _is_gain(spaces, root)]
+    gains = _gains(spaces)
+    free = [root for root in free if root not in gains]
     if not free:
         return
     powers = _powers(spaces, expressed)
@@ -56,13 +56,13 @@ def balance_scales(editor: Editor) -> None:
         )
 
 
-def _is_gain(spaces: Spaces, root: Root) -> bool:
-    gains = {
+def _gains(spaces: Spaces) -> set[Root]:
+    """Roots of the vectors of gains."""
+    return {
         spaces.scales.find((spaces.key(g.parameter), b))[0]
         for g in spaces.gains
         for b in spaces.scales.blocks(spaces.key(g.parameter))
     }
-    return root in gains
 
 
 def _powers(

@@ -21,8 +21,8 @@ from ..compiler.editor import Editor
 from ..compiler.graph import place_of
 from ..compiler.passes import Guarantee, define_pass
 from ..compiler.spaces.analysis import Spaces, analyse
-from ..compiler.spaces.atoms import Dim, leaves
-from ..compiler.spaces.change import Assignment, Root, apply_factors, project, size_of_dim
+from ..compiler.spaces.atoms import Dim, leaves, size_of
+from ..compiler.spaces.change import Root, apply_factors, project
 from ..compiler.spaces.potentials import Key, Solution
 
 
@@ -58,7 +58,7 @@ def realisable(
             reasons[name] = found
             continue
         key, dims = found
-        values = project(solution, key, dims, vector.expand([size_of_dim(dim) for dim in dims]))
+        values = project(solution, key, dims, vector.expand([size_of(dim or ()) for dim in dims]))
         fresh = {root: v for root, v in values.items() if root not in chosen}
         free, _ = solution.parametrize([*chosen, *fresh])
         if not fresh or not set(fresh) <= set(free):
@@ -71,7 +71,7 @@ def realisable(
 
 def channel_key(spaces: Spaces, solution: Solution, node: fx.Node) -> tuple[Key, list[Dim]] | str:
     """A value's key and dimensions, where its vector is a function of the channels alone, or why it has none."""
-    pin = solution.pin_of(spaces.key(node)) if spaces.key(node) in solution.known else None
+    pin = solution.pin_of(spaces.key(node)) if solution.knows(spaces.key(node)) else None
     if pin is not None:
         place = f" ({pin.place})" if pin.place is not None else ""
         return f"its {solution.what} is pinned: {pin.why}{place}"
@@ -82,6 +82,3 @@ def channel_key(spaces: Spaces, solution: Solution, node: fx.Node) -> tuple[Key,
         if not set(solution.ordered_support(root)) <= channels:
             return f"its {solution.what} is not one vector of channels"
     return key, spaces.dims_of[node]
-
-
-__all__ = ["Assignment", "channel_key", "fold_scale", "realisable"]

@@ -33,7 +33,7 @@ from ..compiler.program import Program
 from ..compiler.recipe import ActivationFormat, Fold, Recipe
 from ..compiler.spaces.analysis import Space, Spaces, analyse
 from ..compiler.spaces.atoms import Group
-from ..compiler.spaces.change import rotated
+from ..compiler.spaces.change import by_parameter, rotated
 from ..compiler.spaces.transform import pair_matrix
 from .calibrate import batch_arguments
 from .choose_edges import choose_edges
@@ -187,12 +187,9 @@ class _Student:
             source = argument(nodes[parameters.site.readers[0].node], "input")
             if source.target == quantize_dequantize.overload:
                 self.input_of[source.name] = parameters
-        self.touched = {
-            str(member.node.target): member.node
-            for space in spaces.spaces
-            if space.name in self.matrices or space.name in self.angles
-            for member in space.parameters
-        }
+        self.turned = by_parameter(
+            s for s in spaces.spaces if s.name in self.matrices or s.name in self.angles
+        )
 
     def _angles(self, recipe: Recipe) -> dict[str, Tensor]:
         if recipe.kv is None:
@@ -292,27 +289,21 @@ class _Student:
 
     def run(self, flat: Sequence[Any]) -> list[Any]:
         """Flat outputs."""
-        parameters = {name: self._turned(name, node) for name, node in self.touched.items()}
+        parameters = {str(node.target): self._turned(node, inside) for node, inside in self.turned.items()}
         result = _Interpreter(self, parameters).run(*flat, enable_io_processing=False)
         return pytree.tree_leaves(result)
 
-    def _turned(self, name: str, node: fx.Node) -> Tensor:
-        held: Tensor = self.program.tensors[name].detach()
-        for space in self.spaces.spaces:
-            if not any(member.node is node for member in space.parameters):
-                continue
-            matrix = self._matrix(space)
-            if matrix is not None:
-                held = rotated(held, self.spaces.dims_of[node], space, matrix)
+    def _turned(self, node: fx.Node, inside: Sequence[Space]) -> Tensor:
+        held: Tensor = self.program.tensors[str(node.target)].detach()
+        for space in inside:
+            held = rotated(held, self.spaces.dims_of[node], space, self._matrix(space))
         return held
 
-    def _matrix(self, space: Space) -> Tensor | None:
+    def _matrix(self, space: Space) -> Tensor:
         if space.name in self.matrices:
             return self.matrices[space.name]
-        if space.name in self.angles:
-            angle = self.angles[space.name]
-            return pair_matrix(angle, torch.ones_like(angle), bool(space.atom.interleaved)).to(angle.dtype)
-        return None
+        angle = self.angles[space.name]
+        return pair_matrix(angle, torch.ones_like(angle), bool(space.atom.interleaved))
 
 
 class _Interpreter(fx.Interpreter):

@@ -15,18 +15,18 @@ the gains that fold away; and the solutions of the scale and shift equations.
 from __future__ import annotations
 
 import importlib
+import math
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
-from ..graph import Place, place_of, value
+from ..graph import place_of, value
 from ..program import Program
-from .atoms import Atom, Dim, Group, Reason, find, flatten, flipped, leaves, new, restrict, unify
+from .atoms import Atom, Dim, Group, Reason, flatten, leaves, new, restrict, unify
 from .potentials import Block, Key, Potentials, Solution
 
 Rule = Callable[["Analysis", fx.Node], None]
@@ -57,6 +57,22 @@ class Gain:
     norm: bool
 
 
+@dataclass(frozen=True)
+class Absorber:
+    """A linear or convolution whose bias takes up shifts: b' = b - W z_x + z_y.
+
+    input, output: whose vectors z_x and z_y are, None where that side is pinned. rows: the weight's dimension of
+    outputs.
+    """
+
+    node: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    input: Key | None
+    output: Key | None
+    rows: int
+
+
 class Analysis:
     """The state that rules write into."""
 
@@ -70,7 +86,7 @@ class Analysis:
         """LayerNorms, whose input may lose its mean."""
         self.axes: set[tuple[fx.Node, int]] = set()
         """Dimensions of weight matrices, which have a scale of their own."""
-        self.biases: dict[fx.Node, int] = {}
+        self.absorbers: list[Absorber] = []
         self._constants: dict[str, fx.Node] = {}
 
     # ---- structure
@@ -138,6 +154,13 @@ class Analysis:
         self.allow(node, self.dims(at), Group.NONE, why)
         self.pin_scale(node, at, why)
         self.pin_shift(node, at, why)
+
+    def is_own_bias(self, bias: fx.Node | None) -> bool:
+        """Whether no operator before has this bias: two uses of one cannot take up different shifts."""
+        if bias is None:
+            return True
+        others = (a.bias for a in self.absorbers if a.bias is not None)
+        return all(self.constant(other) is not self.constant(bias) for other in others)
 
 
 def tensors(node: fx.Node) -> list[fx.Node]:
@@ -212,10 +235,7 @@ class Space:
     @property
     def copies(self) -> int:
         """Number of independent matrices."""
-        count = 1
-        for atom in self.varies:
-            count *= atom.size
-        return count
+        return math.prod(atom.size for atom in self.varies)
 
 
 @dataclass
@@ -232,6 +252,7 @@ class Spaces:
     dims_of: dict[fx.Node, list[Dim]] = field(repr=False)
     constant: Callable[[fx.Node], fx.Node] = field(repr=False)
     centred: list[fx.Node] = field(default_factory=list, repr=False)
+    absorbers: list[Absorber] = field(default_factory=list, repr=False)
 
     def key(self, node: fx.Node, dim: int | None = None) -> Key:
         """The key of a value's vector, or of a dimension of a weight matrix."""
@@ -294,6 +315,7 @@ def _resolve(analysis: Analysis) -> Spaces:
         analysis.dims_of,
         analysis.constant,
         analysis.centred,
+        analysis.absorbers,
     )
 
 
@@ -369,22 +391,3 @@ def _spaces(analysis: Analysis, foldable: list[Gain]) -> list[Space]:
     for index, space in enumerate(found):
         space.name = f"space{index}"
     return found
-
-
-__all__ = [
-    "RULES",
-    "Analysis",
-    "Gain",
-    "Group",
-    "Member",
-    "Place",
-    "Reason",
-    "Space",
-    "Spaces",
-    "analyse",
-    "find",
-    "flipped",
-    "rule",
-    "tensors",
-    "torch",
-]

@@ -11,7 +11,7 @@ All products are computed in float64 and rounded once to the parameter's own typ
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 
 import torch
@@ -19,8 +19,8 @@ from torch import Tensor, fx
 
 from ..editor import Editor
 from ..graph import argument
-from .analysis import Space, Spaces
-from .atoms import Atom, Dim, Group, Ref, flatten
+from .analysis import Absorber, Space, Spaces
+from .atoms import Atom, Dim, Group, Ref, flatten, size_of
 from .potentials import Block, Key, Solution
 
 aten = torch.ops.aten
@@ -47,9 +47,7 @@ def _by_blocks(
         for part in atom.sum:
             inner = [((a, s * sign), index) for a, s in flatten(part)]
             sizes = [ref[0].size for ref, _ in inner]
-            length = 1
-            for size in sizes:
-                length *= size
+            length = size_of(part)
             piece = view.narrow(at, offset, length)
             shape = [*piece.shape[:at], *sizes, *piece.shape[at + 1 :]]
             done = _by_blocks(piece.reshape(shape), [*axes[:at], *inner, *axes[at + 1 :]], change)
@@ -99,24 +97,28 @@ def apply_bases(editor: Editor, spaces: Spaces, bases: Mapping[str, Tensor]) -> 
     unfolded = [space.name for space in chosen if space.gains and space.group != Group.PERMUTATION]
     if unfolded:
         raise ValueError(f"fold the gains of {', '.join(unfolded)} first (fold_norm_affine)")
-    touched: dict[str, fx.Node] = {}
-    for space in chosen:
-        for member in space.parameters:
-            touched[str(member.node.target)] = member.node
-    for name, node in touched.items():
-        held = editor.tensors[name]
+    for node, inside in by_parameter(chosen).items():
+        held = editor.tensors[str(node.target)]
         changed = held.double()
-        for space in chosen:
-            if any(member.node is node for member in space.parameters):
-                changed = rotated(changed, spaces.dims_of[node], space, bases[space.name].double())
-        editor.tensors[name] = changed.to(held.dtype).contiguous()
+        for space in inside:
+            changed = rotated(changed, spaces.dims_of[node], space, bases[space.name].double())
+        editor.tensors[str(node.target)] = changed.to(held.dtype).contiguous()
     return chosen
+
+
+def by_parameter(spaces: Iterable[Space]) -> dict[fx.Node, list[Space]]:
+    """For each parameter the given spaces that it has dimensions in, each once, in their order."""
+    found: dict[fx.Node, list[Space]] = {}
+    for space in spaces:
+        for node in dict.fromkeys(member.node for member in space.parameters):
+            found.setdefault(node, []).append(space)
+    return found
 
 
 class Assignment:
     """Vectors for independent roots of a solution, and through it a vector for everything that moves.
 
-    values: `[sizes of the root's support]` for each chosen root, in the order of `support_of`.
+    values: `[sizes of the root's support]` for each chosen root, in the order of `Solution.ordered_support`.
     """
 
     def __init__(self, solution: Solution, values: Mapping[Root, Tensor], multiply: bool) -> None:
@@ -162,7 +164,7 @@ class Assignment:
             ordered = vector.permute([support.index(a) for a in atoms if a in support])
             return ordered.reshape(shape).expand_as(view)
 
-        sizes = [size_of_dim(d) for d in dims]
+        sizes = [size_of(d or ()) for d in dims]
         start = torch.ones if self.multiply else torch.zeros
         spread = by_blocks(start(sizes, dtype=torch.float64), dims, fill)
         return spread if moved else None
@@ -172,14 +174,6 @@ def _power(vector: Tensor, power: Fraction) -> Tensor:
     if power == 1:
         return vector
     return vector.reciprocal() if power == -1 else vector ** float(power)
-
-
-def size_of_dim(dim: Dim) -> int:
-    """Number of indices of a dimension of a parameter."""
-    total = 1
-    for atom, _ in dim or ():
-        total *= atom.size
-    return total
 
 
 def project(solution: Solution, key: Key, dims: Sequence[Dim], wanted: Tensor) -> dict[Root, Tensor]:
@@ -263,13 +257,10 @@ def apply_shifts(editor: Editor, spaces: Spaces, values: Mapping[Root, Tensor]) 
                 held = editor.tensors[str(node.target)]
                 editor.tensors[str(node.target)] = (held.double() + added).to(held.dtype)
                 done.append(node)
-    for old in spaces.program.graph.nodes:
-        if old.op != "call_function":
-            continue
-        if old.target in (aten.layer_norm.default,):
-            _shift_norm(editor, spaces, assignment, old, nodes[old.name], done)
-        elif old.target is aten.linear.default or "conv" in str(old.target):
-            _shift_layer(editor, spaces, assignment, old, nodes[old.name], done)
+    for old in spaces.centred:
+        _shift_norm(editor, spaces, assignment, old, nodes[old.name], done)
+    for absorber in spaces.absorbers:
+        _shift_layer(editor, spaces, assignment, absorber, nodes[absorber.node.name], done)
     return done
 
 
@@ -295,48 +286,36 @@ def _shift_norm(
 
 
 def _shift_layer(
-    editor: Editor, spaces: Spaces, assignment: Assignment, old: fx.Node, new: fx.Node, done: list[fx.Node]
+    editor: Editor,
+    spaces: Spaces,
+    assignment: Assignment,
+    absorber: Absorber,
+    new: fx.Node,
+    done: list[fx.Node],
 ) -> None:
-    weight, bias = argument(old, "weight"), argument(old, "bias")
-    if weight.op != "get_attr":
-        return
-    constant = spaces.constant(weight)
-    dims = spaces.dims_of[constant]
-    transposed = "transpose" in str(old.target)
-    rows, columns = (1, 0) if transposed else (0, 1)
-    z_y = (
-        assignment.over(Key(constant, rows, old), [dims[rows]])
-        if _knows(spaces, constant, rows, old)
-        else None
-    )
-    z_x = (
-        assignment.over(Key(constant, columns, old), [dims[columns]])
-        if _knows(spaces, constant, columns, old)
-        else None
-    )
-    if bias is not None and z_y is None and _knows(spaces, spaces.constant(bias), 0, old):
-        z_y = assignment.over(Key(spaces.constant(bias), 0, old), [spaces.dims_of[spaces.constant(bias)][0]])
+    def vector(key: Key | None) -> Tensor | None:
+        if key is None or key.dim is None:
+            return None
+        return assignment.over(key, [spaces.dims_of[key.node][key.dim]])
+
+    z_x, z_y = vector(absorber.input), vector(absorber.output)
     if z_x is None and z_y is None:
         return
-    # Not the transformed weight: a change moves either scales or shifts.
-    held = editor.tensors[str(weight.target)]
-    matrix = held.double().flatten(2).sum(2) if held.dim() > 2 else held.double()
-    matrix = matrix.mT if transposed else matrix
-    total = torch.zeros(matrix.shape[0], dtype=torch.float64)
+    bias = absorber.bias
+    held = editor.tensors[str(absorber.weight.target)]
+    total = z_y
     if bias is not None:
-        total = total + editor.tensors[str(bias.target)].double()
+        given = editor.tensors[str(bias.target)].double()
+        total = given if total is None else given + total
     if z_x is not None:
-        total = total - matrix @ z_x
-    if z_y is not None:
-        total = total + z_y
-    name = str(bias.target) if bias is not None else f"{weight.target}_bias"
-    node = editor.constant(total.to(held.dtype), name)
-    set_bias(new, node)
+        # The weight as it is: a change moves either scales or shifts.
+        matrix = held.double().flatten(2).sum(2) if held.dim() > 2 else held.double()
+        taken = (matrix.mT if absorber.rows == 1 else matrix) @ z_x
+        total = -taken if total is None else total - taken
+    assert total is not None
+    name = str(bias.target) if bias is not None else f"{absorber.weight.target}_bias"
+    set_bias(new, editor.constant(total.to(held.dtype), name))
     done.append(new)
-
-
-def _knows(spaces: Spaces, node: fx.Node, dim: int, use: fx.Node) -> bool:
-    return Key(node, dim, use) in spaces.shifts.known
 
 
 def set_bias(node: fx.Node, bias: fx.Node) -> None:

@@ -123,10 +123,9 @@ class Solution:
             self._parent[node] = (at, total)
         return at, sign
 
-    @property
-    def known(self) -> frozenset[Key]:
-        """Everything that occurs in an equation or a pin, as a set."""
-        return frozenset(self._blocks)
+    def knows(self, key: Key) -> bool:
+        """Whether something occurs in an equation or a pin."""
+        return key in self._blocks
 
     def ordered_support(self, root: tuple[Key, Block]) -> list[Atom]:
         """The atoms that a root's vector depends on, in one fixed order."""

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from ...graph import argument, value
-from ..analysis import Analysis, rule, tensors
+from ..analysis import Absorber, Analysis, rule, tensors
 from ..atoms import Group, flipped
 from ..potentials import Key
 
@@ -50,13 +50,14 @@ def absorb_shift(
 
     The vectors are functions of the channels alone, so both are tied to a dimension of the weight.
     """
-    shared = analysis.constant(bias) if bias is not None else None
-    if shared is not None:
-        analysis.biases[shared] = analysis.biases.get(shared, 0) + 1
+    own = analysis.is_own_bias(bias)
     # One vector for each use: two readers of one weight may be shifted differently.
-    for at, dim in ((x, 1), (node, 0)):
-        analysis.shifts.equal(analysis.key(at), Key(analysis.constant(weight), dim, node))
-    if shared is not None and analysis.biases[shared] > 1:
+    held = analysis.constant(weight)
+    absorber = Absorber(node, held, bias, Key(held, 1, node), Key(held, 0, node), 0)
+    analysis.shifts.equal(analysis.key(x), Key(held, 1, node))
+    analysis.shifts.equal(analysis.key(node), Key(held, 0, node))
+    analysis.absorbers.append(absorber)
+    if not own:
         for at in (x, node):
             analysis.pin_shift(node, at, "its bias is the bias of another operator too")
 

@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from ...graph import argument, place_of, value
-from ..analysis import Analysis, rule, tensors
+from ..analysis import Absorber, Analysis, rule, tensors
 from ..atoms import Dim, Group, Reason, flipped, new
 from ..potentials import Key
 
@@ -138,25 +138,27 @@ def _shifts(
     rows: int,
     unpadded: bool,
 ) -> None:
-    shared = analysis.constant(bias) if bias is not None else None
-    if shared is not None:
-        analysis.biases[shared] = analysis.biases.get(shared, 0) + 1
-    once = shared is None or analysis.biases[shared] == 1
-    groups = int(argument(node, "groups"))
-    if not unpadded or not once or groups != 1:
+    own = analysis.is_own_bias(bias)
+    held, groups = analysis.constant(weight), int(argument(node, "groups"))
+    reads = writes = None
+    if not unpadded or not own or groups != 1:
         analysis.pin_shift(
             node, x, "padding adds zeros" if not unpadded else "a grouped convolution or a shared bias"
         )
     else:
-        analysis.shifts.equal(analysis.key(x), Key(analysis.constant(weight), 1 - rows, node))
-    if not once:
+        reads = Key(held, 1 - rows, node)
+        analysis.shifts.equal(analysis.key(x), reads)
+    if not own:
         analysis.pin_shift(node, node, "its bias is the bias of another operator too")
     elif groups == 1:
-        analysis.shifts.equal(analysis.key(node), Key(analysis.constant(weight), rows, node))
+        writes = Key(held, rows, node)
     elif bias is not None:
-        analysis.shifts.equal(analysis.key(node), Key(shared, 0, node))  # type: ignore[arg-type]  # not None with a bias
+        writes = Key(analysis.constant(bias), 0, node)
     else:
         analysis.pin_shift(node, node, "a grouped convolution without a bias")
+    if writes is not None:
+        analysis.shifts.equal(analysis.key(node), writes)
+    analysis.absorbers.append(Absorber(node, held, bias, reads, writes, rows))
 
 
 _AVERAGES = (

@@ -55,7 +55,7 @@ def test_every_solution_meets_every_equation_and_every_pin(given_equations: list
         assert value(solution, key, chosen) == 0
         assert solution.pin_of(key) is not None
     # As many free as a matrix of the equations leaves.
-    known = list(solution.known)
+    known = solution.ordered_keys()
     rows = [[sum(c for c, k in terms if k == key) for key in known] for terms in given_equations]
     rows += [[int(k == key) for k in known] for key in pins]
     assert len(chosen) == len(known) - rank(rows)
