@@ -4,7 +4,8 @@
 norms with `aten.layer_norm` and `aten.rms_norm`, attention with `aten.scaled_dot_product_attention` (all
 arguments spelled out, grouped queries by `enable_gqa`), rotary embedding with `isofold.rotary`, gated products
 with `isofold.gated`, activations with `aten.gelu` and `aten.silu`, products with a constant matrix with
-`aten.linear`, views with `aten.reshape` and `aten.slice`; constants are folded, batch norms gone where they can.
+`aten.linear` (einsums, and pointwise convolutions of what was channels last, too), views with `aten.reshape` and
+`aten.slice`; constants are folded, batch norms gone where they can.
 
 Each file is one form: its docstring states the identity and the side conditions, its pass reports what was
 recognised and what was refused, and why.
@@ -17,6 +18,7 @@ from ..passes import Guarantee, Pass, define_pass
 from .activation import canonicalize_activations
 from .attention import canonicalize_attention
 from .batch_norm import fold_batch_norm
+from .einsum import canonicalize_einsum
 from .fold_constants import fold_constants
 from .gated import canonicalize_gated
 from .grouped_query import absorb_grouped_queries
@@ -25,6 +27,7 @@ from .linear import canonicalize_linear
 from .masks import simplify_masks
 from .merge_duplicates import merge_duplicates
 from .merged_heads import split_merged_heads
+from .pointwise import canonicalize_pointwise
 from .rms_norm import canonicalize_rms_norm
 from .rotary import canonicalize_rotary
 from .split import canonicalize_splits
@@ -36,7 +39,9 @@ FORMS: tuple[Pass, ...] = (
     strip_no_ops,
     merge_duplicates,
     canonicalize_splits,
+    canonicalize_einsum,
     canonicalize_linear,
+    canonicalize_pointwise,
     fold_constants,
     fold_batch_norm,
     canonicalize_activations,

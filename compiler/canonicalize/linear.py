@@ -1,6 +1,6 @@
 """Products with a constant matrix become `aten.linear(x, weight, bias)`.
 
-    x @ W^T,  mm(x, W^T),  addmm(b, x, W^T),  einsum('..k,nk->..n', x, W),  linear(x, W) + b
+    x @ W^T,  mm(x, W^T),  addmm(b, x, W^T),  linear(x, W) + b
 
 `aten.linear` contracts the last dimension of x with the last of the weight. A matrix that stands the other way
 round is transposed once. A constant vector added to a linear is its bias; two of them are summed in float64. A linear
@@ -12,8 +12,6 @@ added in another place of the same sum).
 """
 
 from __future__ import annotations
-
-import re
 
 import torch
 from torch import Tensor, fx
@@ -39,8 +37,6 @@ def canonicalize_linear(editor: Editor) -> None:
             editor.refused(node, "addmm scales its operands by alpha or beta")
         elif isinstance(x, fx.Node) and vector(editor, bias, (shape(node) or (0,))[-1]) is not None:
             _rewrite(editor, node, x, matrix, bias)
-    for node in editor.calls(aten.einsum.default):
-        _einsum(editor, node)
     for node in editor.calls(aten.linear.default):
         _absorb_bias(editor, node)
     for node in editor.calls(aten.linear.default):
@@ -71,32 +67,6 @@ def _swaps(node: fx.Node) -> bool:
     if is_call(node, aten.transpose.int):
         return int(operands(node)[1]) % 2 != int(operands(node)[2]) % 2
     return True
-
-
-def _einsum(editor: Editor, node: fx.Node) -> None:
-    equation, factors = argument(node, "equation"), argument(node, "tensors")
-    parsed = re.fullmatch(r"(\.\.\.|\w*)(\w),(\w)(\w)->(\.\.\.|\w*)(\w)", equation.replace(" ", ""))
-    if parsed is None or len(factors) != 2 or editor.tensor(factors[1]) is None:
-        return
-    batch, contracted, first, second, kept, out = parsed.groups()
-    matrix = factors[1]
-    held = editor.tensor(matrix)
-    assert held is not None
-    if batch != kept or {first, second} != {contracted, out} or _repeats(f"{batch}{contracted}{out}"):
-        return
-    if held.dim() != 2:
-        return
-    weight = (
-        matrix if second == contracted else editor.constant(held.t(), f"{editor.name_of(matrix)}_transposed")
-    )
-    editor.applied(node, f"einsum {equation} with a constant matrix is a linear")
-    editor.replace(node, editor.call(aten.linear.default, factors[0], weight, like=node))
-
-
-def _repeats(letters: str) -> bool:
-    """Whether an index occurs twice: then it is a diagonal, no product."""
-    named = letters.replace(".", "")
-    return len(set(named)) != len(named)
 
 
 def _absorb_bias(editor: Editor, linear: fx.Node) -> None:
@@ -130,9 +100,9 @@ def _absorb_bias(editor: Editor, linear: fx.Node) -> None:
 
 
 def _keep_leading_dimensions(editor: Editor, linear: fx.Node) -> None:
-    """reshape(linear(reshape(x, [-1, K])), [..., N]) is linear(x)."""
+    """reshape(linear(reshape(x, [-1, K])), [..., N]) is linear(x), and so with squeeze and unsqueeze."""
     merged = operands(linear)[0]
-    x = operands(merged)[0] if is_call(merged, *RESHAPES) else None
+    x = operands(merged)[0] if is_call(merged, *RESHAPES, aten.unsqueeze.default) else None
     outer, inner = shape(x) if isinstance(x, fx.Node) else None, shape(merged)
     if not outer or not inner or len(outer) == len(inner) or not equal_sizes(outer[-1], inner[-1]):
         return
@@ -141,7 +111,7 @@ def _keep_leading_dimensions(editor: Editor, linear: fx.Node) -> None:
     def splits(user: fx.Node) -> bool:
         size = shape(user) or ()
         return (
-            is_call(user, *RESHAPES)
+            is_call(user, *RESHAPES, aten.squeeze.dim, aten.squeeze.dims)
             and len(size) == len(wanted)
             and all(equal_sizes(a, b) for a, b in zip(size, wanted, strict=True))
         )

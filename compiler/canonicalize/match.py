@@ -8,7 +8,7 @@ over the reals; only the order of the roundings differs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -26,6 +26,11 @@ ADDITIONS = (aten.add.Tensor, aten.add.Scalar)
 SUBTRACTIONS = (aten.sub.Tensor, aten.sub.Scalar)
 CASTS = (aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device)
 RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
+VIEWS = (
+    *RESHAPES, aten.permute.default, aten.transpose.int, aten.t.default, aten.unsqueeze.default, aten.squeeze.dims,
+    aten.squeeze.dim, aten.unflatten.int, aten.flatten.using_ints,
+)  # fmt: skip
+"""What moves every element of a tensor and copies none."""
 
 
 def is_call(node: object, *targets: object) -> TypeGuard[fx.Node]:
@@ -227,6 +232,47 @@ def vector(editor: Editor, node: object, size: object) -> Tensor | None:
     return tensor.reshape(-1)
 
 
+def is_constant(editor: Editor, node: object) -> bool:
+    """Whether `node` is a stored tensor or a chain of views of one."""
+    while _is_static_view(node):
+        node = operands(node)[0]
+    return editor.tensor(node) is not None
+
+
+def _is_static_view(node: object) -> TypeGuard[fx.Node]:
+    """Whether a call views a tensor with sizes that are numbers."""
+    return is_call(node, *VIEWS) and len(node.all_input_nodes) == 1
+
+
+def constant_matrix(editor: Editor, node: fx.Node, matrix: Callable[[Tensor], Tensor]) -> fx.Node | None:
+    """`matrix` (views only) of what a constant holds, as a constant; None where the node is not `is_constant`.
+
+    It is the stored matrix itself where all views together leave that as it is, so that tied weights stay one.
+    """
+    chain: list[fx.Node] = []
+    source = node
+    while _is_static_view(source):
+        chain.append(source)
+        source = operands(source)[0]
+    stored = editor.tensor(source)
+    if stored is None:
+        return None
+
+    def wanted(tensor: Tensor) -> Tensor:
+        for view in reversed(chain):
+            tensor = view.target(tensor, *operands(view)[1:], **view.kwargs)  # type: ignore[operator]  # an overload
+        return matrix(tensor)
+
+    held = wanted(stored)
+    if stored.shape == held.shape:
+        # Which stored element is where: the same views of a table of indices.
+        table = torch.arange(stored.numel()).reshape(stored.shape)
+        if torch.equal(wanted(table), table):
+            return source
+    name = editor.name_of(source)
+    return editor.constant(held, f"{name}_transposed" if stored.dim() == 2 else f"{name}_matrix")
+
+
 def slice_bounds(node: fx.Node) -> tuple[int, int, int, int] | None:
     """(dimension, start, end, step) of a slice with static bounds of a static dimension, end cut to the size."""
     source = operands(node)[0]
@@ -240,6 +286,19 @@ def slice_bounds(node: fx.Node) -> tuple[int, int, int, int] | None:
         return None
     low, high, stride = slice(start, end, step).indices(length)
     return dim, low, high, stride
+
+
+def permutation(node: fx.Node) -> list[int]:
+    """Which dimension of its input each dimension of a permute, transpose or t is."""
+    rank = len(shape(node) or ())
+    order = list(range(rank))
+    if node.target == aten.permute.default:
+        return [d % rank for d in operands(node)[1]]
+    if node.target == aten.t.default:
+        return order[::-1]
+    a, b = (int(d) % rank for d in operands(node)[1:3])
+    order[a], order[b] = order[b], order[a]
+    return order
 
 
 def fake_dim(node: fx.Node) -> int:

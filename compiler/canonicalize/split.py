@@ -4,7 +4,8 @@ chunk, split, split_with_sizes, unbind's relatives and narrow are slices that to
 patterns (rotary halves, fused q/k/v, gate and up in one linear) then see one spelling.
 
 A selected index of a dimension that a reshape cut off the last one (`q = x.view(..., 3, D)[..., 0, :]`) is a slice
-of the last dimension before the cut, `x.view(..., 3 D)[..., 0:D]`. Constant indices that follow one another
+of the last dimension before the cut, `x.view(..., 3 D)[..., 0:D]`, also where the cut was permuted before
+(`q, k, v = x.view(B, S, 3, H, D).permute(2, 0, 3, 1, 4).unbind(0)`). Constant indices that follow one another
 (`x[..., [4], :]`) are a slice too. Heads cut out of `x.view(..., H, D)` are cut out of x: each part has channels of
 its own.
 
@@ -13,6 +14,7 @@ Side conditions: the dimension that is cut has a static size. Exactness: bitwise
 
 from __future__ import annotations
 
+import math
 import operator
 
 import torch
@@ -21,7 +23,7 @@ from torch import fx
 from ..editor import Editor
 from ..graph import argument, shape
 from ..passes import Guarantee, define_pass
-from .match import RESHAPES, aten, equal_sizes, is_call, operands, slice_bounds
+from .match import RESHAPES, aten, equal_sizes, is_call, operands, permutation, slice_bounds
 
 _SPLITS = (
     aten.split.Tensor,
@@ -37,6 +39,8 @@ def canonicalize_splits(editor: Editor) -> None:
     """See the module."""
     for node in editor.calls(*_SPLITS):
         _slices(editor, node)
+    for node in editor.calls(aten.unbind.int):
+        _unbound(editor, node)
     for node in editor.calls(aten.narrow.default):
         x, dim, start, length = operands(node)
         if isinstance(start, int) and isinstance(length, int) and start >= 0:
@@ -91,20 +95,46 @@ def _indexed(editor: Editor, node: fx.Node) -> None:
 
 def _selected(editor: Editor, node: fx.Node) -> None:
     cut, dim, index = operands(node)
-    size = (shape(cut) or ()) if isinstance(cut, fx.Node) else ()
-    if not is_call(cut, *RESHAPES) or len(size) < 3 or dim % len(size) != len(size) - 2:
+    rank = len(shape(cut) or ()) if isinstance(cut, fx.Node) else 0
+    order = list(range(rank))
+    if is_call(cut, aten.permute.default, aten.transpose.int):
+        order, cut = permutation(cut), operands(cut)[0]
+    if not is_call(cut, *RESHAPES) or rank < 3:
         return
-    parts, width = size[-2:]
-    if not (isinstance(parts, int) and isinstance(width, int) and isinstance(index, int)):
+    at, size, outer = order[dim % rank], shape(cut) or (), shape(operands(cut)[0]) or ()
+    parts, *inner = size[at:]
+    if at == rank - 1 or not all(isinstance(s, int) for s in (index, parts, *inner)):
         return
-    sizes = [*list(operands(cut)[1])[:-2], parts * width]
-    whole = editor.call(aten.reshape.default, operands(cut)[0], sizes, like=cut, before=node)
-    start = (index % parts) * width
-    editor.applied(node, f"index {index} of {parts} is a slice of the last dimension")
-    last = len(size) - 2
-    editor.replace(
-        node, editor.call(aten.slice.Tensor, whole, last, start, start + width, 1, like=node, before=node)
+    width = math.prod(inner)
+    if len(inner) > 1 and (not outer or outer[-1] != parts * width):
+        return
+    leading = list(operands(cut)[1])[:at]
+    whole = editor.call(
+        aten.reshape.default, operands(cut)[0], [*leading, parts * width], like=cut, before=node
     )
+    start = (index % parts) * width
+    new = editor.call(aten.slice.Tensor, whole, at, start, start + width, 1, like=node, before=node)
+    if len(inner) > 1:
+        new = editor.call(aten.reshape.default, new, [*leading, *inner], like=node, before=node)
+    order = [d - (d > at) for d in order if d != at]
+    if order != list(range(rank - 1)):
+        new = editor.call(aten.permute.default, new, order, like=node, before=node)
+    editor.applied(node, f"index {index} of {parts} is a slice of the last dimension")
+    editor.replace(node, new)
+
+
+def _unbound(editor: Editor, node: fx.Node) -> None:
+    if any(user.target is not operator.getitem for user in node.users):
+        editor.refused(node, "its list of parts is passed on as a whole")
+        return
+    dim, count = int(argument(node, "dim")), len(node.meta["val"])
+    editor.applied(node, f"{count} indices of dimension {dim}")
+    for user in list(node.users):
+        index = int(operands(user)[1]) % count
+        part = editor.call(aten.select.int, operands(node)[0], dim, index, like=node, before=user)
+        editor.replace(user, part)
+    if not node._erased:
+        editor.erase(node)
 
 
 def _slices(editor: Editor, node: fx.Node) -> None:

@@ -17,9 +17,19 @@ import torch
 from torch import fx
 
 from ..editor import Editor
-from ..graph import argument, dtype, shape, value
+from ..graph import argument, dtype, value
 from ..passes import Guarantee, define_pass
-from .match import CASTS, RESHAPES, aten, equal_shapes, is_call, is_float, operands, slice_bounds
+from .match import (
+    CASTS,
+    RESHAPES,
+    aten,
+    equal_shapes,
+    is_call,
+    is_float,
+    operands,
+    permutation,
+    slice_bounds,
+)
 
 
 @define_pass(Guarantee.BITWISE)
@@ -89,28 +99,16 @@ def _product_with_one(node: fx.Node) -> fx.Node | None:
     )
 
 
-def _permutation(node: fx.Node) -> list[int]:
-    rank = len(shape(node) or ())
-    order = list(range(rank))
-    if node.target == aten.permute.default:
-        return [d % rank for d in operands(node)[1]]
-    if node.target == aten.t.default:
-        return order[::-1]
-    a, b = (int(d) % rank for d in operands(node)[1:3])
-    order[a], order[b] = order[b], order[a]
-    return order
-
-
 _PERMUTATIONS = (aten.permute.default, aten.transpose.int, aten.t.default)
 
 
 def _permute(node: fx.Node) -> fx.Node | None:
     source = _first(node)
-    order = _permutation(node)
+    order = permutation(node)
     if order == list(range(len(order))):
         return source
     if is_call(source, *_PERMUTATIONS) and isinstance(operands(source)[0], fx.Node):
-        inner = _permutation(source)
+        inner = permutation(source)
         if [inner[d] for d in order] == list(range(len(order))):
             return operands(source)[0]
     return None

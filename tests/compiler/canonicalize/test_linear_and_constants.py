@@ -288,8 +288,21 @@ def test_other_constant_indices_stay(canonical: Any, of: Any) -> None:
 
 
 def test_an_index_of_another_dimension_stays(canonical: Any, of: Any) -> None:
-    found = canonical(of(lambda x: x.view(5, 2, 3, 4)[:, 1]), torch.randn(5, 24))
+    found = canonical(of(lambda x: x.view(5, 2, 3, 4)[:, 1]), torch.randn(10, 12))
     assert "select" in found.text
+
+
+@pytest.mark.parametrize("unbound", [True, False])
+def test_parts_of_a_permuted_view_are_slices(unbound: bool, canonical: Any, of: Any) -> None:
+    def parts(x: Tensor) -> Tensor:
+        heads = x.view(x.shape[0], 7, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        q, k, v = heads.unbind(0) if unbound else (heads[i] for i in (0, 1, -1))
+        return q * k + v
+
+    found = canonical(of(parts), torch.randn(5, 7, 24), dynamic_shapes=(({0: Dim("batch", max=64)},),))
+    assert "select" not in found.text
+    assert "unbind" not in found.text
+    assert all(f"slice.Tensor(inputs_0, 2, {start}, {start + 8}, 1)" in found.text for start in (0, 8, 16))
 
 
 def test_equal_calls_are_one(canonical: Any, of: Any) -> None:
@@ -305,3 +318,46 @@ def test_the_same_program_comes_out_twice(canonical: Any, of: Any) -> None:
         torch.equal(a, b)
         for a, b in zip(first.program.tensors.values(), second.program.tensors.values(), strict=True)
     )
+
+
+POINTWISE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "sequence": lambda x, w, b: F.conv1d(x.transpose(1, 2), w[:, :, None], b).transpose(1, 2),
+    "image": lambda x, w, b: (
+        F.conv2d(x[:, :, None].permute(0, 3, 1, 2), w[:, :, None, None], b).permute(0, 2, 3, 1).squeeze(2)
+    ),
+}
+
+
+@pytest.mark.parametrize("case", POINTWISE)
+def test_a_pointwise_convolution_of_channels_last_is_a_linear(case: str, canonical: Any, of: Any) -> None:
+    found = canonical(of(POINTWISE[case], w=torch.randn(6, 8), b=torch.randn(6)), torch.randn(2, 3, 8))
+    assert "conv" not in found.text
+    assert "c[6,8], c[6])" in found.text
+    assert "transpose" not in found.text
+    assert "permute" not in found.text
+
+
+def test_a_block_of_pointwise_convolutions_is_one_of_linears(canonical: Any, of: Any) -> None:
+    def block(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        first = F.conv1d(x.transpose(1, 2), up)
+        return F.conv1d(F.gelu(first), down).transpose(1, 2)
+
+    found = canonical(of(block, up=torch.randn(6, 8, 1), down=torch.randn(8, 6, 1)), torch.randn(2, 3, 8))
+    assert found.text == "%0 = linear(inputs_0, c[6,8])\n%1 = gelu(%0)\n%2 = linear(%1, c[8,6])\nreturn [%2]"
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w: F.conv1d(x, w),  # channels first from the start
+        lambda x, w: F.conv1d(x.transpose(1, 2), w, stride=2),
+        lambda x, w: F.conv1d(x.transpose(1, 2), w, padding=1),
+        lambda x, w: F.conv1d(x.transpose(1, 2), w[:, :2], groups=4),
+        lambda x, w: F.conv1d(F.pad(x.transpose(1, 2), [1, 1]), w.expand(-1, -1, 3)),
+        lambda x, w: F.conv1d(x.permute(2, 1, 0), w),  # the channels are not the last dimension
+    ],
+)
+def test_convolutions_that_stay(function: Any, canonical: Any, of: Any) -> None:
+    found = canonical(of(function, w=torch.randn(8, 8, 1)), torch.randn(8, 8, 8))
+    assert "conv1d" in found.text
+    assert "linear" not in found.text
