@@ -304,7 +304,7 @@ SPELLINGS: dict[str, Spelling] = {
     "conv1d": Spelling("a pointwise convolution, channels first, for each linear", respell(by_convolution)),
     "conv2d": Spelling("a pointwise convolution of images for each linear", respell(by_image_convolution)),
     "fused": Spelling("one linear for all that read one value, and a split", fuse(False)),
-    "fused, permuted": Spelling("the same, read through a view by parts and heads", fuse(True)),
+    "fused heads": Spelling("the same, read through a view by parts and heads", fuse(True)),
     "separate": Spelling("three linears and a concatenation where one wrote q, k and v", separate),
     "eager": Spelling("transformers' eager attention", attention="eager"),
     "softmax": Spelling("products and a softmax for attention", context=lambda: attention_written_out(False)),

@@ -7,7 +7,7 @@ A selected index of a dimension that a reshape cut off the last one (`q = x.view
 of the last dimension before the cut, `x.view(..., 3 D)[..., 0:D]`, also where the cut was permuted before
 (`q, k, v = x.view(B, S, 3, H, D).permute(2, 0, 3, 1, 4).unbind(0)`). Constant indices that follow one another
 (`x[..., [4], :]`) are a slice too. Heads cut out of `x.view(..., H, D)` are cut out of x: each part has channels of
-its own.
+its own. A slice of a concatenation that is one of its parts is that part.
 
 Side conditions: the dimension that is cut has a static size. Exactness: bitwise.
 """
@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from ..editor import Editor
-from ..graph import argument, shape
+from ..graph import argument, dtype, shape
 from ..passes import Guarantee, define_pass
 from .match import RESHAPES, aten, equal_sizes, is_call, operands, permutation, slice_bounds
 
@@ -55,7 +55,29 @@ def canonicalize_splits(editor: Editor) -> None:
     for node in editor.calls(aten.index.Tensor):
         _indexed(editor, node)
     for node in editor.calls(aten.slice.Tensor):
+        _joined(editor, node)
+    for node in editor.calls(aten.slice.Tensor):
         _heads(editor, node)
+
+
+def _joined(editor: Editor, node: fx.Node) -> None:
+    """slice(cat(a, b, c), where b lies) is b."""
+    joined, bounds = operands(node)[0], slice_bounds(node)
+    if bounds is None or bounds[3] != 1 or not is_call(joined, aten.cat.default):
+        return
+    dim, start, end, _ = bounds
+    if int(argument(joined, "dim")) % len(shape(joined) or (0,)) != dim:
+        return
+    offset = 0
+    for part in operands(joined)[0]:
+        size = (shape(part) or ())[dim] if len(shape(part) or ()) > dim else None
+        if not isinstance(size, int) or offset > start:
+            return
+        if (offset, offset + size) == (start, end) and dtype(part) == dtype(node):
+            editor.applied(node, "a slice of a concatenation is one of its parts")
+            editor.replace(node, part)
+            return
+        offset += size
 
 
 def _heads(editor: Editor, node: fx.Node) -> None:

@@ -342,7 +342,8 @@ def _foldable(analysis: Analysis, scales: Solution) -> tuple[list[Gain], list[tu
         roots = [scales.find((key, block))[0] for block in scales.blocks(key)]
         reason = scales.pin_of(key)
         if reason is None and any(
-            scales.variable(r).support != b for r, b in zip(roots, scales.blocks(key), strict=True)
+            _wide(scales.variable(r).support) != _wide(b)
+            for r, b in zip(roots, scales.blocks(key), strict=True)
         ):
             reason = Reason(
                 Group.NONE, "it would have to be constant over part of its channels", place_of(gain.node)
@@ -365,6 +366,11 @@ def _foldable(analysis: Analysis, scales: Solution) -> tuple[list[Gain], list[tu
     return foldable, kept
 
 
+def _wide(atoms: Iterable[Atom]) -> frozenset[Atom]:
+    """Atoms without the marks of parts."""
+    return frozenset(atom for atom in atoms if atom.size > 1)
+
+
 def _spaces(analysis: Analysis, foldable: list[Gain]) -> list[Space]:
     """One space for each plain root that may change, in the order of the graph."""
     members: dict[Atom, tuple[list[Member], list[Member]]] = {}
@@ -383,7 +389,8 @@ def _spaces(analysis: Analysis, foldable: list[Gain]) -> list[Space]:
         group = atom.group
         if group == Group.NONE or atom.size < 2 or not parameters:
             continue
-        varies = tuple(a for a in beside[atom] if group != Group.PERMUTATION)
+        others = sorted(_wide(beside[atom]), key=lambda a: a.serial)
+        varies = tuple(others) if group != Group.PERMUTATION else ()
         bound = [r for r in atom.reasons if r.group == group] + [r for r in atom.reasons if r.group != group]
         inside = {member.node for member in parameters}
         gains = [gain for gain in foldable if gain.parameter in inside]

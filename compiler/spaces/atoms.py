@@ -211,8 +211,13 @@ def _cut_segment(segment: tuple[Ref, ...], at: int) -> bool:
         return False
     pieces: list[Ref] = [(Atom(at // below), 1), (Atom(atom.size - at // below), 1)]
     _give_structure(atom, pieces)
-    atom.sum = [(piece,) for piece in pieces]
+    atom.sum = [_marked((piece,)) for piece in pieces]
     return True
+
+
+def _marked(part: tuple[Ref, ...]) -> tuple[Ref, ...]:
+    """A part of a direct sum with an atom that tells it from the others; one of a single index has its own."""
+    return part if part and size_of(part) == 1 else (*part, (Atom(1), 1))
 
 
 def cut_out(dim: tuple[Ref, ...], start: int, end: int) -> Dim:
@@ -232,8 +237,7 @@ def direct_sum(parts: list[tuple[Ref, ...]]) -> tuple[Ref, ...]:
     if len(parts) == 1:
         return parts[0]
     atom = Atom(sum(size_of(part) for part in parts))
-    # A part of one index needs an atom, to be told from the others.
-    atom.sum = [part or ((Atom(1), 1),) for part in parts]
+    atom.sum = [_marked(part) for part in parts]
     return ((atom, 1),)
 
 

@@ -87,13 +87,14 @@ def rotate(analysis: Analysis, node: fx.Node) -> None:
     whole = dims[-1]
     part = cut_out(whole, 0, turned) if whole is not None and isinstance(turned, int) else None
     proved = all(_pairs_are_equal(analysis, table, bool(interleaved)) for table in (cos, sin))
-    if part is None or not proved or heads != -1 or len(flatten(part)) != 1:
+    turning = [ref for ref in flatten(part or ()) if ref[0].size > 1]
+    if part is None or not proved or heads != -1 or len(turning) != 1:
         why = "rotary whose pairs are not proved to turn by one angle"
         analysis.allow(node, dims, Group.NONE, why)
         analysis.pin_scale(node, x, why)
         analysis.pin_scale(node, node, why)
     else:
-        atom, _ = flatten(part)[0]
+        atom, _ = turning[0]
         layouts = {atom.interleaved, bool(interleaved)} - {None}
         atom.interleaved = bool(interleaved)
         group = Group.PAIR if len(layouts) == 1 else Group.NONE

@@ -252,6 +252,18 @@ def test_parts_are_slices(canonical: Any, of: Any) -> None:
     )
 
 
+def test_a_slice_of_a_concatenation_is_its_part(canonical: Any, of: Any) -> None:
+    def parts(x: Tensor) -> Tensor:
+        joined = torch.cat([x.exp(), x, x.sin()], -1)
+        a, b, c = joined.chunk(3, -1)
+        return a * b - c + joined[..., 3:7].sum(-1, keepdim=True)
+
+    found = canonical(of(parts), torch.randn(3, 4))
+    assert "sub.Tensor" in found.text
+    assert found.text.count("slice") == 1
+    assert "3, 7, 1)" in found.text
+
+
 def test_an_index_of_a_dimension_that_was_cut_off_is_a_slice(canonical: Any, of: Any) -> None:
     def parts(x: Tensor) -> Tensor:
         q, k, v = (x.view(*x.shape[:-1], 2, 3, 4)[..., i, :] for i in (0, 1, -1))

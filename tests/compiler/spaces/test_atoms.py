@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from isofold.compiler.spaces.analysis import blocks_of_dims
 from isofold.compiler.spaces.atoms import (
     Group,
     Reason,
@@ -75,7 +76,17 @@ def test_a_concatenation_of_slices_is_the_whole_again() -> None:
     again = direct_sum(parts)
     unify(whole, again, WHY)
     assert all(atom.group == Group.GENERAL for atom, _ in leaves(whole))
-    assert {a for a, _ in leaves(whole)} == {a for a, _ in leaves(again)}
+    assert [a for a, _ in leaves(whole) if a.size > 1] == [a for a, _ in leaves(again) if a.size > 1]
+
+
+def test_parts_of_a_sum_are_told_apart_when_their_channels_are_tied() -> None:
+    whole = new(12)
+    first, second = cut_out(whole, 0, 6), cut_out(whole, 6, 12)
+    unify(first, second, WHY)
+    blocks = blocks_of_dims([whole])
+    assert len(blocks) == 2
+    assert [b for b in blocks if {a for a, _ in flatten(second or ())} == b] == blocks[1:]
+    assert len({a for block in blocks for a in block if a.size > 1}) == 1
 
 
 def test_a_cut_inside_a_product_is_refused() -> None:
