@@ -50,16 +50,21 @@ def run_steps(
     steps: Iterable[Step],
     *,
     verify: bool = True,
+    consume: bool = False,
     progress: Callable[[str], None] | None = None,
     watch: Callable[[str, Program], None] | None = None,
 ) -> tuple[Program, list[PassReport]]:
     """Run `steps` on `program`. Returns the new program (with a record of each pass) and the reports.
 
     Raises VerificationError that names the pass, the bound and the passes that had already run. `progress` is
-    called with a pass's name before it runs, `watch` with the name and the new program after it was checked.
+    called with a pass's name before it runs, `watch` with the name and the new program after it was checked; it must
+    not keep that program, whose tensors the next pass frees as it replaces them. consume: do the same to the tensors
+    of `program` itself, which nobody can use afterwards; passes then need little more memory than one copy of the
+    model. Verification keeps results, not programs.
     """
     reports: list[PassReport] = []
     before = program.run_float64() if verify else None
+    program.expendable = program.expendable or consume
     for step in steps:
         if progress is not None:
             progress(step.run.name)
@@ -73,9 +78,15 @@ def run_steps(
             before = after
         report.seconds = time.perf_counter() - started
         reports.append(report)
-        program = result.program.with_record(report.to_json())
+        earlier, program = program, result.program.with_record(report.to_json())
+        # What the pass left is freed here, whoever else holds the program; `result` holds the tensors too.
+        if earlier.expendable:
+            earlier.tensors.clear()
+        del earlier, result
         if watch is not None:
             watch(step.run.name, program)
+        program.expendable = True
+    program.expendable = False
     return program, reports
 
 

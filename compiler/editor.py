@@ -56,6 +56,12 @@ class Editor:
         self._reads[unique] = node
         return node
 
+    def set_tensor(self, name: str, tensor: Tensor) -> None:
+        """Give an existing constant another value; the one of an expendable program is freed at once."""
+        self.tensors[name] = tensor
+        if self.program.expendable:
+            self.program.tensors.pop(name, None)
+
     def name_of(self, node: fx.Node) -> str:
         """The dotted name of the constant that a `get_attr` node reads."""
         return str(node.target)

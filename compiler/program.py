@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.nn.functional import linear
 from torch.utils import _pytree as pytree
 
 from . import dialect as _dialect  # registers the operators that graphs and files may contain
@@ -30,6 +31,8 @@ from .graph import value
 _RECORD_FILE = "isofold.json"
 assert _dialect.OPERATORS
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_LARGE = 1 << 20
+"""Elements of a weight above which it is widened in parts."""
 
 
 class Program:
@@ -40,6 +43,8 @@ class Program:
     example_args, example_kwargs: inputs that the graph runs on (also what verification uses).
     dynamic_shapes: as torch.export takes them, or None for static shapes.
     records: one JSON-like dictionary for each pass that made this program from the captured one.
+    expendable: whether nothing reads this program any more after the next pass, which may then free its tensors as it
+        replaces them. Only what made a program may say so (the driver does, of those between two passes).
     """
 
     def __init__(
@@ -58,6 +63,7 @@ class Program:
         self.example_kwargs = dict(example_kwargs or {})
         self.dynamic_shapes = dynamic_shapes
         self.records = tuple(dict(r) for r in records)
+        self.expendable = False
 
     @cached_property
     def graph_module(self) -> fx.GraphModule:
@@ -177,11 +183,11 @@ class Program:
     def run_float64(
         self, args: Sequence[Any] | None = None, kwargs: Mapping[str, Any] | None = None
     ) -> list[Any]:
-        """Flat results computed in float64 (weights cast one use at a time, so memory stays near one copy)."""
+        """Flat results computed in float64 (weights cast one use and one part at a time: no second copy of them)."""
         args = self.example_args if args is None else args
         kwargs = self.example_kwargs if kwargs is None else kwargs
         with torch.no_grad():
-            flat = _Float64Interpreter(self.graph_module).run(
+            flat = _Float64Interpreter(self).run(
                 *self.flatten_inputs(args, kwargs), enable_io_processing=False
             )
         return pytree.tree_leaves(flat)
@@ -265,14 +271,32 @@ class _Observer(fx.Interpreter):
 
 
 class _Float64Interpreter(fx.Interpreter):
-    """Runs in float64: tensors are widened where a node reads them, and dtype arguments with them."""
+    """Runs in float64: tensors are widened where a node reads them, and dtype arguments with them.
 
-    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        args, kwargs = super().fetch_args_kwargs_from_env(n)
-        if n.op != "call_function":
-            return args, kwargs
-        widened: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(_widen, (args, kwargs))
-        return widened
+    It reads the program's own tensors, as a module made of them would keep them alive.
+    """
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(nn.Module(), graph=program.graph)
+        self.tensors = program.tensors
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self.tensors[target]
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is torch.ops.aten.embedding.default:
+            # Rows that are looked up, not the table.
+            return _widen(super().call_function(target, args, kwargs))
+        if target is torch.ops.aten.linear.default and not kwargs and args[1].numel() > _LARGE:
+            return self._large_linear(*args)
+        widened = pytree.tree_map(_widen, (args, kwargs))
+        return super().call_function(target, *widened)
+
+    def _large_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        x, rows = _widen(x), max(1, _LARGE // weight.shape[1])
+        biases = [None] * len(weight) if bias is None else bias.split(rows)
+        parts = zip(weight.split(rows), biases, strict=False)
+        return torch.cat([linear(x, _widen(w), _widen(b)) for w, b in parts], -1)
 
     def output(self, target: Any, args: Any, kwargs: Any) -> Any:
         return pytree.tree_map(_widen, super().output(target, args, kwargs))

@@ -27,6 +27,8 @@ from ..compiler.spaces.change import Axis, Root, apply_factors, by_blocks, pairs
 from ..compiler.spaces.potentials import Key
 
 _ROUNDS = 20
+_ELEMENTS_AT_ONCE = 1 << 20
+"""Elements of a parameter that are squared in float64 at a time."""
 
 
 @define_pass(Guarantee.REAL)
@@ -74,7 +76,7 @@ def _powers(
     for key in solution.ordered_keys():
         if key.node.op != "get_attr" or key.use is not None:
             continue
-        held = spaces.program.tensors[str(key.node.target)].double()
+        held = spaces.program.tensors[str(key.node.target)]
         dims = spaces.dims_of[key.node]
 
         def collect(view: Tensor, axes: list[Axis], key: Key = key) -> Tensor:
@@ -86,15 +88,25 @@ def _powers(
             if terms:
                 support = solution.ordered_support(root)
                 places = [next(at for at, atom in chosen if atom is a) for a in support]
-                rest = [i for i in range(view.dim()) if i not in places]
-                square = view.square().permute([*places, *rest])
-                norms = square.flatten(len(places)).sum(-1) if rest else square
+                norms = _squared_norms(view, places)
                 for source in terms:
                     found.setdefault(source, []).append((root, sign, norms))
             return view
 
         by_blocks(held, dims, collect)
     return found
+
+
+def _squared_norms(view: Tensor, places: list[int]) -> Tensor:
+    """Sums of squares over all axes but `places`, whose order the result has; float64, of a part at a time."""
+    rest = [i for i in range(view.dim()) if i not in places]
+    kept = sorted(places)
+    longest = max(range(view.dim()), key=lambda i: view.shape[i])
+    at_once = max(1, _ELEMENTS_AT_ONCE * view.shape[longest] // max(view.numel(), 1))
+    squares = (part.double().square() for part in view.split(at_once, longest))
+    sums = [square.sum(rest) if rest else square for square in squares]
+    total = torch.cat(sums, kept.index(longest)) if longest in kept else torch.stack(sums).sum(0)
+    return total.permute([kept.index(i) for i in places])
 
 
 def _balance(

@@ -21,7 +21,7 @@ from ..compiler.graph import argument, place_of
 from ..compiler.passes import Guarantee, define_pass
 from ..compiler.spaces.analysis import Space, Spaces, analyse
 from ..compiler.spaces.atoms import Group, flatten
-from ..compiler.spaces.change import Axis, by_blocks
+from ..compiler.spaces.change import Axis, by_parts
 
 aten = torch.ops.aten
 
@@ -132,6 +132,4 @@ def _center(editor: Editor, spaces: Spaces, space: Space) -> None:
 
     for name, node in {str(m.node.target): m.node for m in space.parameters}.items():
         held: Tensor = editor.tensors[name]
-        editor.tensors[name] = (
-            by_blocks(held.double(), spaces.dims_of[node], project).to(held.dtype).contiguous()
-        )
+        editor.set_tensor(name, by_parts(held, spaces.dims_of[node], {space.atom}, project))

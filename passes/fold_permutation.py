@@ -49,5 +49,6 @@ def fold_permutation(editor: Editor, *, orders: Mapping[str, Tensor]) -> None:
 
         names = {str(member.node.target): member.node for member in space.parameters}
         for name, node in names.items():
-            editor.tensors[name] = by_blocks(editor.tensors[name], spaces.dims_of[node], reorder).contiguous()
+            held: Tensor = editor.tensors[name]
+            editor.set_tensor(name, by_blocks(held, spaces.dims_of[node], reorder).contiguous())
         editor.applied(where, f"{space.name}: {space.size} channels reordered", parameters=list(names))

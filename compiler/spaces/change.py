@@ -5,13 +5,15 @@
     shifts   {root: vector}    biases and tables: b' = b - W z_x + z_y, E' = E + z
 
 All products are computed in float64 and rounded once to the parameter's own type. A parameter is a nest of atoms
-(atoms.py): each of its direct summands is viewed with one axis for each atom, changed there, and joined again.
+(atoms.py): each of its direct summands is viewed with one axis for each atom, changed there, and joined again. Float64
+copies are of parts of a parameter, never of a whole large one: what a change needs beside its result stays small.
 """
 
 from __future__ import annotations
 
+import functools
 import string
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 
 import torch
@@ -19,6 +21,8 @@ from torch import Tensor, fx
 
 from ..editor import Editor
 from ..graph import argument
+from ..hadamard import apply_hadamard, hadamard_matrix
+from ..hadamard_orders import factor
 from .analysis import Absorber, Space, Spaces
 from .atoms import Atom, Dim, Group, Ref, flatten, size_of
 from .potentials import Block, Key, Solution
@@ -28,6 +32,8 @@ aten = torch.ops.aten
 Root = tuple[Key, Block]
 Axis = tuple[Atom, int, int]
 """Atom, sign, and the dimension of the parameter that it lies in."""
+_ELEMENTS_AT_ONCE = 1 << 20
+"""Elements that are held in float64 at a time: 8 MiB, where products are fast and caches still help."""
 
 
 def by_blocks(tensor: Tensor, dims: Sequence[Dim], change: Callable[[Tensor, list[Axis]], Tensor]) -> Tensor:
@@ -57,8 +63,72 @@ def _by_blocks(
     return change(view, [(atom, sign, index) for (atom, sign), index in axes])
 
 
-def _inverse_transposed(matrix: Tensor) -> Tensor:
-    return torch.linalg.inv(matrix).mT
+@torch.no_grad()
+def by_parts(
+    tensor: Tensor,
+    dims: Sequence[Dim],
+    mixed: Collection[Atom],
+    change: Callable[[Tensor, list[Axis]], Tensor],
+) -> Tensor:
+    """`by_blocks` for a change that is computed in float64, a part at a time, and rounded to the tensor's own type.
+
+    change: from a float64 view to one of the same shape; mixed: atoms of which it needs all indices at once.
+    """
+
+    def parts(view: Tensor, axes: list[Axis]) -> Tensor:
+        free = [at for at, (atom, _, _) in enumerate(axes) if atom not in mixed]
+        result = torch.empty(view.shape, dtype=view.dtype, device=view.device)
+        at = max(free, key=lambda at: view.shape[at], default=0)
+        at_once = max(1, _ELEMENTS_AT_ONCE * view.shape[at] // max(view.numel(), 1)) if free else view.numel()
+        for part, into in zip(view.split(at_once, at), result.split(at_once, at), strict=True):
+            into.copy_(change(part.double(), axes))
+        return result
+
+    return by_blocks(tensor, dims, parts).contiguous()
+
+
+class Basis:
+    """A matrix float64 `[..., n, n]` for vectors of a space, with what its uses share."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+
+    @functools.cached_property
+    def inverse_transposed(self) -> Tensor:
+        """What contravariant dimensions take."""
+        return torch.linalg.inv(self.matrix).mT
+
+    @functools.cached_property
+    def signs(self) -> Tensor | None:
+        """Signs `[n]` where the matrix is H^T diag(signs), so that it takes n log n products; None where it is not."""
+        n = self.matrix.shape[-1]
+        if self.matrix.dim() != 2 or self.matrix.requires_grad or not factor(n):
+            return None
+        straight = hadamard_matrix(n).mT
+        signs = torch.sign((straight * self.matrix).sum(0))
+        return signs if torch.equal(straight * signs, self.matrix) else None
+
+    def along(self, view: Tensor, at: int, sign: int, varies: Sequence[int]) -> Tensor:
+        """The matrix (sign -1: its inverse transposed) on one axis of a view; `varies`: axes of its leading ones."""
+        if self.signs is not None:
+            # Orthogonal: both are the same.
+            rows = view.movedim(at, -1) * self.signs
+            return apply_hadamard(rows, factor(view.shape[at])).movedim(-1, at)
+        given = self.matrix if sign > 0 else self.inverse_transposed
+        letters = string.ascii_letters[: view.dim()]
+        new = string.ascii_letters[view.dim()]
+        leading = "".join(letters[axis] for axis in varies) if given.dim() > 2 else ""
+        result = letters[:at] + new + letters[at + 1 :]
+        return torch.einsum(f"{leading}{new}{letters[at]},{letters}->{result}", given, view)
+
+
+def _turned(view: Tensor, axes: list[Axis], space: Space, basis: Basis) -> Tensor:
+    atoms = [atom for atom, _, _ in axes]
+    for at, (atom, sign, _) in enumerate(axes):
+        if atom is space.atom:
+            varies = [atoms.index(a) for a in space.varies] if basis.matrix.dim() > 2 else []
+            view = basis.along(view, at, sign, varies)
+    return view
 
 
 def rotated(tensor: Tensor, dims: Sequence[Dim], space: Space, matrix: Tensor) -> Tensor:
@@ -66,26 +136,8 @@ def rotated(tensor: Tensor, dims: Sequence[Dim], space: Space, matrix: Tensor) -
 
     Differentiable in both.
     """
-    contravariant: list[Tensor] = []
-
-    def change(view: Tensor, axes: list[Axis]) -> Tensor:
-        atoms = [a for a, _, _ in axes]
-        for at, (atom, sign, _) in enumerate(axes):
-            if atom is not space.atom:
-                continue
-            given = matrix
-            if sign < 0:
-                if not contravariant:
-                    contravariant.append(_inverse_transposed(matrix))
-                given = contravariant[0]
-            letters = string.ascii_letters[: len(axes)]
-            new = string.ascii_letters[len(axes)]
-            varies = "".join(letters[atoms.index(a)] for a in space.varies) if given.dim() > 2 else ""
-            result = letters[:at] + new + letters[at + 1 :]
-            view = torch.einsum(f"{varies}{new}{letters[at]},{letters}->{result}", given, view)
-        return view
-
-    return by_blocks(tensor, dims, change)
+    basis = Basis(matrix)
+    return by_blocks(tensor, dims, lambda view, axes: _turned(view, axes, space, basis))
 
 
 def apply_bases(editor: Editor, spaces: Spaces, bases: Mapping[str, Tensor]) -> list[Space]:
@@ -97,12 +149,18 @@ def apply_bases(editor: Editor, spaces: Spaces, bases: Mapping[str, Tensor]) -> 
     unfolded = [space.name for space in chosen if space.gains and space.group != Group.PERMUTATION]
     if unfolded:
         raise ValueError(f"fold the gains of {', '.join(unfolded)} first (fold_norm_affine)")
+    shared = {space.name: Basis(bases[space.name].double()) for space in chosen}
     for node, inside in by_parameter(chosen).items():
-        held = editor.tensors[str(node.target)]
-        changed = held.double()
-        for space in inside:
-            changed = rotated(changed, spaces.dims_of[node], space, bases[space.name].double())
-        editor.tensors[str(node.target)] = changed.to(held.dtype).contiguous()
+
+        def change(view: Tensor, axes: list[Axis], inside: list[Space] = inside) -> Tensor:
+            for space in inside:
+                view = _turned(view, axes, space, shared[space.name])
+            return view
+
+        mixed = {space.atom for space in inside}
+        mixed |= {a for space in inside if shared[space.name].matrix.dim() > 2 for a in space.varies}
+        name = str(node.target)
+        editor.set_tensor(name, by_parts(editor.tensors[name], spaces.dims_of[node], mixed, change))
     return chosen
 
 
@@ -225,22 +283,44 @@ def apply_factors(editor: Editor, spaces: Spaces, values: Mapping[Root, Tensor])
         if key.node.op == "get_attr" and key.use is None:
             by_name.setdefault(str(key.node.target), []).append(key)
     changed: list[str] = []
-    # One parameter at a time: in float64 all of them would be twice the model.
     for name, keys in by_name.items():
-        held: Tensor | None = None
+        held = editor.tensors[name]
+        factors = []
         for key in keys:
             dims = spaces.dims_of[key.node]
-            factor = assignment.over(key, dims if key.dim is None else [dims[key.dim]])
-            if factor is None:
-                continue
-            held = editor.tensors[name].double() if held is None else held
-            if key.dim is not None:
-                factor = factor.reshape([-1 if d == key.dim else 1 for d in range(held.dim())])
-            held = held * factor
-        if held is not None:
-            editor.tensors[name] = held.to(editor.tensors[name].dtype).contiguous()
+            vector = assignment.over(key, dims if key.dim is None else [dims[key.dim]])
+            if vector is not None:
+                whole = key.dim is None
+                factors.append(
+                    vector
+                    if whole
+                    else vector.reshape([-1 if d == key.dim else 1 for d in range(held.dim())])
+                )
+        if factors:
+            editor.set_tensor(name, _scaled(held, factors))
             changed.append(name)
     return changed
+
+
+@torch.no_grad()
+def _scaled(held: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """The product with float64 factors that broadcast to it, rounded once."""
+    if held.numel() <= _ELEMENTS_AT_ONCE:
+        return functools.reduce(torch.mul, factors, held.double()).to(held.dtype).contiguous()
+    result = torch.empty_like(held, memory_format=torch.contiguous_format)
+    for rows in row_parts(held):
+        part = held[rows].double()
+        for given in factors:
+            part = part * (given if given.shape[0] == 1 else given[rows])
+        result[rows] = part
+    return result
+
+
+def row_parts(tensor: Tensor) -> Iterator[slice]:
+    """Slices of the first dimension with as many elements as are held in float64 at a time."""
+    rows = tensor.shape[0]
+    at_once = max(1, _ELEMENTS_AT_ONCE * rows // max(tensor.numel(), 1))
+    return (slice(start, min(start + at_once, rows)) for start in range(0, rows, at_once))
 
 
 def apply_shifts(editor: Editor, spaces: Spaces, values: Mapping[Root, Tensor]) -> list[fx.Node]:
@@ -255,7 +335,7 @@ def apply_shifts(editor: Editor, spaces: Spaces, values: Mapping[Root, Tensor]) 
             added = assignment.over(key, dims if key.dim is None else [dims[key.dim]])
             if added is not None and not _stands_for_norm(spaces, node):
                 held = editor.tensors[str(node.target)]
-                editor.tensors[str(node.target)] = (held.double() + added).to(held.dtype)
+                editor.set_tensor(str(node.target), (held.double() + added).to(held.dtype))
                 done.append(node)
     for old in spaces.centred:
         _shift_norm(editor, spaces, assignment, old, nodes[old.name], done)
@@ -309,8 +389,9 @@ def _shift_layer(
         total = given if total is None else given + total
     if z_x is not None:
         # The weight as it is: a change moves either scales or shifts.
-        matrix = held.double().flatten(2).sum(2) if held.dim() > 2 else held.double()
-        taken = (matrix.mT if absorber.rows == 1 else matrix) @ z_x
+        matrix = held.double().flatten(2).sum(2) if held.dim() > 2 else held
+        matrix = matrix.mT if absorber.rows == 1 else matrix
+        taken = torch.cat([matrix[rows].double() @ z_x for rows in row_parts(matrix)])
         total = -taken if total is None else total - taken
     assert total is not None
     name = str(bias.target) if bias is not None else f"{absorber.weight.target}_bias"

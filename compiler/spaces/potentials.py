@@ -135,19 +135,17 @@ class Solution:
         """The variable at a root."""
         return self._variables[root]
 
-    def _instances(self, terms: Sequence[Term]) -> Iterable[list[tuple[int, tuple[Key, Block]]]]:
-        def extend(
-            chosen: list[tuple[int, tuple[Key, Block]]], rest: Sequence[Term]
-        ) -> Iterable[list[tuple[int, tuple[Key, Block]]]]:
-            if not rest:
-                yield chosen
-                return
-            coefficient, key = rest[0]
-            found = [self._counterparts(key, *other) for _, other in chosen]
-            for block in [b for b in self.blocks(key) if all(b in some for some in found)]:
-                yield from extend([*chosen, (coefficient, (key, block))], rest[1:])
-
-        return extend([], terms)
+    def _instances(
+        self, terms: Sequence[Term], chosen: Sequence[tuple[int, tuple[Key, Block]]] = ()
+    ) -> Iterable[list[tuple[int, tuple[Key, Block]]]]:
+        # A method, as a nested function that calls itself would keep the program alive until the next collection.
+        if not terms:
+            yield list(chosen)
+            return
+        coefficient, key = terms[0]
+        found = [self._counterparts(key, *other) for _, other in chosen]
+        for block in [b for b in self.blocks(key) if all(b in some for some in found)]:
+            yield from self._instances(terms[1:], [*chosen, (coefficient, (key, block))])
 
     def _counterparts(self, key: Key, other: Key, block: Block) -> Sequence[Block]:
         """The blocks of a key that correspond to a block of another: all but those of other parts of a concatenation.

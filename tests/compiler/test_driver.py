@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -54,6 +57,44 @@ def test_passes_within_their_guarantee_run_and_are_recorded() -> None:
         "module": "0", "node": "linear", "source": after.records[2]["applied"][0]["source"], "what": "bias scaled",
     }  # fmt: skip
     assert not before.records
+
+
+def test_tensors_go_as_they_are_replaced() -> None:
+    alive: list[int] = []
+    old: list[weakref.ref[torch.Tensor]] = []
+
+    @define_pass(Guarantee.REAL)
+    def set_all(editor: Editor) -> None:
+        gc.disable()
+        try:
+            for name in list(editor.tensors):
+                old.append(weakref.ref(editor.tensors[name]))
+                editor.set_tensor(name, editor.tensors[name].clone())
+                alive.append(sum(ref() is not None for ref in old))
+        finally:
+            gc.enable()
+        editor.applied(next(editor.calls(torch.ops.aten.linear.default)), "copied")
+
+    kept = program()
+    names = set(kept.tensors)
+    expected = kept.run_float64()
+    run_steps(kept, [Step(set_all)])
+    assert max(alive) == len(names)
+    assert set(kept.tensors) == names
+    alive.clear()
+    old.clear()
+    # Captured weights belong to the module as well; copies belong to the program alone.
+    given, _ = run_steps(kept, [Step(set_all)])
+    alive.clear()
+    old.clear()
+    after, reports = run_steps(given, [Step(set_all), Step(set_all)], consume=True)
+    assert set(alive) == {0}
+    assert not given.tensors
+    assert [report.error for report in reports] == [0, 0]
+    assert relative_error(expected, after.run_float64()) == 0
+    # The result is the caller's: another run leaves it as it is.
+    run_steps(after, [Step(set_all)])
+    assert set(after.tensors) == names
 
 
 @pytest.mark.parametrize(
