@@ -1,8 +1,6 @@
 """Other spellings of a model: twins that compute the same function with the same weights, written in other operators.
 
-    module, context = SPELLINGS["fused"].twin(case)
-    with context:
-        program = capture(module, case.args, dynamic_shapes=case.dynamic_shapes)
+    program = SPELLINGS["fused"].program(registry.get("llama"))
 
 A spelling rewrites every layer of a kind in a copy of the module, whatever architecture it belongs to: linears are
 found by their type, those that read one value by running the model once, and attention by replacing the function that
@@ -30,7 +28,6 @@ from isofold.compiler.canonicalize import canonicalize
 from isofold.compiler.capture import capture
 from isofold.compiler.program import Program
 from isofold.compiler.spaces.analysis import Spaces
-from isofold.models import registry
 from isofold.models.case import ModelCase
 
 HEADS = 4
@@ -129,6 +126,7 @@ class Fused(nn.Module):
 
     def __init__(self, layers: list[nn.Linear]) -> None:
         super().__init__()
+        self.product: Callable[[Tensor, Tensor], Tensor] | None = None
         self.sizes = [layer.out_features for layer in layers]
         self.weight = nn.Parameter(torch.cat([layer.weight for layer in layers]))
         biases = [layer.bias for layer in layers]
@@ -140,6 +138,13 @@ class Fused(nn.Module):
             self.bias = nn.Parameter(torch.cat(parts))
 
 
+    def forward(self, x: Tensor) -> Tensor:
+        if self.product is None:
+            return F.linear(x, self.weight, self.bias)
+        y = self.product(x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+
 class Part(nn.Module):
     """One of the results of a fused linear: split, or (images' attention) a view by parts and heads, permuted."""
 
@@ -149,7 +154,7 @@ class Part(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         fused = self.fused
-        y = F.linear(x, fused.weight, fused.bias)
+        y = fused(x)
         size, count = fused.sizes[0], len(fused.sizes)
         if not self.permuted or x.dim() != 3 or set(fused.sizes) != {size} or size % HEADS:
             return y.split(fused.sizes, -1)[self.index]
@@ -204,7 +209,7 @@ class Separate(nn.Module):
 
 
 def separate(module: nn.Module, case: ModelCase) -> nn.Module:
-    """Linears with three times as many outputs as inputs (queries, keys and values) become three."""
+    """Linears with three times as many outputs as inputs (queries, keys, values, in this order) become three."""
     for owner, name, layer in linears(module):
         n, k = layer.weight.shape[:: -1 if isinstance(layer, Conv1D) else 1]  # type: ignore[index]
         if n == 3 * k:
@@ -267,34 +272,31 @@ def _same(module: nn.Module, case: ModelCase) -> nn.Module:
 class Spelling:
     """How a model is rewritten.
 
-    rewrite: changes a copy of the module. context: what holds while it is captured. attention: as `registry.get`
-    takes it.
+    rewrite: changes a copy of the module. context: what holds while it is captured.
     """
 
     what: str
     rewrite: Callable[[nn.Module, ModelCase], nn.Module] = _same
     context: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
-    attention: str = "sdpa"
 
-    def twin(self, name: str) -> ModelCase:
-        """The model `name` of models/, respelled, with the same weights and inputs."""
-        case = registry.get(name, attention=self.attention)
+    def program(self, case: ModelCase) -> Program:
+        """The model respelled, with the same weights and inputs: captured and canonical."""
         module = self.rewrite(copy.deepcopy(case.module), case).eval()
-        return ModelCase(case.name, module, case.args, case.other_args, case.dynamic_shapes, case.static)
-
-    def program(self, name: str) -> Program:
-        """The twin, captured and canonical."""
-        case = self.twin(name)
         with self.context():
-            captured = capture(case.module, case.args, dynamic_shapes=case.dynamic_shapes)
+            captured = capture(module, case.args, dynamic_shapes=case.dynamic_shapes)
         return canonicalize(captured).program
 
 
 def _all(module: nn.Module, case: ModelCase) -> nn.Module:
-    return respell(by_einsum_of_heads)(fuse(True)(module, case), case)
+    module = fuse(True)(module, case)
+    for fused in module.modules():
+        if isinstance(fused, Fused):
+            fused.product = by_einsum_of_heads
+    return respell(by_einsum_of_heads)(module, case)
 
 
-#: What the plain spelling is compared with.
+#: What the plain spelling is compared with. "separate" is for models whose fused linear has queries, keys and values
+#: one behind the other, and "eager" attention is what `registry.get(name, attention="eager")` gives.
 SPELLINGS: dict[str, Spelling] = {
     "matmul": Spelling("x @ W^T + b for each linear", respell(by_matmul)),
     "einsum": Spelling("an einsum for each linear", respell(by_einsum)),
@@ -306,7 +308,6 @@ SPELLINGS: dict[str, Spelling] = {
     "fused": Spelling("one linear for all that read one value, and a split", fuse(False)),
     "fused heads": Spelling("the same, read through a view by parts and heads", fuse(True)),
     "separate": Spelling("three linears and a concatenation where one wrote q, k and v", separate),
-    "eager": Spelling("transformers' eager attention", attention="eager"),
     "softmax": Spelling("products and a softmax for attention", context=lambda: attention_written_out(False)),
     "einsum attention": Spelling(
         "einsums and a softmax for attention", context=lambda: attention_written_out(True)

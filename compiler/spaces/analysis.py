@@ -389,8 +389,8 @@ def _spaces(analysis: Analysis, foldable: list[Gain]) -> list[Space]:
         group = atom.group
         if group == Group.NONE or atom.size < 2 or not parameters:
             continue
-        others = sorted(_wide(beside[atom]), key=lambda a: a.serial)
-        varies = tuple(others) if group != Group.PERMUTATION else ()
+        indices = sorted(_wide(beside[atom]), key=lambda a: a.serial)
+        varies = tuple(indices) if group != Group.PERMUTATION else ()
         bound = [r for r in atom.reasons if r.group == group] + [r for r in atom.reasons if r.group != group]
         inside = {member.node for member in parameters}
         gains = [gain for gain in foldable if gain.parameter in inside]
