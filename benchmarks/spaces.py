@@ -4,10 +4,11 @@
 
 For each model: gains folded, writers centred, then a random matrix, permutation, scale and shift wherever the analysis
 allows one. Largest difference of the outputs over their largest value, in float64 (bar 1e-9) and with float32
-parameters run in float32 (bar 1e-4); and whether the same spaces come out when every name in the captured graph is
-replaced by a hash. Then the seconds that the analysis of a 32-layer decoder takes (bar 10), and, but for --quick,
-folding of gains and a random rotation into a Llama of a billion parameters in a process of its own: seconds (bar 180)
-and peak memory over the bytes of its weights (bar 2). --docs rewrites the table of docs/spaces.md.
+parameters run in float32 (bar 1e-4); whether the same spaces come out when every name in the captured graph is replaced
+by a hash; and whether they do when the model is written with other operators (spellings.py: each spelling for some
+models, all at once for every model). Then the seconds that the analysis of a 32-layer decoder takes (bar 10), and, but
+for --quick, folding of gains and a random rotation into a Llama of a billion parameters in a process of its own:
+seconds (bar 180) and peak memory over the bytes of its weights (bar 2). --docs rewrites the table of docs/spaces.md.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +48,11 @@ from isofold.passes.fold_norm_affine import fold_norm_affine
 from isofold.passes.fold_permutation import fold_permutation
 from isofold.passes.fold_rotation import fold_rotation
 from isofold.passes.untie_embeddings import untie_embeddings
+from spellings import SPELLINGS, outline
 
 QUICK = ("llama", "bert", "whisper", "resnet")
+SPELLED = ("llama", "bert", "opt", "vit", "mpt", "bloom", "gpt_neox", "gpt2")
+"""Models that are written in every spelling; the others in all at once."""
 BAR = {"float64": "<= 1e-9", "float32": "<= 1e-4"}
 LETTERS = {
     Group.ORTHOGONAL: "O",
@@ -171,12 +176,42 @@ def cover(results: Results, case: ModelCase) -> str:
     other, _, _ = prepared(widened(canonicalize(scrambled(captured)).program))
     same = signature(analyse(other)) == signature(spaces)
     results.add(f"{case.name}: same spaces with names replaced by hashes", float(same), "", ">= 1")
+    spell(results, case, wide, spaces)
     scales, shifts = len(spaces.scales.free_roots()), len(spaces.shifts.free_roots())
     results.add(f"{case.name}: spaces", len(spaces.spaces), "")
     return (
         f"| {case.name} | {description(spaces)} | {gains}/{total} | {scales} | {shifts} | {error:.0e} | "
         f"{forbids(spaces)} |"
     )
+
+
+def programs(case: ModelCase) -> Iterator[tuple[str, Program]]:
+    """The model in other spellings, in float64."""
+    for name, spelling in SPELLINGS.items():
+        wanted = name == "all" or case.name in SPELLED
+        if wanted and (name != "separate" or case.name in ("gpt2", "mpt")):
+            yield name, widened(spelling.program(case))
+    if case.name in SPELLED:
+        eager = registry.get(case.name, attention="eager")
+        captured = capture(eager.module, eager.args, dynamic_shapes=eager.dynamic_shapes)
+        yield "eager", widened(canonicalize(captured).program)
+
+
+def spell(results: Results, case: ModelCase, plain: Program, spaces: Spaces) -> None:
+    """Whether other spellings have the same spaces, and the largest error of random folds in them."""
+    expected, wanted = plain.run_float64(), outline(spaces)
+    errors, others = [], []
+    for name, program in programs(case):
+        ready, _, _ = prepared(program)
+        if outline(analyse(ready)) != wanted:
+            others.append(name)
+        errors.append(relative_error(expected, folded(ready, torch.Generator().manual_seed(0)).run_float64()))
+    count = len(errors)
+    same = f"{case.name}: spellings of {count} with the same spaces"
+    results.add(same, count - len(others), "", f">= {count}")
+    results.add(f"{case.name}: relative error, float64, worst spelling", max(errors), "", BAR["float64"])
+    if others:
+        results.note(f"{case.name}: other spaces in {', '.join(others)}")
 
 
 def analysis_time(results: Results) -> None:
