@@ -126,6 +126,8 @@ def show_totals(report: Mapping[str, Any], written: str) -> None:
         f"{100 * totals['quantized_share']:.1f} % quantized in {len(report['layers'])} layers"
     )
     show(f"operators {totals['operators_before']} → {totals['operators_after']}")
+    if report.get("folds"):
+        show(f"folds     {_folded(report)}")
     error = program_error(report)
     if error is not None:
         show(f"error     {error:.3g} of the largest output, worst of the lossy passes, on the example inputs")
@@ -142,6 +144,14 @@ def show_totals(report: Mapping[str, Any], written: str) -> None:
         show_table([">places", "pass", "left alone, because"], rows)
         if len(groups) > _LISTED:
             show(f"and {len(groups) - _LISTED} more reasons in the report")
+
+
+def _folded(report: Mapping[str, Any]) -> str:
+    applied = sum(len(row["applied"]) for row in report["folds"])
+    errors = [row["error"] for row in report["folds"] if row["error"] is not None]
+    exact = f", each equal within {max(errors):.0e}" if errors else ""
+    count = len(report["hadamards"])
+    return f"{applied} applied{exact}; {count} transforms left to run time"
 
 
 def read_calibration(path: Path | None) -> list[Any] | None:

@@ -182,6 +182,8 @@ def _from_config(config: Path, seed: int) -> Reference:
     folder = config.parent
     try:
         if any(folder.glob("*.safetensors")):
+            # Its bar would stand between our own stages, and in the way of --quiet.
+            transformers.utils.logging.disable_progress_bar()
             model = maker.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
         else:
             with torch.random.fork_rng():

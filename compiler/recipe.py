@@ -241,88 +241,38 @@ _W4 = WeightFormat(bits=4, group_size=32)
 _DYNAMIC = ActivationFormat(mode="dynamic")
 _DYNAMIC4 = ActivationFormat(mode="dynamic", bits=4)
 
+
+def _preset(name: str, weights: WeightFormat, activations: ActivationFormat, **more: Any) -> Recipe:
+    """A preset that quantizes activations, and with them everything else that can be quantized."""
+    return Recipe(
+        name=name,
+        weights=weights,
+        activations=activations,
+        embeddings=EmbeddingFormat(),
+        convolutions=ConvolutionFormat(),
+        **more,
+    )
+
+
+_KV4 = CacheFormat(bits=4)
+_SMOOTH = Fold(scale="search", shift="mean")
+_ROTATE = Fold(rotation="hadamard")
+_LEARNED = Fold(rotation="learned", scale="learned", shift="learned")
+
 PRESETS: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         Recipe(name="float32"),
-        Recipe(
-            name="w8a8",
-            weights=_W8,
-            activations=_DYNAMIC,
-            embeddings=EmbeddingFormat(),
-            convolutions=ConvolutionFormat(),
-        ),
-        Recipe(
-            name="w8a8-static",
-            weights=_W8,
-            activations=ActivationFormat(mode="static"),
-            embeddings=EmbeddingFormat(),
-            convolutions=ConvolutionFormat(),
-        ),
-        Recipe(
-            name="w4a8",
-            weights=_W4,
-            activations=_DYNAMIC,
-            embeddings=EmbeddingFormat(),
-            convolutions=ConvolutionFormat(),
-        ),
-        Recipe(
-            name="w4a4",
-            weights=_W4,
-            activations=_DYNAMIC4,
-            embeddings=EmbeddingFormat(),
-            convolutions=ConvolutionFormat(),
-        ),
-        Recipe(
-            name="w4a4kv4",
-            weights=_W4,
-            activations=_DYNAMIC4,
-            embeddings=EmbeddingFormat(),
-            convolutions=ConvolutionFormat(),
-            kv=CacheFormat(bits=4),
-        ),
-        Recipe(
-            name="w8a8-smooth",
-            weights=_W8,
-            activations=_DYNAMIC,
-            embeddings=EmbeddingFormat(),
-            convolutions=ConvolutionFormat(),
-            fold=Fold(scale="search", shift="mean"),
-        ),
-        Recipe(
-            name="w4a8-smooth",
-            weights=_W4,
-            activations=_DYNAMIC,
-            embeddings=EmbeddingFormat(),
-            convolutions=ConvolutionFormat(),
-            fold=Fold(scale="search", shift="mean"),
-        ),
-        Recipe(
-            name="w4a8-rotate",
-            weights=_W4,
-            activations=_DYNAMIC,
-            embeddings=EmbeddingFormat(),
-            convolutions=ConvolutionFormat(),
-            fold=Fold(rotation="hadamard"),
-        ),
-        Recipe(
-            name="w4a4kv4-rotate",
-            weights=_W4,
-            activations=_DYNAMIC4,
-            embeddings=EmbeddingFormat(),
-            convolutions=ConvolutionFormat(),
-            kv=CacheFormat(bits=4),
-            fold=Fold(rotation="hadamard"),
-        ),
-        Recipe(
-            name="w4a4kv4-learned",
-            weights=_W4,
-            activations=_DYNAMIC4,
-            embeddings=EmbeddingFormat(),
-            convolutions=ConvolutionFormat(),
-            kv=CacheFormat(bits=4),
-            fold=Fold(rotation="learned", scale="learned", shift="learned"),
-        ),
+        _preset("w8a8", _W8, _DYNAMIC),
+        _preset("w8a8-static", _W8, ActivationFormat(mode="static")),
+        _preset("w4a8", _W4, _DYNAMIC),
+        _preset("w4a4", _W4, _DYNAMIC4),
+        _preset("w4a4kv4", _W4, _DYNAMIC4, kv=_KV4),
+        _preset("w8a8-smooth", _W8, _DYNAMIC, fold=_SMOOTH),
+        _preset("w4a8-smooth", _W4, _DYNAMIC, fold=_SMOOTH),
+        _preset("w4a8-rotate", _W4, _DYNAMIC, fold=_ROTATE),
+        _preset("w4a4kv4-rotate", _W4, _DYNAMIC4, kv=_KV4, fold=_ROTATE),
+        _preset("w4a4kv4-learned", _W4, _DYNAMIC4, kv=_KV4, fold=_LEARNED),
         Recipe(name="w8a16", weights=_W8, embeddings=EmbeddingFormat()),
         Recipe(name="w4a16", weights=_W4, embeddings=EmbeddingFormat()),
     )
