@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import signal
@@ -484,3 +485,53 @@ def test_a_pipe_that_closes_is_no_error(folder: Path) -> None:
     )
     assert "Traceback" not in done.stderr
     assert "BrokenPipe" not in done.stderr
+
+
+CONFIGS: dict[str, dict[str, object]] = {
+    "decoder": {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 96, "hidden_size": 64,
+        "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+    },
+    "encoder": {
+        "model_type": "bert", "architectures": ["BertModel"], "vocab_size": 96, "hidden_size": 64,
+        "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "recipe"), [("decoder", "w4a4kv4-rotate"), ("encoder", "w4a8-rotate")])
+def test_folds_from_a_transformers_folder_to_an_artefact_that_runs(
+    folder: Path, name: str, recipe: str
+) -> None:
+    Path(name).mkdir(exist_ok=True)
+    Path(name, "config.json").write_text(json.dumps(CONFIGS[name]))
+    done = invoke("compile", name, "-r", recipe, "-o", f"{name}-folded", "-q")
+    assert done.exit_code == 0, done.stderr
+    assert "\nfolds     " in done.stdout
+    assert "transforms left to run time" in done.stdout
+    summary = json.loads(invoke("run", f"{name}-folded", "-q", "--json").stdout)
+    assert all(result["not_finite"] == 0 for result in summary["outputs"].values())
+    page = Path(f"{name}-folded", "report.html").read_text()
+    report = json.loads(Path(f"{name}-folded", "report.json").read_text())
+    assert report["spaces"]["spaces"]
+    assert report["hadamards"]
+    folds = {row["pass"]: row for row in report["folds"]}
+    assert all(row["error"] < 2e-5 for row in report["folds"] if row["applied"])
+    assert folds["fold_rotation"]["applied"]
+    # The norms behind a post-norm model's sums keep their gains, and the report says why.
+    assert bool(folds["fold_norm_affine"]["refused"]) == (name == "encoder")
+    for space in report["spaces"]["spaces"]:
+        assert space["name"] in page
+    for row in report["folds"]:
+        assert all(group["reason"] in html.unescape(page) for group in row["refused"])
+    plain = invoke("compile", name, "-r", recipe, "-o", f"{name}-folded", "-q")
+    assert plain.exit_code == 2
+    assert "The output folder exists" in plain.stderr
+
+
+def test_a_recipe_with_wrong_folds_lists_every_problem(folder: Path) -> None:
+    Path("folds.yaml").write_text("weights: {bits: 4}\nfold: {rotation: hadamrd, scale: awk, onlin: off}\n")
+    text = error_of("compile", "python:net.py:make", "-r", "folds.yaml")
+    for part in ("where: folds.yaml", "fold.rotation", "'hadamrd'", "fold.scale", "did you mean 'online'"):
+        assert part in text
