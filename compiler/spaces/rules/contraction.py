@@ -92,11 +92,21 @@ def embedding(analysis: Analysis, node: fx.Node) -> None:
             analysis.pin_shift(node, at, "the table is computed")
         return
     analysis.scales.tie((1, analysis.key(node)), (-1, analysis.key(weight, 1)))
-    # The table absorbs the shift when nothing but this lookup reads it.
-    if len(weight.users) > 1:
+    # The table absorbs the shift when nothing but lookups reads it; all of them are shifted by one vector.
+    if any(not _looks_up(user, weight) for user in _readers(analysis, weight)):
         analysis.pin_shift(node, node, "the table is read elsewhere too")
     else:
         analysis.shifts.tie((1, analysis.key(node)), (-1, analysis.key(weight, 1)))
+
+
+def _readers(analysis: Analysis, constant: fx.Node) -> list[fx.Node]:
+    """The calls that read a parameter, through whichever node."""
+    reads = (n for n in analysis.program.graph.nodes if n.op == "get_attr" and n.target == constant.target)
+    return [user for node in reads for user in node.users]
+
+
+def _looks_up(node: fx.Node, table: fx.Node) -> bool:
+    return node.target is aten.embedding.default and argument(node, "weight").target == table.target
 
 
 @rule(aten.matmul.default, aten.bmm.default)

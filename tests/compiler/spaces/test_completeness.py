@@ -64,6 +64,10 @@ def gemma2() -> nn.Module:
     return Logits(hf.Gemma2ForCausalLM(config), use_cache=False)
 
 
+def phi3() -> nn.Module:
+    return Logits(hf.Phi3ForCausalLM(hf.Phi3Config(**GROUPED)), use_cache=False)
+
+
 def gpt_neox() -> nn.Module:
     config = hf.GPTNeoXConfig(**{**SIZES, "vocab_size": 24}, rotary_pct=0.5, layer_norm_eps=0.1)
     return Logits(hf.GPTNeoXForCausalLM(config), use_cache=False)
@@ -104,6 +108,38 @@ def vit() -> nn.Module:
     return Logits(hf.ViTForImageClassification(config))
 
 
+class Translation(nn.Module):
+    """Ids of the source and of the target, `[batch, 6 + 5]`, to logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                module.padding_idx = None  # autograd would not see that row
+            if isinstance(module, nn.LayerNorm):
+                module.eps = 0.1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(input_ids=x[:, :6], decoder_input_ids=x[:, 6:], use_cache=False).logits
+
+
+def t5(tied: bool) -> nn.Module:
+    config = hf.T5Config(
+        vocab_size=12, d_model=8, d_kv=4, d_ff=6, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu",
+        layer_norm_epsilon=0.1, relative_attention_num_buckets=8, relative_attention_max_distance=6,
+        tie_word_embeddings=True, decoder_start_token_id=0,
+    )  # fmt: skip
+    model = hf.T5ForConditionalGeneration(config)
+    if not tied:
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    return Translation(model)
+
+
+def pairs(index: int) -> Tensor:
+    return torch.randint(0, 12, (4, 11), generator=torch.Generator().manual_seed(index))
+
+
 def ids(index: int, vocabulary: int = 12) -> Tensor:
     return torch.randint(0, vocabulary, (4, 6), generator=torch.Generator().manual_seed(index))
 
@@ -122,12 +158,15 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor], int, f
     "llama, tied": (lambda: llama(True), ids, 6, 0.7),
     "qwen3": (qwen3, ids, 6, 0.7),
     "gemma2": (gemma2, ids, 6, 0.7),
+    "phi3": (phi3, ids, 6, 0.7),
     "gpt_neox": (gpt_neox, more_ids, 5, 0.7),
     "gpt2": (gpt2, ids, 7, 0.7),
     "mpt": (mpt, ids, 14, 0.7),
     "opt": (opt, more_ids, 6, 0.5),
     "bert": (bert, ids, 8, 0.4),
     "vit": (vit, images, 5, 0.7),
+    "t5": (lambda: t5(False), pairs, 7, 0.6),
+    "t5, tied": (lambda: t5(True), pairs, 7, 0.6),
 }
 
 
