@@ -137,7 +137,6 @@ class Fused(nn.Module):
             parts = [z if b is None else b for b, z in zip(biases, zeros, strict=True)]
             self.bias = nn.Parameter(torch.cat(parts))
 
-
     def forward(self, x: Tensor) -> Tensor:
         if self.product is None:
             return F.linear(x, self.weight, self.bias)

@@ -93,7 +93,7 @@ class Fold(_Strict):
     """Equivalent transforms before anything is rounded; the program computes the same, and rounds better.
 
     rotation: of every channel space that takes one: `hadamard` (random signs and a Hadamard matrix), `womi`
-    (eigenvectors of the readers' weights, then Hadamard), `learned` (from womi, on calibration data) or `none`.
+    (eigenvectors of the readers' weights, then Hadamard), `learned` (from hadamard, on calibration data) or `none`.
     scale: of every quantized layer's input, per channel: `smoothquant`, `osplus`, `awq`, `cle`, `search` (the best
     of them at each layer), `learned`, `none`. It is folded into what writes the value where that is legal, and rides
     on the activation quantizer where not. shift: `osplus`, `mean`, `search`, `learned`, `none`, likewise.

@@ -2,10 +2,10 @@
 
 1. `untie_embeddings`, `fold_norm_affine`, `center_norms`: what stands in the way of rotations goes away.
 2. `balance_scales`: one gauge for all models that compute the same.
-3. Rotations are chosen (or everything is learned at once) and folded.
-4. Scales and shifts of sites are chosen, folded where that is free, and put on the edges where not, with the online
+3. Queries and keys turn online where a cache is quantized: first, so that learning sees it.
+4. Rotations are chosen (or everything is learned at once) and folded.
+5. Scales and shifts of sites are chosen, folded where that is free, and put on the edges where not, with the online
    Hadamard transforms of sites that no rotation reaches. Norms take edges back as their gains.
-5. Queries and keys turn online where a cache is quantized.
 
 The choosers only propose; every fold checks what it is given against the spaces of the program and is verified.
 """
@@ -72,6 +72,8 @@ def fold_steps(recipe: Recipe, calibration: Iterable[Any] | None) -> list[Step]:
         steps += [Step(untie_embeddings), Step(fold_norm_affine), Step(center_norms)]
     if fold.balance:
         steps.append(Step(balance_scales))
+    if _online(fold) and (recipe.kv is not None or any(rule.kv is not None for rule in recipe.layers)):
+        steps.append(Step(_Chosen("place_hadamards", lambda program: _turn_attentions(program, choices))))
     if fold.rotation != "none" or fold.learns:
         steps.append(Step(_Chosen("fold_rotation", lambda program: _rotate(program, choices))))
     if fold.scale != "none" or fold.shift != "none" or _online(fold):
@@ -79,7 +81,7 @@ def fold_steps(recipe: Recipe, calibration: Iterable[Any] | None) -> list[Step]:
         steps.append(Step(_Chosen("transform_edges", lambda program: _transform_edges(program, choices))))
         steps.append(Step(absorb_into_norms))
     if _online(fold):
-        steps.append(Step(_Chosen("place_hadamards", lambda program: _place_hadamards(program, choices))))
+        steps.append(Step(_Chosen("place_hadamards", lambda program: _turn_linears(program, choices))))
     return steps
 
 
@@ -151,18 +153,22 @@ def _transform_edges(program: Program, choices: _Choices) -> PassResult:
     return transform_edges(program, recipe=choices.recipe, transforms=choices.edges)
 
 
-def _place_hadamards(program: Program, choices: _Choices) -> PassResult:
+def _turn_attentions(program: Program, choices: _Choices) -> PassResult:
+    attentions = [
+        node.name
+        for node in program.graph.nodes
+        if node.op == "call_function"
+        and node.target in ATTENTIONS
+        and choices.recipe.format_for(module_path(node), "kv") is not None
+    ]
+    return place_hadamards(program, attentions=attentions, seed=choices.fold.seed)
+
+
+def _turn_linears(program: Program, choices: _Choices) -> PassResult:
     recipe, fold = choices.recipe, choices.fold
     linears: list[str] = []
     if not choices.edges:
         sites = find_sites(program, recipe)
         chosen = sites_to_transform(sites, analyse(program), fold)
         linears = [reader.node for site in sites if site.name in chosen for reader in site.readers]
-    attentions = [
-        node.name
-        for node in program.graph.nodes
-        if node.op == "call_function"
-        and node.target in ATTENTIONS
-        and recipe.format_for(module_path(node), "kv") is not None
-    ]
-    return place_hadamards(program, linears=linears, attentions=attentions, seed=fold.seed)
+    return place_hadamards(program, linears=linears, seed=fold.seed)

@@ -88,6 +88,17 @@ def quantize_matrix(
     )
 
 
+def requantized(weight: Tensor, like: QuantizedMatrix, *, bits: int, group_size: int) -> Tensor:
+    """The float weight that `weight` rounds to with the scales and zero points found for one near it."""
+    low, high = code_range(bits, like.zero is None)
+    matrix = weight.detach().flatten(1)
+    size = group_size or matrix.shape[1]
+    scale = like.scale.repeat_interleave(size, 1)[:, : matrix.shape[1]]
+    zero = 0 if like.zero is None else like.zero.repeat_interleave(size, 1)[:, : matrix.shape[1]]
+    codes = (matrix / torch.where(scale == 0, torch.ones_like(scale), scale)).round_().add_(zero)
+    return codes.clamp_(low, high).sub_(zero).mul_(scale).reshape(weight.shape)
+
+
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """Operators this small lose more at the barriers of torch's threads than they gain."""

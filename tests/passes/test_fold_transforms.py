@@ -72,8 +72,10 @@ def test_online_off_adds_no_operator(llama: Program) -> None:
 
 
 def test_a_quantized_cache_turns_queries_and_keys(llama: Program) -> None:
-    after, _ = run(llama, PRESETS["w4a4kv4-rotate"])
+    after, reports = run(llama, PRESETS["w4a4kv4-rotate"])
     assert online(after) == 2 + 2 * 2
+    # Before the rotations, so that what is learned sees it.
+    assert list(reports).index("place_hadamards") < list(reports).index("fold_rotation")
 
 
 def test_float_inputs_need_no_online_transform(llama: Program) -> None:

@@ -16,6 +16,7 @@ from isofold.compiler.recipe import PRESETS, Fold, Recipe
 from isofold.compiler.spaces.analysis import analyse
 from isofold.compiler.spaces.atoms import Group
 from isofold.models import registry
+from isofold.passes import learn_transforms as learn_transforms_module
 from isofold.passes.choose_rotations import choose_rotations
 from isofold.passes.fold_norm_affine import fold_norm_affine
 from isofold.passes.fold_rotation import fold_rotation
@@ -25,6 +26,7 @@ from isofold.passes.sites import find_sites
 
 RECIPE = PRESETS["w4a4kv4-learned"]
 FOLD = Fold(rotation="learned", scale="learned", shift="learned", steps=3)
+LONG = FOLD.model_copy(update={"steps": 150})
 
 
 @pytest.fixture(scope="module")
@@ -51,22 +53,23 @@ def learn(program: Program, fold: Fold = FOLD, recipe: Recipe = RECIPE) -> Learn
 
 @pytest.fixture(scope="module")
 def learned(llama: Program) -> Learned:
-    """Enough steps to leave the start (0.054 to 0.045 where this was written)."""
-    return learn(llama, FOLD.model_copy(update={"steps": 50}))
+    """Enough steps to leave the start (0.048 to 0.042 where this was written)."""
+    return learn(llama, LONG)
 
 
 def test_the_loss_falls(learned: Learned) -> None:
     """Gradients reach what they should: rounding noise alone would not lower it."""
-    assert len(learned.losses) == 50
+    assert len(learned.losses) == LONG.steps
     assert all(loss > 0 for loss in learned.losses)
     assert 0 < learned.after < 0.95 * learned.before
 
 
-def test_a_loss_that_rose_takes_the_start_back(llama: Program) -> None:
-    """Three steps at full rate end above the start here, so what comes back is the start itself."""
+def test_a_loss_that_rose_takes_the_start_back(llama: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps far too long end above the start, so what comes back is the start itself."""
+    monkeypatch.setattr(learn_transforms_module, "SCALE_RATE", 1.0)
     found = learn(llama)
     assert found.after == found.before
-    start = choose_rotations(analyse(llama), "womi", FOLD.seed)
+    start = choose_rotations(analyse(llama), "hadamard", FOLD.seed)
     turned = {name: matrix for name, matrix in found.rotations.items() if name in start}
     assert set(turned) == set(start)
     for name, matrix in turned.items():
@@ -102,7 +105,7 @@ def test_every_site_has_a_transform(llama: Program, learned: Learned) -> None:
 
 
 def test_the_same_seed_learns_the_same(llama: Program, learned: Learned) -> None:
-    again = learn(llama, FOLD.model_copy(update={"steps": 50}))
+    again = learn(llama, LONG)
     assert again.losses == learned.losses
     for name, matrix in learned.rotations.items():
         assert torch.equal(again.rotations[name], matrix)
