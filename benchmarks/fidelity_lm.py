@@ -30,6 +30,8 @@ from torch import nn
 from harness import HERE, BenchmarkError, Results, main, parse
 
 WINDOW = 256
+CALIBRATION, LEARNING = 16, 96
+"""Batches of 8 windows that statistics come from, and that learning goes through."""
 MODELS = ("plain", "twin-gains", "twin-basis")
 FORMATS: dict[str, tuple[int, int | None]] = {
     "w4a16": (16, None),
@@ -44,7 +46,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "awq": {"scale": "awq"},
     "hadamard": {"rotation": "hadamard"},
     "womi": {"rotation": "womi"},
-    "learned": {"rotation": "learned", "scale": "learned"},
+    "learned": {"rotation": "learned", "scale": "learned", "shift": "learned"},
 }
 SEEDED = ("hadamard", "womi", "learned")
 
@@ -139,16 +141,24 @@ def body() -> int:
         parser.add_argument("--model", choices=MODELS, action="append")
         parser.add_argument("--format", choices=tuple(FORMATS), action="append")
         parser.add_argument("--method", choices=tuple(METHODS), action="append")
-        parser.add_argument("--seeds", type=int, default=3)
-        parser.add_argument("--steps", type=int, default=100, help="of learning")
+        parser.add_argument("--seeds", type=int, default=3, help="of random and learned transforms")
+        parser.add_argument("--learned-seeds", type=int, default=None, help="as many as --seeds, or fewer")
+        parser.add_argument("--steps", type=int, default=200, help="of learning, 2,048 tokens each")
         parser.add_argument("--tokens", type=int, default=80000)
 
     arguments = parse(__doc__, extra)
     tokens = min(arguments.tokens, 16000) if arguments.quick else arguments.tokens
     seeds = 1 if arguments.quick else arguments.seeds
+
+    def repeats(method: str) -> int:
+        most = seeds if arguments.learned_seeds is None or method != "learned" else arguments.learned_seeds
+        return min(most, seeds) if method in SEEDED else 1
+
     results = Results("fidelity_lm")
-    train, test = encoded("train", 2_000_000), encoded("test")
-    calibration = [(train[i * 2048 : i * 2048 + 2 * WINDOW].reshape(2, WINDOW),) for i in range(48)]
+    train, test = encoded("train", 4_000_000), encoded("test")
+    windows = train[: len(train) // WINDOW * WINDOW].reshape(-1, WINDOW)
+    windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]
+    calibration = [(batch,) for batch in windows.split(8)][: CALIBRATION if arguments.quick else LEARNING]
     found: dict[tuple[str, str, str], float] = {}
     floats: dict[str, float] = {}
     for model in arguments.model or MODELS:
@@ -159,8 +169,9 @@ def body() -> int:
             for method in arguments.method or METHODS:
                 started = time.perf_counter()
                 samples = []
-                for seed in range(seeds if method in SEEDED else 1):
-                    student = rounded(program, form, method, seed, arguments.steps, calibration)
+                for seed in range(repeats(method)):
+                    data = calibration if method == "learned" else calibration[:CALIBRATION]
+                    student = rounded(program, form, method, seed, arguments.steps, data)
                     samples.append(perplexity(student, test, tokens))
                 found[model, form, method] = statistics.fmean(samples)
                 spread = (
