@@ -290,7 +290,9 @@ def _model(captured: Program) -> dict[str, Any]:
 def _totals(captured: Program, program: Program, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     floating = [t for t in captured.parameters.values() if t.is_floating_point()]
     quantized = sum(row["bytes_before"] for row in rows)
-    weights = sum(t.numel() * t.element_size() for t in floating)
+    # A tensor of several layers (tied embeddings) is quantized for each of them, so each counts.
+    again = quantized - sum({row["weight"] or row["node"]: row["bytes_before"] for row in rows}.values())
+    weights = sum(t.numel() * t.element_size() for t in floating) + again
     return {
         "parameters": sum(t.numel() for t in floating),
         "weight_bytes_before": captured.weight_bytes,

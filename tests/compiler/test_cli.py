@@ -453,14 +453,15 @@ def test_a_transformers_config_needs_no_examples(folder: Path) -> None:
         "vocab_size": 128,
     }
     config |= {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
-    config |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}
     Path("tiny").mkdir(exist_ok=True)
     Path("tiny/config.json").write_text(json.dumps(config))
     done = invoke("compile", "tiny", "-r", "w4a8", "-q", "--json", "--force")
     assert done.exit_code == 0, done.stderr
     facts = json.loads(done.stdout)
     assert facts["artefact"] == "tiny-w4a8"
-    assert facts["totals"]["quantized_share"] > 0.9
+    # The table is quantized for the lookup and for the head.
+    assert 0.9 < facts["totals"]["quantized_share"] < 1
 
 
 def test_a_damaged_pt2_file_is_an_error(folder: Path) -> None:
