@@ -169,16 +169,20 @@ class Program:
         graph._codegen = copy.copy(self.graph._codegen)
         return graph
 
-    def with_record(self, record: Mapping[str, Any]) -> Program:
-        """The same program with one more record."""
+    def with_record(self, *records: Mapping[str, Any]) -> Program:
+        """The same program with more records."""
         return Program(
             self.graph,
             self.tensors,
             self.example_args,
             self.example_kwargs,
             self.dynamic_shapes,
-            (*self.records, record),
+            (*self.records, *records),
         )
+
+    def lent(self) -> Program:
+        """The same program for a look ahead: passes that run on it free nothing."""
+        return self.with_record()
 
     def run_float64(
         self, args: Sequence[Any] | None = None, kwargs: Mapping[str, Any] | None = None

@@ -223,7 +223,7 @@ class _Student:
         start: dict[str, Tensor],
         calibration: Iterable[Any],
     ) -> list[_SiteParameters]:
-        turned = fold_rotation(program, rotations=start).program if start else program
+        turned = fold_rotation(program.lent(), rotations=start).program if start else program
         scale: Any = "search" if fold.scale == "learned" else fold.scale
         shift: Any = "search" if fold.shift == "learned" else fold.shift
         chosen = choose_edges(

@@ -78,6 +78,15 @@ def test_a_quantized_cache_turns_queries_and_keys(llama: Program) -> None:
     assert list(reports).index("place_hadamards") < list(reports).index("fold_rotation")
 
 
+def test_what_is_learned_is_folded(llama: Program, batches: list[Any]) -> None:
+    fold = PRESETS["w4a4kv4-learned"].fold
+    assert fold is not None
+    recipe = PRESETS["w4a4kv4-learned"].model_copy(update={"fold": fold.model_copy(update={"steps": 2})})
+    after, reports = run(llama, recipe, batches)
+    assert len(reports["fold_rotation"].applied) == 3
+    assert online(after) == 2 + 2 * 2
+
+
 def test_float_inputs_need_no_online_transform(llama: Program) -> None:
     recipe = PRESETS["w4a16"].model_copy(update={"fold": Fold(rotation="womi")})
     after, reports = run(llama, recipe)
