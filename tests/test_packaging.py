@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -58,3 +61,11 @@ def test_no_architecture_is_named_in_compiler_or_passes(root: Path) -> None:
             text = file.read_text().lower()
             found += [f"{file.relative_to(root)}: {family}" for family in families if family in text]
     assert found == []
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "isofold", "--version"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == importlib.metadata.version("isofold")
