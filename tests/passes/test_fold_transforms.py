@@ -115,3 +115,21 @@ def test_random_matrices_follow_the_seed(llama: Program) -> None:
 def test_no_fold_no_steps() -> None:
     assert fold_steps(PRESETS["w4a8"], None) == []
     assert all(isinstance(step, Step) for step in fold_steps(PRESETS["w4a8-rotate"], None))
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "step", "count"),
+    [
+        # The gated output of each layer's scan.
+        ("mamba2", "w4a8-rotate", "place_hadamards", 2),
+        # Inputs of convolutions: a scale each, on edges that nothing folds.
+        ("hifigan", "w8a8-smooth", "transform_edges", 15),
+        # Post-norm, so no stream turns: what reads it and the hidden layer, twice.
+        ("bert", "w4a8-rotate", "place_hadamards", 6),
+    ],
+)
+def test_edges_where_nothing_folds(name: str, preset: str, step: str, count: int) -> None:
+    case = registry.get(name)
+    program = canonicalize(capture(case.module, case.args, dynamic_shapes=case.dynamic_shapes)).program
+    _, reports = run(program, PRESETS[preset], [case.args, case.args])
+    assert len(reports[step].applied) == count
