@@ -36,7 +36,9 @@ TRANSFORMS: dict[str, dict[str, Any]] = {
     "awq": {"scale": "awq"},
     "hadamard": {"rotation": "hadamard"},
     "womi": {"rotation": "womi"},
+    "search, mean shift": {"scale": "search", "shift": "mean"},
     "hadamard, awq, mean shift": {"rotation": "hadamard", "scale": "awq", "shift": "mean"},
+    "hadamard, search, mean shift": {"rotation": "hadamard", "scale": "search", "shift": "mean"},
     "learned": {"rotation": "learned", "scale": "learned", "shift": "learned"},
 }
 """What is folded before rounding (`Fold`), by the names of the table."""
