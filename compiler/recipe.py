@@ -185,8 +185,21 @@ class Recipe(_Strict):
         """Whether some range or transform must be found on data."""
         if self.fold is not None and self.fold.needs_data:
             return True
-        rules = [self.activations, *(r.activations for r in self.layers if r.activations is not None)]
-        return any(a.mode == "static" for a in rules)
+        return any(form.mode == "static" for form in self.activation_formats)
+
+    @property
+    def activation_formats(self) -> list[ActivationFormat]:
+        """The formats of activations that some layer may have."""
+        return [self.activations, *(r.activations for r in self.layers if r.activations is not None)]
+
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether the activations of some layer are quantized."""
+        return any(form.mode != "float" for form in self.activation_formats)
+
+    def asks_for(self, kind: Kind) -> bool:
+        """Whether some layer of this kind has a format, and is not left float."""
+        return getattr(self, kind) is not None or any(getattr(rule, kind) is not None for rule in self.layers)
 
     def format_for(self, path: str, kind: Kind) -> Any:
         """The format of `kind` for the layer at `path` after all rules, None where it stays float."""

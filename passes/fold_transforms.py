@@ -72,7 +72,7 @@ def fold_steps(recipe: Recipe, calibration: Iterable[Any] | None) -> list[Step]:
         steps += [Step(untie_embeddings), Step(fold_norm_affine), Step(center_norms)]
     if fold.balance:
         steps.append(Step(balance_scales))
-    if _online(fold) and (recipe.kv is not None or any(rule.kv is not None for rule in recipe.layers)):
+    if _online(fold) and recipe.asks_for("kv"):
         steps.append(Step(_Chosen("place_hadamards", lambda program: _turn_attentions(program, choices))))
     if fold.rotation != "none" or fold.learns:
         steps.append(Step(_Chosen("fold_rotation", lambda program: _rotate(program, choices))))

@@ -46,7 +46,7 @@ from .kl_top import loss_against
 from .layers import group_size_for
 from .quantize_activations import quantize_activations
 from .quantize_cache import quantize_cache
-from .ranges import QuantizedMatrix, quantize_matrix, requantized
+from .ranges import QuantizedMatrix, requantized
 from .sites import EdgeTransform, Reader, Site, along, find_sites
 from .stiefel import RiemannianAdam
 
@@ -179,7 +179,9 @@ class _Student:
         }
         self.angles = self._angles(recipe) if fold.rotation == "learned" else {}
         dynamic = _dynamic(recipe)
-        quantized = quantize_activations(program, recipe=dynamic).program if _rounds(recipe) else program
+        quantized = (
+            quantize_activations(program, recipe=dynamic).program if recipe.quantizes_activations else program
+        )
         if recipe.kv is not None:
             quantized = quantize_cache(quantized, recipe=recipe).program
         self.program = quantized
@@ -310,15 +312,11 @@ class _Student:
 
     def rounded(self, reader: Reader, weight: Tensor) -> Tensor:
         """The weight as its format leaves it, with a straight-through gradient; ranges are searched now and then."""
-        form = reader.format
-        size = group_size_for(tuple(weight.shape), form)
         with torch.no_grad():
             if reader.node not in self.ranges:
-                self.ranges[reader.node] = quantize_matrix(
-                    weight, bits=form.bits, group_size=size, symmetric=getattr(form, "symmetric", True),
-                    search=form.range, storable=weight.dim() == 2,
-                )  # fmt: skip
-            found = requantized(weight, self.ranges[reader.node], bits=form.bits, group_size=size)
+                self.ranges[reader.node] = reader.quantized(weight)
+            size = group_size_for(tuple(weight.shape), reader.format)
+            found = requantized(weight, self.ranges[reader.node], bits=reader.format.bits, group_size=size)
         return weight + (found - weight).detach()
 
     def _turned(self, node: fx.Node, inside: Sequence[Space]) -> Tensor:
@@ -394,11 +392,3 @@ def _dynamic(recipe: Recipe) -> Recipe:
         for rule in recipe.layers
     ]
     return recipe.model_copy(update={"activations": free(recipe.activations), "layers": layers})
-
-
-def _rounds(recipe: Recipe) -> bool:
-    forms = [
-        recipe.activations,
-        *(rule.activations for rule in recipe.layers if rule.activations is not None),
-    ]
-    return any(form.mode != "float" for form in forms)

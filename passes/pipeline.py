@@ -20,7 +20,7 @@ from typing import Any
 from ..compiler.canonicalize import canonicalize
 from ..compiler.driver import Step
 from ..compiler.program import Program
-from ..compiler.recipe import Kind, Recipe
+from ..compiler.recipe import Recipe
 from .fold_transforms import fold_steps
 from .fuse_attention import fuse_attention
 from .fuse_epilogues import fuse_epilogues
@@ -46,9 +46,9 @@ def plan(program: Program, recipe: Recipe, calibration: Iterable[Any] | None = N
         calibration = list(calibration)
     steps = [Step(canonicalize), Step(check_recipe, options), *fold_steps(recipe, calibration)]
     weights, embeddings, convolutions, cache = (
-        _asks_for(recipe, kind) for kind in ("weights", "embeddings", "convolutions", "kv")
+        recipe.asks_for(kind) for kind in ("weights", "embeddings", "convolutions", "kv")
     )
-    if (weights or convolutions) and _quantizes_activations(recipe):
+    if (weights or convolutions) and recipe.quantizes_activations:
         steps.append(Step(quantize_activations, {**options, "calibration": calibration}))
     for wanted, quantize in (
         (weights, quantize_weights),
@@ -76,16 +76,3 @@ def plan(program: Program, recipe: Recipe, calibration: Iterable[Any] | None = N
         )
         steps.extend(Step(fuse) for fuse in fusions)
     return steps
-
-
-def _asks_for(recipe: Recipe, kind: Kind) -> bool:
-    """Whether the recipe quantizes some layer of this kind."""
-    return getattr(recipe, kind) is not None or any(getattr(rule, kind) is not None for rule in recipe.layers)
-
-
-def _quantizes_activations(recipe: Recipe) -> bool:
-    formats = [
-        recipe.activations,
-        *(rule.activations for rule in recipe.layers if rule.activations is not None),
-    ]
-    return any(form.mode != "float" for form in formats)

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..compiler.dialect.quantize_dequantize import granularity_dims, quantize_dequantize
 from .calibrate import Histogram, static_params
 from .layers import group_size_for
-from .ranges import dequantized, quantize_matrix
+from .ranges import dequantized
 from .site_statistics import SiteStatistics
 from .sites import EdgeTransform, Reader, Site, along
 
@@ -128,16 +128,8 @@ class SiteError:
     @staticmethod
     def round_weight(reader: Reader, weight: Tensor) -> Tensor:
         """`weight` as the reader's format leaves it, float32."""
-        form, group_size = reader.format, group_size_for(tuple(weight.shape), reader.format)
-        found = quantize_matrix(
-            weight,
-            bits=form.bits,
-            group_size=group_size,
-            symmetric=getattr(form, "symmetric", True),
-            search=form.range,
-            storable=reader.weight.dim() == 2,
-        )
-        return dequantized(found, group_size).reshape(weight.shape)
+        group_size = group_size_for(tuple(weight.shape), reader.format)
+        return dequantized(reader.quantized(weight), group_size).reshape(weight.shape)
 
 
 def best_exponent(make: Callable[[float], EdgeTransform], error: Error) -> EdgeTransform:

@@ -26,7 +26,8 @@ from ..compiler.graph import argument, dtype, static_size
 from ..compiler.hadamard import apply_hadamard
 from ..compiler.program import Program
 from ..compiler.recipe import ActivationFormat, Kind, Recipe
-from .layers import Layer, check_finite, is_call_of, selected
+from .layers import Layer, check_finite, group_size_for, is_call_of, selected
+from .ranges import QuantizedMatrix, quantize_matrix
 
 KINDS: tuple[Kind, ...] = ("weights", "convolutions")
 
@@ -99,6 +100,17 @@ class Reader:
     format: Any
     run: Callable[[Tensor, Tensor], Tensor]
     pads: bool
+
+    def quantized(self, weight: Tensor) -> QuantizedMatrix:
+        """The codes that `weight`, some rows or a transform of the layer's own, gets in its format."""
+        return quantize_matrix(
+            weight,
+            bits=self.format.bits,
+            group_size=group_size_for(tuple(weight.shape), self.format),
+            symmetric=getattr(self.format, "symmetric", True),
+            search=self.format.range,
+            storable=self.weight.dim() == 2,
+        )
 
 
 @dataclass(frozen=True)
