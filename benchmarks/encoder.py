@@ -111,7 +111,7 @@ def measure(
             results.add(f"{worker.name}, {threads} threads: worst cosine of a token", cosine, "")
             if cosine < 0.5:
                 raise BenchmarkError(f"{worker.name} computes something else: cosine {cosine:.3f} to float32")
-        readers = read_workers(threads)
+        readers = read_workers(threads, float32)
         workers.extend(readers)
         runs = {worker.name: 3 for worker in workers}
         seconds = interleave(workers, 4 if arguments.quick else 24, runs)
@@ -119,7 +119,9 @@ def measure(
         for worker in workers:
             worker.close()
     title = f"{threads} thread{'s' if threads > 1 else ''}"
-    results.sampled(f"read bandwidth, {title}", [b / 1e9 for b in bandwidth_by_round(seconds)], "GB/s")
+    results.sampled(
+        f"read bandwidth, {title}", [b / 1e9 for b in bandwidth_by_round(seconds, float32)], "GB/s"
+    )
     for name in competitors:
         results.sampled(f"{name}, {title}", [1e3 * t for t in per_round(seconds[name])], "ms")
     for name in ours:

@@ -360,33 +360,20 @@ def ratios(numerator: Sequence[Sequence[float]], denominator: Sequence[Sequence[
     return [a / b for a, b in zip(per_round(numerator), per_round(denominator), strict=True)]
 
 
-READ_BYTES_MINIMUM = 96 << 20
+STREAMS = (1, 4)
 
 
-def read_workers(threads: int) -> list[Worker]:
-    """Readers to sample beside a measurement: 4 KiB pages (where mapped weights lie) in one and in four
-    streams, and four streams over large pages."""
-    spec = {
-        "engine": "read",
-        "probe": str(probe_library()),
-        "bytes": max(READ_BYTES_MINIMUM, 4 * last_level_cache()),
-        "threads": threads,
-    }
-    return [
-        Worker("read 4 KiB pages, 1 stream", {**spec, "streams": 1}),
-        Worker("read 4 KiB pages, 4 streams", {**spec, "streams": 4}),
-        Worker("read 2 MiB pages, 4 streams", {**spec, "streams": 4, "huge": True}),
-    ]
+def _reader(file: Path, streams: int) -> str:
+    return f"read {file.stem}, {streams} stream{'s' if streams > 1 else ''}"
 
 
-def read_bytes() -> int:
-    """How much one run of a reader reads."""
-    return max(READ_BYTES_MINIMUM, 4 * last_level_cache())
+def read_workers(threads: int, file: Path) -> list[Worker]:
+    """Readers of `file` to sample beside a measurement, in one and in four sequential streams a thread."""
+    spec = {"engine": "read", "probe": str(probe_library()), "file": str(file), "threads": threads}
+    return [Worker(_reader(file, streams), {**spec, "streams": streams}) for streams in STREAMS]
 
 
-def bandwidth_by_round(seconds: dict[str, list[list[float]]]) -> list[float]:
-    """Bytes per second in each round: the better of one and four streams over 4 KiB pages, each at its
-    median."""
-    one = per_round(seconds["read 4 KiB pages, 1 stream"])
-    four = per_round(seconds["read 4 KiB pages, 4 streams"])
-    return [read_bytes() / min(a, b) for a, b in zip(one, four, strict=True)]
+def bandwidth_by_round(seconds: dict[str, list[list[float]]], file: Path) -> list[float]:
+    """Bytes per second in each round at which `file` was read: the better number of streams, each at its median."""
+    rounds = zip(*(per_round(seconds[_reader(file, streams)]) for streams in STREAMS), strict=True)
+    return [file.stat().st_size / min(times) for times in rounds]

@@ -5,10 +5,10 @@ specification line and then commands to standard input, and reads one JSON line 
 the engine, nothing of isofold.
 
 Specification: ``engine`` (onnxruntime | openvino | read | vnni), ``threads``, and for models ``model``,
-``inputs`` (an .npz), optionally ``library`` (custom operators), ``optimize`` (onnxruntime's graph
-optimization level), ``precision`` (OpenVINO's inference precision), ``clock`` (cpu: processor time instead of
-wall time). Commands: ``time`` (n runs, seconds of each), ``outputs`` (write an .npz), ``memory`` (bytes of
-this process), ``profile`` (n runs, microseconds and count by operator type), ``quit``.
+``inputs`` (an .npz), for read ``file`` and ``streams``, optionally ``library`` (custom operators), ``optimize``
+(onnxruntime's graph optimization level), ``precision`` (OpenVINO's inference precision), ``clock`` (cpu: processor
+time instead of wall time). Commands: ``time`` (n runs, seconds of each), ``outputs`` (write an .npz), ``memory``
+(bytes of this process), ``profile`` (n runs, microseconds and count by operator type), ``quit``.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class OpenVino:
 
 
 class Probe:
-    """The machine itself: reads an array far beyond the L3, or issues vpdpbusd; see probe.c."""
+    """The machine itself: reads a file that should exceed the L3 several times, or issues vpdpbusd; see probe.c."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
         import ctypes
@@ -134,16 +134,12 @@ class Probe:
         if spec["engine"] == "vnni":
             self.measure = lambda: library.probe_vnni(spec["rounds"], threads, cpu)
             return
-        size = spec["bytes"]
-        # Weights in a mapped file lie in small pages; MADV_HUGEPAGE shows what the memory could do with large
-        # ones.
-        self.memory = mmap.mmap(-1, size + (4 << 20), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self.memory.madvise(mmap.MADV_HUGEPAGE if spec.get("huge") else mmap.MADV_NOHUGEPAGE)
+        # Mapped as ONNX Runtime maps weights: the page cache gives both the very same memory, whose speed depends on
+        # where it lies.
+        with open(spec["file"], "rb") as file:
+            self.memory = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
         array = np.frombuffer(self.memory, np.uint8)
-        start = -array.ctypes.data % (2 << 20)
-        array[start : start + size] = 1
-        address = array.ctypes.data + start
-        streams = spec.get("streams", 1)
+        address, size, streams = array.ctypes.data, len(array), spec["streams"]
         self.measure = lambda: library.probe_read(address, size, threads, streams, cpu)
 
 
