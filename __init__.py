@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .compiler.errors import IsofoldError
     from .compiler.frontend import compile, export
     from .compiler.loading import load
+    from .compiler.machine import machine
     from .compiler.passes import Guarantee, PassResult, define_pass
     from .compiler.program import Program
     from .compiler.recipe import PRESETS, Recipe
@@ -35,6 +36,7 @@ __all__ = [
     "define_pass",
     "export",
     "load",
+    "machine",
 ]
 
 _HOME = {
@@ -50,6 +52,7 @@ _HOME = {
     "define_pass": "passes",
     "export": "frontend",
     "load": "loading",
+    "machine": "machine",
 }
 
 

@@ -341,6 +341,26 @@ def build_command(
 
 
 @command
+def machine_command(
+    threads: ThreadsOption = None,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Measure again.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measure this machine once (under a minute), so that reports predict times and formats can be chosen by them."""
+    from .machine import machine
+    from .machine_table import show_machine
+
+    with _session(as_json=as_json, quiet=quiet) as say:
+        found = machine(threads, refresh=refresh, progress=say)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        show_machine(found)
+
+
+@command
 def demo_command(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for the artefacts and the report.")

@@ -135,6 +135,8 @@ def show_totals(report: Mapping[str, Any], written: str) -> None:
         show(
             f"operators take {format_microseconds(report['profile']['total_microseconds'])} on the example inputs"
         )
+    if report.get("cost_model"):
+        show(f"predicted {_predicted(report['cost_model'])}")
     if "total_seconds" in report:
         show(f"took      {report['total_seconds']:.1f} s")
     groups = report["refused"]
@@ -144,6 +146,20 @@ def show_totals(report: Mapping[str, Any], written: str) -> None:
         show_table([">places", "pass", "left alone, because"], rows)
         if len(groups) > _LISTED:
             show(f"and {len(groups) - _LISTED} more reasons in the report")
+
+
+def _predicted(model: Mapping[str, Any]) -> str:
+    text = f"{format_microseconds(model['predicted_microseconds'])} in packed layers"
+    if not model["measured_here"]:
+        text += f", on {model['machine']}: `isofold machine` measures this one"
+    if model["slower"]:
+        worst = max(model["slower"], key=lambda row: row["microseconds"] / row["faster_microseconds"])
+        text += (
+            f"\nslow      {len(model['slower'])} layers are predicted to be slower than dense weights, such as "
+            f"{worst['module'] or '<root>'}: {worst['format']} {format_microseconds(worst['microseconds'])}, "
+            f"{worst['faster']} {format_microseconds(worst['faster_microseconds'])}"
+        )
+    return text
 
 
 def _folded(report: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from .canonicalize import canonicalize
 from .capture import capture
 from .driver import run_steps
 from .errors import ArtefactError, InputError
+from .machine import known_machine
 from .passes import PassReport
 from .program import Program
 from .recipe import Recipe, resolve
@@ -210,8 +211,11 @@ def export(
     return report
 
 
-def report_of(lowerable: Lowerable, target: str) -> dict[str, Any]:
-    """The report of a prepared program: what `OnnxModel.report` returns and the HTML page shows."""
+def report_of(lowerable: Lowerable, target: str, *, predict: bool = True) -> dict[str, Any]:
+    """The report of a prepared program: what `OnnxModel.report` returns and the HTML page shows.
+
+    predict: put in what the cost model says.
+    """
     from importlib.metadata import version
 
     environment = {
@@ -221,6 +225,7 @@ def report_of(lowerable: Lowerable, target: str) -> dict[str, Any]:
         "machine": platform.machine(),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+    rates, own = known_machine() if predict else (None, False)
     return build_report(
         captured=lowerable.captured,
         program=lowerable.program,
@@ -230,6 +235,8 @@ def report_of(lowerable: Lowerable, target: str) -> dict[str, Any]:
         environment=environment,
         seconds=lowerable.seconds,
         spaces=lowerable.spaces,
+        machine=rates,
+        measured_here=own,
     )
 
 

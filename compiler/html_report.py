@@ -62,6 +62,7 @@ def render_html(report: Mapping[str, Any]) -> str:
             for entry in report["histograms"]
         ],
         profile=report.get("profile"),
+        model=report.get("cost_model"),
         spaces=report.get("spaces"),
         folds=report.get("folds", []),
         hadamards=report.get("hadamards", []),

@@ -317,10 +317,11 @@ def _show_artefact(facts: Mapping[str, Any]) -> None:
             format_bytes(row["bytes_before"]),
             format_bytes(row["bytes_after"]),
             format_microseconds(row["microseconds"]),
+            format_microseconds(row.get("predicted_microseconds")),
         ]
         for row in facts["layers"]
     ]
-    show_table(["layer", "shape", "format", ">before", ">after", ">time"], layers)
+    show_table(["layer", "shape", "format", ">before", ">after", ">time", ">predicted"], layers)
     totals = facts["totals"]
     show_line(
         f"recipe {facts['recipe']['name']}: {format_bytes(totals['weight_bytes_before'])} → "

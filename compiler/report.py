@@ -11,9 +11,10 @@
     spaces         channel spaces of the canonical program (`spaces.describe`), None for recipes that fold nothing
     folds          what each pass that folds transforms did, its error, and its refusals (see `fold_rows`)
     hadamards      transforms that are computed at run time (see `online_hadamards`)
+    cost_model     what a machine's rates predict (`predicted_times.predict_layers`), None without a machine
 
-`add_profile` puts in what ONNX Runtime measured; `html_report.render_html` draws the page. Times and bytes are
-measured or counted, never estimated.
+`add_profile` puts in what ONNX Runtime measured; `html_report.render_html` draws the page. Bytes are counted and times
+measured; only what is called predicted is estimated.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from typing import Any
 from torch import Tensor, fx
 
 from .block_graph import block_graph
+from .cost_model import Machine
 from .dialect.operator import operator_of
 from .graph import argument, module_path, place_of, value
 from .passes import PassReport
+from .predicted_times import predict_layers
 from .program import Program
 from .weight_histograms import decoded, weight_inside, worst_histograms
 
@@ -49,10 +52,18 @@ def build_report(
     environment: Mapping[str, Any],
     seconds: Mapping[str, float],
     spaces: Mapping[str, Any] | None = None,
+    machine: Machine | None = None,
+    measured_here: bool = True,
 ) -> dict[str, Any]:
-    """The report of `program`, compiled from `captured`. `seconds` is kept by reference, so later entries show."""
+    """The report of `program`, compiled from `captured`. `seconds` is kept by reference, so later entries show.
+
+    machine: rates for predicted times; measured_here: whether they are those of this machine.
+    """
     records = [report.to_json() for report in passes]
     layers = layer_rows(captured, program, records)
+    predicted = (
+        None if machine is None else predict_layers(program, layers, machine, measured_here=measured_here)
+    )
     return {
         "isofold": environment.get("isofold"),
         "model": _model(captured),
@@ -69,6 +80,7 @@ def build_report(
         "spaces": None if spaces is None else dict(spaces),
         "folds": fold_rows(records),
         "hadamards": online_hadamards(program),
+        "cost_model": predicted,
     }
 
 
@@ -79,7 +91,8 @@ def layer_rows(
 
     module, node, source, kind, weight (name of the captured tensor), shape, bits, group_size, symmetric, error
     (relative root mean square of the change), bytes_before, bytes_after, packed (node of the final program that
-    computes it), operator, share (of that node's rows), microseconds (None until `add_profile`).
+    computes it), operator, share (of that node's rows), microseconds (None until `add_profile`), and
+    predicted_microseconds and limit (None until `predict_layers`).
     """
     rows = [_layer_row(captured, entry) for entry in _quantized_entries(records)]
     _attach_packed(captured, program, rows)
@@ -181,6 +194,8 @@ def _layer_row(captured: Program, entry: Mapping[str, Any]) -> dict[str, Any]:
         "operator": None,
         "share": 1.0,
         "microseconds": None,
+        "predicted_microseconds": None,
+        "limit": None,
     }
 
 

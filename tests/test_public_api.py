@@ -22,6 +22,7 @@ def test_names_are_pinned() -> None:
         "define_pass",
         "export",
         "load",
+        "machine",
     ]
 
 

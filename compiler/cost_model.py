@@ -1,0 +1,183 @@
+"""What a linear costs on a machine: predicted from its bytes and elements, with rates that were measured once.
+
+    seconds = overhead + max(weight bytes / bandwidth(working set), elements * pace(kind, rows))
+
+The working set is the bytes of weights that one run of the model reads: a model that fits a cache reads at the cache's
+bandwidth. The pace is seconds for one weight and all rows with weights in the cache, so decoding, dot products and
+epilogue are in it; it is measured for each *kind*, an operator with its format, by running it (`machine.py`), because
+instruction counts from a manual are wrong where decoders meet real pipelines. Between measured points both
+curves are straight in the logarithm.
+
+What is left out: memory and arithmetic overlap only in part on one core, so that a kind whose two terms are
+close takes up to a third longer; and other users of a shared machine.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .dialect.operator import OPERATORS, Operator, operator_of
+from .errors import InputError
+from .graph import argument, value
+
+FLOAT_LINEAR = "float32"
+"""Kind of a linear that stays in float32 and runs as the runtime's own matrix multiplication."""
+MARGIN = 1.1
+"""Predicted times closer than this are taken as equal."""
+
+_SAME = {"quantize_linear_packed": "linear_packed"}
+"""Operators that share their paces: a quantizer inside costs little beside the linear."""
+
+Curve = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One linear or convolution on given inputs. elements: entries of its matrix; weight_bytes: as stored."""
+
+    kind: str
+    rows: int
+    elements: int
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds, and what they are spent on most: `memory`, `arithmetic` or `overhead`."""
+
+    seconds: float
+    limit: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates of one machine with one number of threads.
+
+    bandwidth: (bytes of the working set, bytes a second). paces: kind → (rows, seconds an element for all of them).
+    overhead: seconds of a node that does nothing. All with the threads together.
+    """
+
+    name: str
+    threads: int
+    overhead: float
+    bandwidth: Curve
+    paces: Mapping[str, Curve]
+
+    def predict(self, work: Work, working_set: float) -> Prediction | None:
+        """None where the kind was not measured."""
+        curve = self.paces.get(work.kind)
+        if curve is None or work.rows < 1:
+            return None
+        memory = work.weight_bytes / _at(self.bandwidth, max(working_set, work.weight_bytes))
+        pace = _at(curve, work.rows)
+        most = curve[-1][0]
+        if work.rows > most:  # a tile more takes as long as the one before
+            pace *= work.rows / most
+        parts = {"memory": memory, "arithmetic": work.elements * pace, "overhead": self.overhead}
+        limit = max(parts, key=lambda name: parts[name])
+        return Prediction(self.overhead + max(memory, parts["arithmetic"]), limit)
+
+    def to_json(self) -> dict[str, Any]:
+        """A mapping that `from_json` reads."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Machine:
+        """The inverse of `to_json`. Raises InputError."""
+        try:
+            return cls(
+                name=str(data["name"]),
+                threads=int(data["threads"]),
+                overhead=float(data["overhead"]),
+                bandwidth=[(float(a), float(b)) for a, b in data["bandwidth"]],
+                paces={
+                    str(kind): [(float(a), float(b)) for a, b in points]
+                    for kind, points in data["paces"].items()
+                },
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError("This is not the description of a machine", got=repr(error)) from error
+
+
+def _at(curve: Curve, x: float) -> float:
+    """The curve at x, straight in the logarithms between its points and flat outside."""
+    places = [point[0] for point in curve]
+    i = bisect.bisect_left(places, x)
+    if i == 0 or i == len(curve):
+        return curve[min(i, len(curve) - 1)][1]
+    (x0, y0), (x1, y1) = curve[i - 1], curve[i]
+    t = (math.log(x) - math.log(x0)) / (math.log(x1) - math.log(x0))
+    return math.exp((1 - t) * math.log(y0) + t * math.log(y1))
+
+
+def kind_of(node: fx.Node) -> str | None:
+    """The kind of a linear or convolution: operator and format, such as `linear_packed 4 bits in groups`."""
+    if node.target is torch.ops.aten.linear.default:
+        return FLOAT_LINEAR
+    declared = operator_of(node.target) if node.op == "call_function" else None
+    if declared is None or "n" not in _arguments(declared):
+        return None
+    words = [_SAME.get(declared.name, declared.name)]
+    for name in ("format", "bits"):
+        given = argument(node, name) if name in _arguments(declared) else None
+        if given is not None:
+            words.append(str(given) if name == "format" else f"{given} bits")
+    if "group_size" in _arguments(declared) and argument(node, "group_size"):
+        words.append("in groups")
+    return " ".join(words)
+
+
+def work_of(node: fx.Node) -> Work | None:
+    """The work of a node on the program's example inputs, None for what is neither linear nor convolution."""
+    kind, made = kind_of(node), value(node)
+    if kind is None or not isinstance(made, Tensor):
+        return None
+    if kind == FLOAT_LINEAR:
+        weight = value(argument(node, "weight"))
+        elements = int(weight.numel())
+        rows = int(made.numel()) // max(int(weight.shape[0]), 1)
+        return Work(kind, rows, elements, elements * weight.element_size())
+    declared = operator_of(node.target)
+    assert declared is not None
+    cost = declared.cost(*(_fake(argument(node, name)) for name in _arguments(declared)))
+    rows = int(made.numel()) // int(argument(node, "n"))
+    return Work(kind, rows, cost.operations // max(2 * rows, 1), cost.weight_bytes)
+
+
+def _arguments(declared: Operator) -> list[str]:
+    return [a.name for a in declared.overload._schema.arguments]
+
+
+def _fake(given: Any) -> Any:
+    return value(given) if isinstance(given, fx.Node) else given
+
+
+def working_set(graph: fx.Graph) -> int:
+    """Bytes of the weights that one run reads in linears and convolutions."""
+    works = (work_of(node) for node in graph.nodes)
+    return sum(work.weight_bytes for work in works if work is not None)
+
+
+def dense_alternatives(work: Work) -> dict[str, Work]:
+    """The same matrix as dense int8 and int4 with the same kind of activations, by name, its own format left out.
+
+    int4 (groups of 32) is compared only with what needs no more bytes than it does.
+    """
+    declared = OPERATORS.get(work.kind.split()[0])
+    if declared is None:
+        return {}
+    operator = "linear_packed" if "params" in _arguments(declared) else "linear_packed_float"
+    found = {
+        "int8": Work(f"{operator} 8 bits", work.rows, work.elements, work.elements),
+        "int4": Work(f"{operator} 4 bits in groups", work.rows, work.elements, work.elements * 9 // 16),
+    }
+    if work.weight_bytes > found["int4"].weight_bytes * MARGIN:
+        del found["int4"]
+    return {name: other for name, other in found.items() if other.kind != work.kind}

@@ -1,0 +1,90 @@
+"""The rates of this machine for the cost model: measured once (`isofold machine`), kept in the cache folder.
+
+A file there is named after the threads and a hash of processor, versions and formats, so that a change of any of
+them asks for a new measurement. A machine that was never measured is taken to be like the one in `data/machine.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+from .artefact import replacing
+from .cost_model import Machine
+from .recipe import PRESETS, Recipe
+
+Say = Callable[[str], None]
+
+_SHIPPED = Path(__file__).parent / "data" / "machine.json"
+
+
+def machine(threads: int | None = None, *, refresh: bool = False, progress: Say | None = None) -> Machine:
+    """The machine's rates with `threads` (default: all cores): from the cache, else measured (under a minute).
+
+    refresh: measure even if the cache has them. Raises IsofoldError where the op library cannot be built.
+    """
+    from .measure_machine import measured
+
+    count = threads or len(os.sched_getaffinity(0))
+    found = None if refresh else _cached(count)
+    if found is None:
+        found = measured(processor(), count, progress or (lambda _: None))
+        path = cache_folder() / _file_name(count)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            file.write(json.dumps(found.to_json(), indent=1).encode())
+    return found
+
+
+def known_machine(threads: int | None = None) -> tuple[Machine, bool]:
+    """Rates without measuring anything, and whether they are this machine's own."""
+    found = _cached(threads or len(os.sched_getaffinity(0)))
+    return (Machine.from_json(json.loads(_SHIPPED.read_text())), False) if found is None else (found, True)
+
+
+def _cached(threads: int) -> Machine | None:
+    path = cache_folder() / _file_name(threads)
+    return Machine.from_json(json.loads(path.read_text())) if path.exists() else None
+
+
+def _file_name(threads: int) -> str:
+    packages = [f"{name} {version(name)}" for name in ("isofold", "onnxruntime")]
+    facts = json.dumps([processor(), threads, *packages, sorted(linear_formats())])
+    return f"machine-{threads}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}.json"
+
+
+def cache_folder() -> Path:
+    """`ISOFOLD_CACHE`, else `XDG_CACHE_HOME`/isofold, else ~/.cache/isofold."""
+    chosen = os.environ.get("ISOFOLD_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "isofold"
+
+
+def processor() -> str:
+    """The processor's name with family and model, which hypervisors leave in place when they shorten the name."""
+    facts: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, text = line.partition(":")
+            facts.setdefault(name.strip(), text.strip())
+    except OSError:
+        return platform.processor() or platform.machine()
+    return f"{facts.get('model name', platform.machine())} ({facts.get('cpu family')}/{facts.get('model')})"
+
+
+def linear_formats() -> dict[str, Recipe]:
+    """One recipe for each way that presets store and read linears, by its text."""
+    found: dict[str, Recipe] = {}
+    for preset in PRESETS.values():
+        plain = preset.model_copy(
+            update={"fold": None, "kv": None, "embeddings": None, "convolutions": None, "layers": []}
+        )
+        if plain.activations.mode != "static":
+            found.setdefault(json.dumps(plain.model_dump(mode="json", exclude={"name"})), plain)
+    return found

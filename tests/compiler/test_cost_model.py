@@ -1,0 +1,180 @@
+"""The cost model: curves, limits, kinds, what the report says, and a machine that is really measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from typer.testing import CliRunner
+
+import isofold
+from isofold.compiler import machine as machine_module
+from isofold.compiler import measure_machine
+from isofold.compiler.cli import app
+from isofold.compiler.cost_model import (
+    FLOAT_LINEAR,
+    Machine,
+    Work,
+    dense_alternatives,
+    kind_of,
+    work_of,
+    working_set,
+)
+from isofold.compiler.errors import InputError
+from isofold.compiler.frontend import prepare
+from isofold.compiler.recipe import PRESETS
+
+INT8, INT4 = "linear_packed 8 bits", "linear_packed 4 bits in groups"
+
+
+def made(**paces: float) -> Machine:
+    """1 GB/s from memory, 10 GB/s from a cache of a megabyte; paces at one row, and 100 times that at 100."""
+    curves = {kind.replace("_", " "): [(1.0, pace), (100.0, 100 * pace)] for kind, pace in paces.items()}
+    return Machine("made up", 1, 1e-6, [(1e6, 1e10), (1e8, 1e9)], {**curves})
+
+
+@given(st.floats(1, 1e10), st.floats(1, 1e10))
+def test_a_larger_working_set_is_never_faster(first: float, second: float) -> None:
+    machine = made(k=1e-15)
+    small, large = sorted((first, second))
+    near, far = (machine.predict(Work("k", 1, 1, 10**6), size) for size in (small, large))
+    assert near is not None
+    assert far is not None
+    assert near.seconds <= far.seconds * (1 + 1e-12)
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000))
+def test_more_rows_are_never_faster(first: int, second: int) -> None:
+    machine = made(k=1e-12)
+    few, many = sorted((first, second))
+    short, long = (machine.predict(Work("k", rows, 10**6, 1), 1) for rows in (few, many))
+    assert short is not None
+    assert long is not None
+    assert short.seconds <= long.seconds * (1 + 1e-12)
+
+
+def test_what_limits_a_linear_is_what_takes_longest() -> None:
+    machine = made(k=1e-12)
+    memory = machine.predict(Work("k", 1, 10, 10**7), 1e9)
+    assert memory is not None
+    assert memory.limit == "memory"
+    assert math.isclose(memory.seconds, 1e-6 + 1e-2)
+    arithmetic = machine.predict(Work("k", 1000, 10**6, 10), 1)
+    assert arithmetic is not None
+    assert arithmetic.limit == "arithmetic"
+    assert math.isclose(
+        arithmetic.seconds, 1e-6 + 10**6 * 1e-12 * 1000
+    )  # past the last point: ten times that at 100
+    nothing = machine.predict(Work("k", 1, 1, 1), 1)
+    assert nothing is not None
+    assert nothing.limit == "overhead"
+    assert machine.predict(Work("another kind", 1, 1, 1), 1) is None
+
+
+def test_between_points_the_curve_is_straight_in_the_logarithm() -> None:
+    found = made(k=1e-12).predict(Work("k", 10, 10**9, 1), 1)
+    assert found is not None
+    assert math.isclose(found.seconds, 1e-6 + 10**9 * 1e-11)
+
+
+def test_a_machine_survives_json() -> None:
+    machine = made(k=1e-12)
+    again = Machine.from_json(json.loads(json.dumps(machine.to_json())))
+    work = Work("k", 7, 1000, 2000)
+    assert again.predict(work, 3e6) == machine.predict(work, 3e6)
+    for damaged in ({}, {**machine.to_json(), "bandwidth": 3}, {**machine.to_json(), "threads": "many"}):
+        with pytest.raises(InputError, match="not the description of a machine"):
+            Machine.from_json(damaged)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kind", "size"),
+    [
+        ("float32", FLOAT_LINEAR, 64 * 96 * 4),
+        ("w8a8", INT8, 64 * 96 + 64 * 4 + 64 * 4),  # codes, scales, row sums
+        ("w4a16", "linear_packed_float 4 bits in groups", 64 * 96 // 2 + 64 * 96 // 32 * 2),
+    ],
+)
+def test_the_work_of_a_linear_is_counted(recipe: str, kind: str, size: int) -> None:
+    model = nn.Linear(96, 64, bias=False)
+    program = prepare(model, (torch.randn(2, 5, 96),), recipe=recipe, verify=False).program
+    works = [work for node in program.graph.nodes if (work := work_of(node)) is not None]
+    assert works == [Work(kind, 10, 64 * 96, size)]
+    assert working_set(program.graph) == size
+
+
+def test_a_convolution_counts_its_positions_as_rows() -> None:
+    model = nn.Conv2d(8, 16, 3, padding=1, bias=False)
+    program = prepare(model, (torch.randn(1, 8, 10, 12),), recipe="w8a8", verify=False).program
+    (work,) = [work for node in program.graph.nodes if (work := work_of(node)) is not None]
+    assert (work.kind, work.rows, work.elements) == ("conv_packed", 120, 16 * 8 * 9)
+
+
+def test_alternatives_are_dense_and_no_wider_than_the_format() -> None:
+    int4 = Work(INT4, 1, 3200, 1800)
+    assert list(dense_alternatives(int4)) == ["int8"]
+    assert list(dense_alternatives(Work(INT8, 1, 3200, 3200))) == []
+    small = dense_alternatives(Work("linear_packed 2 bits in groups", 1, 3200, 1000))
+    assert {name: work.kind for name, work in small.items()} == {"int8": INT8, "int4": INT4}
+    floats = dense_alternatives(Work("linear_packed_float 4 bits in groups", 1, 3200, 1800))
+    assert {name: work.kind for name, work in floats.items()} == {"int8": "linear_packed_float 8 bits"}
+    assert dense_alternatives(Work(FLOAT_LINEAR, 1, 3200, 12800)) == {}
+
+
+def _report(monkeypatch: pytest.MonkeyPatch, machine: Machine, own: bool) -> dict[str, object]:
+    monkeypatch.setattr("isofold.compiler.frontend.known_machine", lambda: (machine, own))
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    return dict(isofold.compile(model, (torch.randn(1, 64),), recipe="w4a8", measure=False).report)
+
+
+def test_the_report_predicts_every_layer_and_names_slow_formats(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Machine("made up", 1, 0.0, [(1.0, 1e12)], {INT4: [(1.0, 2e-9)], INT8: [(1.0, 1e-9)]})
+    report = _report(monkeypatch, slow, False)
+    layers, model = report["layers"], report["cost_model"]
+    assert isinstance(layers, list)
+    assert isinstance(model, dict)
+    assert [round(row["predicted_microseconds"], 3) for row in layers] == [8.192, 8.192]
+    assert {row["limit"] for row in layers} == {"arithmetic"}
+    assert model["measured_here"] is False
+    assert [(row["module"], row["faster"]) for row in model["slower"]] == [("0", "int8"), ("2", "int8")]
+    fast = Machine("made up", 1, 0.0, [(1.0, 1e12)], {INT4: [(1.0, 1e-9)], INT8: [(1.0, 1e-9)]})
+    assert _report(monkeypatch, fast, True)["cost_model"]["slower"] == []  # type: ignore[index]
+
+
+def test_the_shipped_machine_knows_every_format_of_the_presets() -> None:
+    machine = Machine.from_json(json.loads(machine_module._SHIPPED.read_text()))
+    for recipe in machine_module.linear_formats().values():
+        model = nn.Linear(256, 64, bias=False)
+        program = prepare(model, (torch.randn(3, 256),), recipe=recipe, verify=False).program
+        (kind,) = [kind for node in program.graph.nodes if (kind := kind_of(node)) is not None]
+        assert kind in machine.paces, f"{recipe.name}: measure again with `isofold machine --json`"
+
+
+def test_the_command_measures_once_and_keeps_the_result(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(machine_module, "cache_folder", lambda: tmp_path)
+    for module in (machine_module, measure_machine):
+        monkeypatch.setattr(module, "linear_formats", lambda: {"one": PRESETS["w8a8"]})
+    monkeypatch.setattr(measure_machine, "ROWS", (1, 64))
+    monkeypatch.setattr(measure_machine, "SETS", (1 << 20, 1 << 22))
+    first = CliRunner().invoke(app, ["machine", "--threads", "1", "--json", "--quiet"])
+    assert first.exit_code == 0, first.output
+    found = Machine.from_json(json.loads(first.stdout))
+    assert set(found.paces) == {INT8}
+    one, many = (pace for _, pace in found.paces[INT8])
+    assert 0 < one < many  # 64 rows cost more than one
+    assert found.overhead > 0
+    assert all(rate > 1e8 for _, rate in found.bandwidth)
+    second = CliRunner().invoke(app, ["machine", "--threads", "1"])
+    assert second.exit_code == 0, second.output
+    assert INT8 in second.output
+    assert "GB/s" in second.output
+    assert machine_module.known_machine(1) == (found, True)
+    assert machine_module.known_machine(2)[1] is False
