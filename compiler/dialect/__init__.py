@@ -5,10 +5,12 @@ Importing this package registers every operator. `OPERATORS` maps names to their
 
 from .attention import attention
 from .conv_packed import conv_packed
+from .dequantize_coded import dequantize_coded
 from .dequantize_weight import dequantize_weight
 from .embedding_packed import embedding_packed
 from .gated import gated
 from .hadamard import hadamard
+from .linear_coded import linear_coded
 from .linear_packed import linear_packed
 from .linear_packed_float import linear_packed_float
 from .norm import norm
@@ -27,10 +29,12 @@ __all__ = [
     "Operator",
     "attention",
     "conv_packed",
+    "dequantize_coded",
     "dequantize_weight",
     "embedding_packed",
     "gated",
     "hadamard",
+    "linear_coded",
     "linear_packed",
     "linear_packed_float",
     "norm",

@@ -81,9 +81,16 @@ static inline void isofold_float_tail(const struct isofold_linear_float_call* c,
   }
 }
 
-// Tasks begin..end.
-static inline void isofold_linear_float_run(const struct isofold_kernels* k, const struct isofold_linear* l,
-                                            const struct isofold_linear_float_call* c, int64_t begin, int64_t end) {
+// How the weights of a format become floats: as isofold_float_gemv and isofold_float_unpack.
+typedef void (*isofold_float_gemv_of)(const struct isofold_kernels*, const struct isofold_linear*, int64_t, const float*,
+                                      int64_t, int64_t, int64_t, int64_t, float*);
+typedef void (*isofold_float_unpack_of)(const struct isofold_kernels*, const struct isofold_linear*, int64_t, int64_t,
+                                        int64_t, float*);
+
+// Tasks begin..end of any linear on float activations; `multiplier` is applied to the sums.
+static inline void isofold_float_run(const struct isofold_kernels* k, const struct isofold_linear* l,
+                                     const struct isofold_linear_float_call* c, int64_t begin, int64_t end,
+                                     float multiplier, isofold_float_gemv_of gemv, isofold_float_unpack_of unpack) {
   ISOFOLD_ALIGNED float weights[ISOFOLD_FLOAT_CHUNK * 32];
   ISOFOLD_ALIGNED float t[ISOFOLD_ROW_BLOCK * 32];
   ISOFOLD_ALIGNED float tail[ISOFOLD_ROW_BLOCK * ISOFOLD_FLOAT_BLOCK];
@@ -96,6 +103,7 @@ static inline void isofold_linear_float_run(const struct isofold_kernels* k, con
   int64_t whole = c->k / ISOFOLD_FLOAT_BLOCK, padded = isofold_ceildiv(c->k, ISOFOLD_FLOAT_BLOCK);
   linear.group_size = l->kp;  // not 0: epilogue_g
   linear.zero = 0;
+  linear.scale_multiplier = multiplier;
   b.k = k;
   b.l = &linear;
   b.c = &call;
@@ -116,10 +124,10 @@ static inline void isofold_linear_float_run(const struct isofold_kernels* k, con
         int64_t rows = isofold_tile_rows(m1 - m);
         for (int64_t p = 0; p < b.panels; ++p) {
           float* sums = t + (m - m0) * 32 + 16 * p;
-          if (whole) isofold_float_gemv(k, l, b.panel + p, c->x + m * c->k, c->k, rows, 0, whole, sums);
+          if (whole) gemv(k, l, b.panel + p, c->x + m * c->k, c->k, rows, 0, whole, sums);
           if (padded > whole)
-            isofold_float_gemv(k, l, b.panel + p, tail + (m - m0) * ISOFOLD_FLOAT_BLOCK, ISOFOLD_FLOAT_BLOCK, rows,
-                               whole, padded, sums);
+            gemv(k, l, b.panel + p, tail + (m - m0) * ISOFOLD_FLOAT_BLOCK, ISOFOLD_FLOAT_BLOCK, rows, whole,
+                 padded, sums);
         }
         m += rows;
       }
@@ -128,7 +136,7 @@ static inline void isofold_linear_float_run(const struct isofold_kernels* k, con
         int64_t to = from == whole ? padded : isofold_min(from + ISOFOLD_FLOAT_CHUNK / ISOFOLD_FLOAT_BLOCK, whole);
         int64_t inputs = (to - from) * ISOFOLD_FLOAT_BLOCK;
         if (b.panels == 1) memset(weights, 0, sizeof weights);
-        for (int64_t p = 0; p < b.panels; ++p) isofold_float_unpack(k, l, b.panel + p, from, to, weights + 16 * p);
+        for (int64_t p = 0; p < b.panels; ++p) unpack(k, l, b.panel + p, from, to, weights + 16 * p);
         for (int64_t m = m0; m < m1;) {
           int64_t rows = isofold_tile_rows(m1 - m);
           int partial = from == whole;
@@ -143,6 +151,12 @@ static inline void isofold_linear_float_run(const struct isofold_kernels* k, con
     }
     isofold_linear_finish(&b, m0, m1 - m0, t);
   }
+}
+
+// Tasks begin..end.
+static inline void isofold_linear_float_run(const struct isofold_kernels* k, const struct isofold_linear* l,
+                                            const struct isofold_linear_float_call* c, int64_t begin, int64_t end) {
+  isofold_float_run(k, l, c, begin, end, l->scale_multiplier, isofold_float_gemv, isofold_float_unpack);
 }
 
 #endif  // ISOFOLD_LINEAR_FLOAT_DRIVER_H

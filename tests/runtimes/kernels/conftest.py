@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from isofold.runtimes import kernels
-from isofold.runtimes.kernels import hadamard, linear, linear_float, quantize
+from isofold.runtimes.kernels import coded, hadamard, linear, linear_float, quantize
 from isofold.runtimes.kernels.codegen import build_objects
 
 FOLDER = Path(kernels.__file__).parent
@@ -22,6 +22,7 @@ SOURCE = """
 #include "kernels.h"
 #include "linear_driver.h"
 #include "linear_float_driver.h"
+#include "coded_driver.h"
 #include "hadamard_driver.h"
 static const struct isofold_kernels* pick(int isa) { return isa == 3 ? &isofold_kernels_v3 : &isofold_kernels_v4; }
 const struct isofold_kernels* test_kernels(int isa) { return pick(isa); }
@@ -37,6 +38,10 @@ int64_t test_float_tasks(const struct isofold_linear* l, int64_t m) { return iso
 void test_float_run(int isa, const struct isofold_linear* l, const struct isofold_linear_float_call* c, int64_t a,
                     int64_t b) {
   isofold_linear_float_run(pick(isa), l, c, a, b);
+}
+void test_coded_run(int isa, const struct isofold_coded* l, const struct isofold_linear_float_call* c, int64_t a,
+                    int64_t b) {
+  isofold_coded_run(pick(isa), l, c, a, b);
 }
 int test_core(int64_t order) { return isofold_hadamard_find(order); }
 void test_expand(int position, int transpose, float* matrix) {
@@ -94,6 +99,17 @@ class FloatCall(ctypes.Structure):
     ]
 
 
+class Coded(ctypes.Structure):
+    """struct isofold_coded."""
+
+    _fields_ = [
+        ("linear", Linear),
+        ("table", ctypes.c_void_p),
+        ("element", ctypes.c_int32),
+        ("scale", ctypes.c_int32),
+    ]
+
+
 def address(array: Any) -> int:
     """Where a contiguous numpy array or torch tensor lies; 0 for None."""
     if array is None:
@@ -109,7 +125,7 @@ def address(array: Any) -> int:
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """All kernels for both instruction sets, and the test entry points above."""
     folder = tmp_path_factory.mktemp("kernels")
-    modules = (quantize, linear, linear_float, hadamard)
+    modules = (quantize, linear, linear_float, coded, hadamard)
     objects = build_objects([k for module in modules for k in module.KERNELS], folder)
     (folder / "hadamard_signs.h").write_text(hadamard.signs_header())
     (folder / "test.c").write_text(SOURCE)
