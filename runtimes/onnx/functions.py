@@ -20,8 +20,10 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
 from ...compiler.dialect import ONNX_DOMAIN, OPERATORS
+from ...compiler.dialect.element_formats import element_format, scale_values
 from ...compiler.dialect.packing import LANES, ceil_to
 from ...compiler.dialect.quantization import levels
 from ...compiler.errors import UnsupportedError
@@ -31,6 +33,7 @@ from .body import Body
 
 Results = tuple[ir.Value, ...]
 Builder = Callable[["Call", Body], Results]
+Decode = Callable[[Body, "Call", int, int], ir.Value]
 
 
 @dataclass(frozen=True)
@@ -161,18 +164,70 @@ def _weight(body: Body, call: Call, rows: int, k: int) -> ir.Value:
     return matrix if blocks * LANES == rows else body.slice(matrix, 0, rows, 0)
 
 
+def _coded_weight(body: Body, call: Call, rows: int, k: int) -> ir.Value:
+    """The decoded matrix float32 `[rows, k]` of `linear_coded`."""
+    form, group = element_format(call.attributes["format"]), call.attributes["group_size"]
+    blocks, steps = call.size("weight", 0), call.size("weight", 1)
+    packed = call["weight"]
+
+    def byte(value: int) -> ir.Value:
+        return body.constant(np.array(value, dtype=np.uint8))
+
+    def field(x: ir.Value, shift: int, mask: int) -> ir.Value:
+        moved = body("BitShift", x, byte(shift), direction="RIGHT") if shift else x
+        return body("BitwiseAnd", moved, byte(mask))
+
+    if form.bits == 8:
+        width = steps * 2
+        codes = body.reshape(body.transpose(packed, 0, 2, 1, 3), blocks * LANES, width)
+    elif form.bits == 4:
+        width = steps * 8
+        both = body.stack([field(packed, 0, 15), field(packed, 4, 15)], 2)
+        codes = body.reshape(body.transpose(both, 0, 3, 1, 2, 4), blocks * LANES, width)
+    else:
+        width = steps // 3 * 8
+        words = body.transpose(body.reshape(packed, blocks, steps // 3, 3, LANES, 2), 0, 3, 1, 2, 4)
+        words = body.reshape(words, blocks * LANES, steps // 3, 6)
+        pairs, top = body.slice(words, 0, 4, 2), body.slice(words, 4, 6, 2)
+        low = body.reshape(body.stack([field(pairs, 0, 15), field(pairs, 4, 15)], 3), blocks * LANES, width)
+        parts = [field(top, shift, 3) for shift in (0, 2, 4, 6)]
+        high = body.reshape(body.stack(parts, 3), blocks * LANES, width)
+        codes = body("BitwiseOr", low, body("BitShift", high, byte(4), direction="LEFT"))
+    entries = call.get("table")
+    if entries is None:
+        # No code of a weight is NaN or infinity: finite entries keep padding, which meets zeros, finite too.
+        entries = body.constant(form.values().nan_to_num(0.0, 0.0, 0.0).numpy().astype(np.float32))
+    values = body("Gather", entries, body.cast(codes, ir.DataType.INT32), axis=0)
+    values = body.reshape(values, blocks * LANES, width // group if group else 1, group or width)
+    stored = body.transpose(call["scale"], 0, 2, 1)
+    if form.scale == "float":
+        scale = body.floats(stored)
+    else:
+        known = scale_values(torch.arange(256).to(torch.uint8), form, torch.float32)
+        powers = body.constant(known.nan_to_num(0.0).numpy())
+        scale = body("Gather", powers, body.cast(stored, ir.DataType.INT32), axis=0)
+    scale = body.reshape(scale, blocks * LANES, call.size("scale", 1), 1)
+    multiplier = call.attributes["scale_multiplier"]
+    if multiplier != 1.0:
+        scale = body("Mul", scale, body.real(multiplier))
+    matrix = body.reshape(body("Mul", values, scale), blocks * LANES, width)
+    if width != k:
+        matrix = body.slice(matrix, 0, k, 1)
+    return matrix if blocks * LANES == rows else body.slice(matrix, 0, rows, 0)
+
+
 def _linear(body: Body, x: ir.Value, matrix: ir.Value, bias: ir.Value | None) -> ir.Value:
     y = body("MatMul", x, body.transpose(matrix, 1, 0))
     return y if bias is None else body("Add", y, bias)
 
 
-def _packed_linear(body: Body, call: Call, x: ir.Value) -> ir.Value:
+def _packed_linear(body: Body, call: Call, x: ir.Value, decode: Decode = _weight) -> ir.Value:
     """Decoded linear, activation or gating, residual."""
     n, k, activation = call.attributes["n"], call.attributes["k"], call.attributes["activation"]
     bias, residual = call.get("bias"), call.get("residual")
     if call.attributes["gated"]:
         rows = 2 * ceil_to(n, LANES)
-        matrix = _weight(body, call, rows, k)
+        matrix = decode(body, call, rows, k)
         gate, up = (
             _linear(
                 body,
@@ -184,7 +239,7 @@ def _packed_linear(body: Body, call: Call, x: ir.Value) -> ir.Value:
         )
         y = body("Mul", _activate(body, gate, activation), up)
     else:
-        y = _activate(body, _linear(body, x, _weight(body, call, n, k), bias), activation)
+        y = _activate(body, _linear(body, x, decode(body, call, n, k), bias), activation)
     return y if residual is None else body("Add", y, residual)
 
 
@@ -225,6 +280,31 @@ def linear_packed(call: Call, body: Body) -> Results:
 def linear_packed_float(call: Call, body: Body) -> Results:
     """`linear_packed_float`."""
     return (_packed_linear(body, call, call["x"]),)
+
+
+def linear_coded(call: Call, body: Body) -> Results:
+    """`linear_coded`."""
+    return (_packed_linear(body, call, call["x"], _coded_weight),)
+
+
+def dequantize_coded(call: Call, body: Body) -> Results:
+    """`dequantize_coded`."""
+    form, group = element_format(call.attributes["format"]), call.attributes["group_size"]
+    entries = call.get("table")
+    if entries is None:
+        entries = body.constant(form.values().nan_to_num(0.0, 0.0, 0.0).numpy().astype(np.float32))
+    values = body("Gather", entries, body.cast(call["codes"], ir.DataType.INT32), axis=0)
+    scale = call["scale"]
+    if form.scale != "float":
+        known = scale_values(torch.arange(256).to(torch.uint8), form, torch.float32)
+        powers = body.constant(known.nan_to_num(0.0).numpy())
+        scale = body("Gather", powers, body.cast(scale, ir.DataType.INT32), axis=0)
+    scale = body("Mul", scale, call["multiplier"])
+    if group:
+        n, k, groups = call.size("codes", 0), call.size("codes", 1), call.size("scale", 1)
+        spread = body("Expand", body.reshape(scale, n, groups, 1), body.ints(n, groups, group))
+        scale = body.slice(body.reshape(spread, n, groups * group), 0, k, 1)
+    return (body("Mul", values, scale),)
 
 
 def embedding_packed(call: Call, body: Body) -> Results:
@@ -401,10 +481,12 @@ BODIES: dict[str, Builder] = {
     for function in (
         attention,
         conv_packed,
+        dequantize_coded,
         dequantize_weight,
         embedding_packed,
         gated,
         hadamard,
+        linear_coded,
         linear_packed,
         linear_packed_float,
         norm,

@@ -40,6 +40,7 @@ _MODULES = (
     "quantize",
     "linear",
     "linear_float",
+    "coded",
     "norm",
     "attention",
     "rotary",

@@ -16,6 +16,8 @@
 
 #include "linear_float_driver.h"
 
+#include "coded_driver.h"
+
 #include "hadamard_driver.h"
 
 namespace isofold {
@@ -256,6 +258,7 @@ OrtStatus* Context::parallel(int64_t total, double nanoseconds, const F& f) cons
 void define_quantize_activation(Op*);
 void define_packed_linear(Op*);
 void define_packed_linear_float(Op*);
+void define_coded_linear(Op*);
 void define_packed_embedding(Op*);
 void define_packed_conv(Op*);
 void define_norm(Op*);

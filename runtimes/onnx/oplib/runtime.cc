@@ -189,7 +189,7 @@ void fill(Op* op) {
 void (*const definitions[])(Op*) = {
     define_quantize_activation, define_packed_linear, define_packed_linear_float, define_packed_embedding,
     define_packed_conv,         define_norm,          define_norm_quantize,       define_attention,
-    define_rotary,              define_gated,         define_hadamard,
+    define_rotary,              define_gated,         define_hadamard,            define_coded_linear,
 };
 constexpr size_t op_count = sizeof definitions / sizeof definitions[0];
 

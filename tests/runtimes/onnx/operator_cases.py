@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from isofold.compiler.dialect import packing
+from isofold.compiler.dialect.element_formats import FORMATS
+from isofold.compiler.dialect.packing_coded import CodedMatrix, pack_coded
 
 Case = tuple[str, str, dict[str, Any]]
 """(operator, what is special, arguments)"""
@@ -39,6 +41,7 @@ def packed(random: _Random, rows: int, k: int, bits: int, group: int, zero: bool
 def cases() -> Iterator[Case]:
     """All cases."""
     yield from _linears()
+    yield from _coded()
     yield from _embeddings()
     yield from _convolutions()
     yield from _norms()
@@ -104,6 +107,62 @@ def _floating(case: Case) -> Case:
     kept = {key: v for key, v in arguments.items() if key not in ("u", "params", "wsum")}
     x = _Random(arguments["k"]).normal(2, 3, arguments["k"])
     return "linear_packed_float", what, {"x": x, **kept}
+
+
+def coded(random: _Random, rows: int, k: int, name: str, group: int) -> CodedMatrix:
+    """A random matrix of finite codes."""
+    form = FORMATS[name]
+    table = random.normal(16) if name == "table4" else None
+    finite = torch.nonzero(form.values(table).isfinite()).flatten()
+    codes = finite[random.integers(0, len(finite), rows, k)].to(torch.uint8)
+    groups = -(-k // group) if group else 1
+    if form.scale == "float":
+        scale = packing.storable_scale(random.normal(rows, groups).abs() * 0.02 + 0.001, group)[0]
+    else:
+        low, high = (118, 128) if form.scale == "e8m0" else (1, 0x50)
+        scale = random.integers(low, high, rows, groups).to(torch.uint8)
+    return CodedMatrix(codes, scale, 0.03 if name == "nvfp4" else 1.0, table, name, group)
+
+
+def _coded() -> Iterator[Case]:
+    formats = [(name, group) for name, form in FORMATS.items() for group in form.group_sizes]
+    for index, (name, group) in enumerate(formats):
+        random = _Random(index)
+        n, k, gated = 37, (70, 96, 131)[index % 3], index % 4 == 1
+        rows = 2 * packing.ceil_to(n, 16) if gated else n
+        matrix = coded(random, rows, k, name, group)
+        stored = pack_coded(matrix)
+        yield (
+            "linear_coded",
+            f"{name}-g{group}",
+            {
+                "x": random.normal(2, 3, k) if index % 2 else random.normal(7, k),
+                "weight": stored.weight,
+                "scale": stored.scale,
+                "table": stored.table,
+                "bias": random.normal(rows) if index % 3 else None,
+                "residual": random.normal(*((2, 3) if index % 2 else (7,)), n) if index % 5 == 0 else None,
+                "n": n,
+                "k": k,
+                "format": name,
+                "group_size": group,
+                "scale_multiplier": stored.scale_multiplier,
+                "activation": ("none", "relu", "gelu", "gelu_tanh", "silu")[index % 5],
+                "gated": gated,
+            },
+        )
+        yield (
+            "dequantize_coded",
+            f"{name}-g{group}",
+            {
+                "codes": matrix.codes,
+                "scale": matrix.scale,
+                "multiplier": torch.tensor(matrix.multiplier),
+                "table": matrix.table,
+                "format": name,
+                "group_size": group,
+            },
+        )
 
 
 def _embeddings() -> Iterator[Case]:

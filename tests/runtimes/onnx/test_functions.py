@@ -15,8 +15,8 @@ from .single import model_of, run
 
 CASES = list(cases())
 IDS = [f"{name}-{what}" for name, what, _ in CASES]
-CONSTANT = ("weight", "scale", "zero", "wsum", "bias", "codes")
-NOT_IN_LIBRARY = ("quantize_dequantize", "dequantize_weight")
+CONSTANT = ("weight", "scale", "zero", "wsum", "bias", "codes", "table", "multiplier")
+NOT_IN_LIBRARY = ("quantize_dequantize", "dequantize_weight", "dequantize_coded")
 
 
 def assert_close(name: str, expected: Any, got: list[np.ndarray]) -> None:
