@@ -23,7 +23,7 @@ Dettmers et al., QLoRA (arXiv 2305.14314), appendix E.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Literal
 
 import torch
@@ -96,7 +96,7 @@ def _small_float(exponent: int, mantissa: int, bias: int) -> Tensor:
     return torch.where(codes >> (exponent + mantissa) > 0, -values, values)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _values(name: str) -> Tensor:
     form = FORMATS[name]
     if form.is_table:

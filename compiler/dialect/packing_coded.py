@@ -10,15 +10,16 @@ over K. All layouts are uint8 `[Np/16, steps, 16, J]`: the third index is the ro
              word 3 s + 1  low four bits of inputs 8 s + 4 + i, i = 0..3, at bit 4 i
              word 3 s + 2  high two bits of inputs 8 s + i,     i = 0..7, at bit 2 i
 
-4 bits is the layout of int4 with unsigned nibbles: a 64-byte vector holds 8 inputs of 16 rows. In the others 32 bytes hold
-16 rows as 16-bit words, which a kernel shifts into the place of a float16's bits.
+4 bits is the layout of int4 with unsigned nibbles: a 64-byte vector holds 8 inputs of 16 rows. In the others 32
+bytes hold 16 rows as 16-bit words, which a kernel shifts into the place of a float16's bits.
 
-Example (one row, K = 8, codes 0 1 2 3 4 5 6 7), bytes of row 0: 4 bits, step 0: 0x40 0x51 0x62 0x73; 8 bits, steps 0..3:
-00 01, 02 03, 04 05, 06 07. Codes 0x21 0x12 0x03 0x34 0 0 0 0 of 6 bits: words 0x4321 (low four bits 1, 2, 3, 4), 0x0000,
-and 0x00C6 (high two bits 2, 1, 0, 3 at bits 0, 2, 4, 6).
+Example (one row, K = 8, codes 0 1 2 3 4 5 6 7), bytes of row 0: 4 bits, step 0: 0x40 0x51 0x62 0x73; 8 bits,
+steps 0..3: 00 01, 02 03, 04 05, 06 07. Codes 0x21 0x12 0x03 0x34 0 0 0 0 of 6 bits: words 0x4321 (low four bits
+1, 2, 3, 4), 0x0000, and 0x00C6 (high two bits 2, 1, 0, 3 at bits 0, 2, 4, 6).
 
 Scales: `[Np/16, G, 16]`, `G = max(1, Kp / group_size)`: float32 (group_size 0), float16 (times the power of two
-`scale_multiplier`, as for integers), E8M0 or E4M3 codes (uint8). `scale_multiplier` of nvfp4 is its float32 scale of the tensor.
+`scale_multiplier`, as for integers), E8M0 or E4M3 codes (uint8). `scale_multiplier` of nvfp4 is its float32 scale
+of the tensor.
 Rows >= N have zero codes and scales; columns >= K zero codes, which meet zero activations. All is BITWISE.
 """
 
@@ -31,7 +32,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import InputError
-from .element_formats import ElementFormat, check_codes, check_group_size, decode, element_format, scale_values
+from .element_formats import (
+    ElementFormat,
+    check_codes,
+    check_group_size,
+    decode,
+    element_format,
+    scale_values,
+)
 from .packing import LANES, alignment, ceil_to, pack_groups, storable_scale, unpack_groups
 
 STEP_BYTES = {4: (8, 4), 6: (8, 6), 8: (2, 2)}
@@ -75,7 +83,9 @@ class PackedCoded:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(t.numel() * t.element_size() for t in (self.weight, self.scale, self.table) if t is not None)
+        return sum(
+            t.numel() * t.element_size() for t in (self.weight, self.scale, self.table) if t is not None
+        )
 
 
 def dequantize_codes(

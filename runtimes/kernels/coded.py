@@ -73,7 +73,7 @@ def _float(half: Any) -> Any:
 
 
 class _Decoder:
-    """Codes of one panel to floats: ``inputs(at)`` yields ``parts`` vectors of ``lanes`` rows for each input in turn."""
+    """Codes of one panel to floats: each input in turn as ``parts`` vectors of ``lanes`` rows."""
 
     def __init__(self, element: str, isa: Isa, w: Any, table: Any) -> None:
         self.element, self.w = element, w
@@ -134,7 +134,9 @@ class _Decoder:
         lows = [self._word(at), self._word(at + 32)]
         high = self._word(at + 64)
         # Low four bits end at bit `end`; of the high two the sign goes to bit 15, the other to bit end + 4.
-        end, low_mask, high_mask, gap = (8, 0x0F00, 0x9000, 2) if self.element == "e3m2" else (7, 0x0780, 0x8800, 3)
+        end, low_mask, high_mask, gap = (
+            (8, 0x0F00, 0x9000, 2) if self.element == "e3m2" else (7, 0x0780, 0x8800, 3)
+        )
         for k in range(8):
             low = _mask(_shift(lows[k // 4], end - 4 * (k % 4)), low_mask)
             top = _mask(_shift(_shift(high, 14 - 2 * k), -gap), high_mask)

@@ -164,6 +164,25 @@ def _weight(body: Body, call: Call, rows: int, k: int) -> ir.Value:
     return matrix if blocks * LANES == rows else body.slice(matrix, 0, rows, 0)
 
 
+def _decoded(body: Body, call: Call, codes: ir.Value) -> ir.Value:
+    """Values of codes in the call's `format`."""
+    entries = call.get("table")
+    if entries is None:
+        # No code of a weight is NaN or infinity: finite entries keep padding, which meets zeros, finite too.
+        values = element_format(call.attributes["format"]).values().nan_to_num(0.0, 0.0, 0.0)
+        entries = body.constant(values.numpy().astype(np.float32))
+    return body("Gather", entries, body.cast(codes, ir.DataType.INT32), axis=0)
+
+
+def _decoded_scale(body: Body, call: Call, stored: ir.Value) -> ir.Value:
+    """Values of scales as the call's `format` stores them."""
+    form = element_format(call.attributes["format"])
+    if form.scale == "float":
+        return body.floats(stored)
+    known = scale_values(torch.arange(256).to(torch.uint8), form, torch.float32).nan_to_num(0.0)
+    return body("Gather", body.constant(known.numpy()), body.cast(stored, ir.DataType.INT32), axis=0)
+
+
 def _coded_weight(body: Body, call: Call, rows: int, k: int) -> ir.Value:
     """The decoded matrix float32 `[rows, k]` of `linear_coded`."""
     form, group = element_format(call.attributes["format"]), call.attributes["group_size"]
@@ -193,19 +212,9 @@ def _coded_weight(body: Body, call: Call, rows: int, k: int) -> ir.Value:
         parts = [field(top, shift, 3) for shift in (0, 2, 4, 6)]
         high = body.reshape(body.stack(parts, 3), blocks * LANES, width)
         codes = body("BitwiseOr", low, body("BitShift", high, byte(4), direction="LEFT"))
-    entries = call.get("table")
-    if entries is None:
-        # No code of a weight is NaN or infinity: finite entries keep padding, which meets zeros, finite too.
-        entries = body.constant(form.values().nan_to_num(0.0, 0.0, 0.0).numpy().astype(np.float32))
-    values = body("Gather", entries, body.cast(codes, ir.DataType.INT32), axis=0)
+    values = _decoded(body, call, codes)
     values = body.reshape(values, blocks * LANES, width // group if group else 1, group or width)
-    stored = body.transpose(call["scale"], 0, 2, 1)
-    if form.scale == "float":
-        scale = body.floats(stored)
-    else:
-        known = scale_values(torch.arange(256).to(torch.uint8), form, torch.float32)
-        powers = body.constant(known.nan_to_num(0.0).numpy())
-        scale = body("Gather", powers, body.cast(stored, ir.DataType.INT32), axis=0)
+    scale = _decoded_scale(body, call, body.transpose(call["scale"], 0, 2, 1))
     scale = body.reshape(scale, blocks * LANES, call.size("scale", 1), 1)
     multiplier = call.attributes["scale_multiplier"]
     if multiplier != 1.0:
@@ -289,17 +298,9 @@ def linear_coded(call: Call, body: Body) -> Results:
 
 def dequantize_coded(call: Call, body: Body) -> Results:
     """`dequantize_coded`."""
-    form, group = element_format(call.attributes["format"]), call.attributes["group_size"]
-    entries = call.get("table")
-    if entries is None:
-        entries = body.constant(form.values().nan_to_num(0.0, 0.0, 0.0).numpy().astype(np.float32))
-    values = body("Gather", entries, body.cast(call["codes"], ir.DataType.INT32), axis=0)
-    scale = call["scale"]
-    if form.scale != "float":
-        known = scale_values(torch.arange(256).to(torch.uint8), form, torch.float32)
-        powers = body.constant(known.nan_to_num(0.0).numpy())
-        scale = body("Gather", powers, body.cast(scale, ir.DataType.INT32), axis=0)
-    scale = body("Mul", scale, call["multiplier"])
+    group = call.attributes["group_size"]
+    values = _decoded(body, call, call["codes"])
+    scale = body("Mul", _decoded_scale(body, call, call["scale"]), call["multiplier"])
     if group:
         n, k, groups = call.size("codes", 0), call.size("codes", 1), call.size("scale", 1)
         spread = body("Expand", body.reshape(scale, n, groups, 1), body.ints(n, groups, group))

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from isofold.compiler.dialect import OPERATORS, operator_of, packing
+from isofold.compiler.dialect.element_formats import FORMATS
+from isofold.compiler.dialect.packing_coded import CodedMatrix, pack_coded
 from isofold.compiler.dialect.quantization import levels
 from isofold.compiler.errors import InputError
 
@@ -50,6 +52,26 @@ def float_arguments() -> tuple[Any, ...]:
     p = packed(5, 40, 4, 32, True)
     tensors = (p.weight, p.scale, p.zero, randn(5), None)
     return (randn(2, 3, 40), *tensors, 5, 40, 4, 32, p.scale_multiplier, "silu", False)
+
+
+def coded_matrix(name: str, n: int, k: int, group_size: int) -> CodedMatrix:
+    form = FORMATS[name]
+    codes = torch.randint(0, 2 ** (form.bits - 2), (n, k), generator=generator()).to(torch.uint8)
+    groups = -(-k // group_size) if group_size else 1
+    scale = torch.full((n, groups), 0.25)
+    scale = scale if form.scale == "float" else torch.full((n, groups), 120, dtype=torch.uint8)
+    return CodedMatrix(codes, scale, 1.0, randn(16) if name == "table4" else None, name, group_size)
+
+
+def coded_arguments(name: str, group_size: int, gated: bool = False) -> tuple[Any, ...]:
+    p = pack_coded(coded_matrix(name, 32 if gated else 5, 40, group_size))
+    tail = (5, 40, name, group_size, p.scale_multiplier, "silu", gated)
+    return (randn(2, 3, 40), p.weight, p.scale, p.table, None, randn(2, 3, 5), *tail)
+
+
+def dequantize_coded_arguments(name: str, group_size: int) -> tuple[Any, ...]:
+    m = coded_matrix(name, 5, 40, group_size)
+    return (m.codes, m.scale, torch.tensor(0.5), m.table, name, group_size)
 
 
 def conv_arguments() -> tuple[Any, ...]:
@@ -125,6 +147,11 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         ),
     ],
     "conv_packed": [conv_arguments],
+    "dequantize_coded": [
+        lambda: dequantize_coded_arguments("table4", 32),
+        lambda: dequantize_coded_arguments("e4m3", 0),
+        lambda: dequantize_coded_arguments("nvfp4", 16),
+    ],
     "dequantize_weight": [dequantize_arguments],
     "embedding_packed": [embedding_arguments],
     "gated": [lambda: (randn(2, 6), randn(2, 6), "silu")],
@@ -132,6 +159,11 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         lambda: (randn(2, 3, 48), [12, 4], False),
         lambda: (randn(3, 40), [8], True),
         lambda: (randn(2, 5), [], False),
+    ],
+    "linear_coded": [
+        lambda: coded_arguments("nf4", 64),
+        lambda: coded_arguments("table4", 32, gated=True),
+        lambda: coded_arguments("mxfp6_e3m2", 32),
     ],
     "linear_packed": [
         linear_arguments,
@@ -201,7 +233,18 @@ def floats_of(given: tuple[Any, ...]) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "name", ["attention", "gated", "hadamard", "norm", "rotary", "dequantize_weight", "linear_packed_float"]
+    "name",
+    [
+        "attention",
+        "dequantize_coded",
+        "dequantize_weight",
+        "gated",
+        "hadamard",
+        "linear_coded",
+        "linear_packed_float",
+        "norm",
+        "rotary",
+    ],
 )
 def test_gradients_are_those_of_the_reference(name: str) -> None:
     record = OPERATORS[name]

@@ -40,7 +40,9 @@ def random_matrix(rng: np.random.Generator, n: int, k: int, name: str, group: in
         floats = torch.from_numpy(rng.uniform(1e-3, 1e-1, (n, groups)).astype(np.float32))
         scale = packing.storable_scale(floats, group)[0]
     else:
-        low, high = (110, 140) if form.scale == "e8m0" else (0, 0x7F)  # E4M3: all but NaN, subnormals included
+        low, high = (
+            (110, 140) if form.scale == "e8m0" else (0, 0x7F)
+        )  # E4M3: all but NaN, subnormals included
         scale = torch.from_numpy(rng.integers(low, high, (n, groups))).to(torch.uint8)
     return CodedMatrix(codes, scale, 0.037 if name == "nvfp4" else 1.0, table, name, group)
 
@@ -64,7 +66,15 @@ def make(
     packed = pack_coded(random_matrix(rng, rows, k, name, group))
     form = FORMATS[name]
     weight = unpack_coded(
-        packed.weight, packed.scale, packed.table, rows, k, name, group, packed.scale_multiplier, torch.float64
+        packed.weight,
+        packed.scale,
+        packed.table,
+        rows,
+        k,
+        name,
+        group,
+        packed.scale_multiplier,
+        torch.float64,
     )
     vector = torch.from_numpy(rng.standard_normal(rows).astype(np.float32)) if bias else None
     table = form.values(packed.table).float() if form.bits == 4 else torch.zeros(16)
@@ -79,7 +89,9 @@ def make(
     return Case(packed, weight, coded, vector, activation, table)
 
 
-def run(library: ctypes.CDLL, isa: str, case: Case, x: np.ndarray, residual: np.ndarray | None, threads: int) -> None:
+def run(
+    library: ctypes.CDLL, isa: str, case: Case, x: np.ndarray, residual: np.ndarray | None, threads: int
+) -> None:
     """Check one call of the driver, its tasks cut into ranges of which each runs on a thread of its own."""
     n, gated = case.linear.linear.n, case.linear.linear.gated
     m, k = x.shape
@@ -158,7 +170,9 @@ def test_every_code_is_decoded_exactly(library: ctypes.CDLL, isa: str, name: str
     codes = torch.nonzero(form.values(table).isfinite()).flatten().to(torch.uint8)
     k = len(codes)
     matrix = torch.stack([codes, codes.flip(0), codes.roll(5)])
-    one = {"float": torch.ones(1, 1), "e8m0": torch.tensor([[127]]), "e4m3": torch.tensor([[0x38]])}[form.scale]
+    one = {"float": torch.ones(1, 1), "e8m0": torch.tensor([[127]]), "e4m3": torch.tensor([[0x38]])}[
+        form.scale
+    ]
     scale = one.expand(3, -(-k // group) if group else 1).contiguous()
     scale = scale if form.scale == "float" else scale.to(torch.uint8)
     packed = pack_coded(CodedMatrix(matrix, scale, 1.0, table, name, group))
