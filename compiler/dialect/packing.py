@@ -6,16 +6,31 @@ The index formulas are those of docs/dialect.md. For a code matrix w `[N, K]` wi
     int8:  P[b, c, r, j] = w[16 b + r, 4 c + j]                               int8  [Np/16, Kp/4, 16, 4]
     int4:  P[b, c, r, j] = low nibble  w[16 b + r, 8 c + j]                    uint8 [Np/16, Kp/8, 16, 4]
                            high nibble w[16 b + r, 8 c + 4 + j]
+    int2:  P[b, c, r, j] = bits 2q, 2q + 1: w[16 b + r, 16 c + 4 q + j]        uint8 [Np/16, Kp/16, 16, 4]
+    int3:  with w_q = w[16 b + r, 32 c + 4 q + j], q = 0..7                    uint8 [Np/16, Kp/32, 3, 16, 4]
+           P[b, c, p, r, j] = bits 5..7: w_(2p), bits 2..4: w_(2p + 1)
+                              bits 0..1: the low two bits of w_6 (p = 0) and of w_7 (p = 1),
+                                         the sign bits of w_6 and w_7 (p = 2, from the low bit)
 
-Example (int4, one row, K = 8, w = 0 1 2 3 -1 -2 -3 -4): c = 0, r = 0, bytes j = 0..3 are
-0xF0, 0xE1, 0xD2, 0xC3: low nibbles 0 1 2 3, high nibbles -1 -2 -3 -4 in two's complement.
+all in two's complement. Six of the eight codes of an int3 block lie whole in one byte (a mask, or a shift and a
+mask); planes of low bits and of sign bits would cost two operations more for each of the eight.
+
+Examples (one row, b = c = r = 0): int4, w = 0 1 2 3 -1 -2 -3 -4: bytes j = 0..3 are 0xF0, 0xE1, 0xD2, 0xC3 (low
+nibbles 0 1 2 3, high nibbles -1 -2 -3 -4). int2, w = 0 0 0 0, 1 1 1 1, -2 -2 -2 -2, -1 -1 -1 -1: every byte is
+0b11_10_01_00 = 0xE4. int3, w_0..w_7 = 0 1 2 3 -4 -3 -2 -1 for every j: w_6 = 0b110, w_7 = 0b111, bytes of the planes
+0b000_001_10, 0b010_011_11 and 0b100_101_11.
 
 Rows >= N and columns >= K are zero codes with scale 0. Both directions are exact (BITWISE).
+
+Zero points of int2 and int3 are stored in sixteenths of a code (:func:`zero_steps`): four levels centred on a group's
+values are worth more than a level at 0 exactly (for normal values in groups of 32 whole zero points gain nothing over
+none at 2 bits, sixteenths 20 % of the squared error).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,9 +57,14 @@ def code_range(bits: int, symmetric: bool) -> tuple[int, int]:
     """Smallest and largest code. Symmetric int8 leaves out -128, so that a sign flip is always possible."""
     if bits == 8:
         return (-127, 127) if symmetric else (-128, 127)
-    if bits == 4:
-        return (-8, 7)
-    raise InputError("Unknown weight width", expected="4 or 8 bits", got=f"{bits} bits")
+    if bits in (2, 3, 4):
+        return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    raise InputError("Unknown weight width", expected="2, 3, 4 or 8 bits", got=f"{bits} bits")
+
+
+def zero_steps(bits: int) -> int:
+    """Steps in which zero points are stored, to one code: 16 for 2 and 3 bits, else 1."""
+    return 16 if bits < 4 else 1
 
 
 @dataclass(frozen=True)
@@ -103,21 +123,42 @@ def pack_codes(codes: Tensor, bits: int, group_size: int) -> Tensor:
     blocks, columns = padded.shape[0] // LANES, padded.shape[1]
     if bits == 8:
         return padded.reshape(blocks, LANES, columns // 4, 4).permute(0, 2, 1, 3).contiguous()
-    nibbles = (
-        (padded & 0x0F).to(torch.uint8).reshape(blocks, LANES, columns // 8, 2, 4).permute(0, 2, 3, 1, 4)
-    )
-    return (nibbles[:, :, 0] | (nibbles[:, :, 1] << 4)).contiguous()
+    steps = 8 if bits == 3 else 8 // bits
+    unsigned = (padded & ((1 << bits) - 1)).to(torch.uint8).reshape(blocks, LANES, -1, steps, 4)
+    codes_of_step = unsigned.permute(3, 0, 2, 1, 4).unbind(0)
+    if bits == 3:
+        return _pack_int3(codes_of_step)
+    packed = codes_of_step[0]
+    for q in range(1, steps):
+        packed = packed | (codes_of_step[q] << (bits * q))
+    return packed.contiguous()
+
+
+def _pack_int3(w: Sequence[Tensor]) -> Tensor:
+    """Unsigned codes of the eight steps of each block, `[Np/16, Kp/32, 16, 4]` each, → the three planes."""
+    rest = (w[6] & 3, w[7] & 3, (w[6] >> 2) | ((w[7] >> 2) << 1))
+    return torch.stack([(w[2 * p] << 5) | (w[2 * p + 1] << 2) | rest[p] for p in range(3)], dim=2)
+
+
+def _unpack_int3(packed: Tensor) -> list[Tensor]:
+    """Inverse of `_pack_int3`."""
+    planes = packed.unbind(2)
+    whole = [field for plane in planes for field in (plane >> 5, (plane >> 2) & 7)]
+    return [*whole, *((planes[i] & 3) | (((planes[2] >> i) & 1) << 2) for i in (0, 1))]
 
 
 def unpack_codes(packed: Tensor, n: int, k: int, bits: int) -> Tensor:
     """Packed weight → codes int8 `[n, k]`; inverse of `pack_codes`."""
-    blocks, steps = packed.shape[:2]
+    blocks = packed.shape[0]
     if bits == 8:
-        rows = packed.permute(0, 2, 1, 3).reshape(blocks * LANES, steps * 4)
+        return packed.permute(0, 2, 1, 3).reshape(blocks * LANES, -1)[:n, :k].contiguous()
+    mask, sign = (1 << bits) - 1, 1 << (bits - 1)
+    if bits == 3:
+        unsigned = _unpack_int3(packed)
     else:
-        signed = [((nibble.to(torch.int8) ^ 8) - 8) for nibble in (packed & 0x0F, packed >> 4)]
-        rows = torch.stack(signed, dim=2).permute(0, 3, 1, 2, 4).reshape(blocks * LANES, steps * 8)
-    return rows[:n, :k].contiguous()
+        unsigned = [(packed >> (bits * q)) & mask for q in range(8 // bits)]
+    signed = torch.stack([(code.to(torch.int8) ^ sign) - sign for code in unsigned], dim=2)
+    return signed.permute(0, 3, 1, 2, 4).reshape(blocks * LANES, -1)[:n, :k].contiguous()
 
 
 def pack_groups(values: Tensor, k: int, group_size: int, dtype: torch.dtype) -> Tensor:
@@ -137,7 +178,7 @@ def unpack_groups(packed: Tensor, n: int, k: int, group_size: int) -> Tensor:
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:
     """`scale * (codes - zero)` with groups along the last dimension of the flattened codes.
 
-    codes int8 `[N, K]` or `[O, C, ...]`; scale and zero `[N, G]`. Result has the dtype of scale.
+    codes int8 `[N, K]` or `[O, C, ...]`; scale and zero `[N, G]` (zero in codes, of any dtype). Result has the dtype of scale.
     """
     flat = codes.flatten(1).to(scale.dtype)
     k = flat.shape[1]
@@ -164,11 +205,18 @@ def row_sums(codes: Tensor, scale: Tensor, zero: Tensor | None, group_size: int)
 def pack_linear(
     codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int
 ) -> PackedLinear:
-    """Pack a quantized matrix: codes int8 `[N, K]`, scale `[N, G]`, zero int8 `[N, G]` or None.
+    """Pack a quantized matrix: codes int8 `[N, K]`, scale `[N, G]`, zero `[N, G]` or None.
 
-    The scales must already be storable (`storable_scale`), else packing would change the value.
+    The scales must already be storable (`storable_scale`), and the zero points (int8, or float32 where they are not
+    whole) in steps of `1 / zero_steps(bits)`, else packing would change the value. 2 and 3 bits need groups.
     """
     n, k = codes.shape
+    if bits < 4 and not group_size:
+        raise InputError(
+            f"Weights of {bits} bits are stored in groups",
+            expected="group_size 32, 64 or 128",
+            got="group_size 0, one scale for a whole row",
+        )
     stored, multiplier = storable_scale(scale, group_size)
     if not torch.equal(stored, scale.to(torch.float32)):
         raise InputError(
@@ -181,7 +229,7 @@ def pack_linear(
     return PackedLinear(
         weight=pack_codes(codes, bits, group_size),
         scale=pack_groups(stored / multiplier, k, group_size, torch.float16 if group_size else torch.float32),
-        zero=None if zero is None else pack_groups(zero, k, group_size, torch.int8),
+        zero=None if zero is None else pack_groups(_stored_zero(zero, bits), k, group_size, torch.int8),
         wsum=F.pad(wsum, (0, ceil_to(n, LANES) - n)).to(torch.float32),
         n=n,
         k=k,
@@ -189,6 +237,19 @@ def pack_linear(
         group_size=group_size,
         scale_multiplier=multiplier,
     )
+
+
+def _stored_zero(zero: Tensor, bits: int) -> Tensor:
+    """Zero points as they are stored: int8, `zero_steps(bits)` to a code."""
+    steps = zero_steps(bits)
+    stored = zero.to(torch.float32) * steps
+    if not (torch.equal(stored, stored.round()) and int(stored.min()) >= -128 and int(stored.max()) <= 127):
+        raise InputError(
+            "Zero points are not representable in the packed layout",
+            expected=f"multiples of 1/{steps} in {-128 / steps:g}..{127 / steps:g}",
+            got=f"{float(zero.min()):g}..{float(zero.max()):g}",
+        )
+    return stored.to(torch.int8)
 
 
 def unpack_weight(
@@ -205,7 +266,7 @@ def unpack_weight(
     """Decode a packed matrix to `[n, k]` of `dtype` (float32 or float64): the truth every kernel answers to."""
     codes = unpack_codes(weight, n, k, bits)
     scales = unpack_groups(scale, n, k, group_size).to(dtype) * scale_multiplier
-    zeros = None if zero is None else unpack_groups(zero, n, k, group_size)
+    zeros = None if zero is None else unpack_groups(zero, n, k, group_size).to(dtype) / zero_steps(bits)
     return dequantize(codes, scales, zeros, group_size)
 
 

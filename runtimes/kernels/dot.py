@@ -7,12 +7,12 @@ every feature.
 * v4: one ``vpdpbusd``.
 * v3, any int8 weight (``wide``): ``vpmaddubsw`` would saturate (255 * 127 * 2 > 32767), so even and odd bytes
   are widened to 16 bits and each pair is multiplied by ``vpmaddwd``, which is exact.
-* v3, int4 weights (``small``, codes in -8..7): ``vpmaddubsw`` cannot saturate, and neither can the 16-bit sum
+* v3, weights of 4 bits and fewer (``small``, codes in -8..7): ``vpmaddubsw`` cannot saturate, and neither can the 16-bit sum
   of eight of them (8 * 2 * 255 * 8 = 32640 < 32768); one ``vpmaddwd`` by ones widens that sum.
 
 Four-bit codes come out of a byte as ``16 w`` on v4 (a shift and a mask; a mask alone for the high nibble) and
-as ``w`` on v3 (where 16 w would overflow the 16-bit sums). :func:`int4_unit` is that factor; the scale
-absorbs its inverse.
+as ``w`` on v3 (where 16 w would overflow the 16-bit sums); the scale absorbs the factor. `codec.py` has the other
+widths.
 """
 
 from __future__ import annotations
@@ -29,17 +29,12 @@ def lanes(isa: Isa) -> int:
     return 16 if isa.vnni else 8
 
 
-def int4_unit(isa: Isa) -> int:
-    """What :func:`unpack_int4` multiplies the codes by."""
-    return 16 if isa.vnni else 1
-
-
 def _int(value: int, dtype: str, count: int) -> Any:
     return T.broadcast(tirx.const(value, dtype), count)
 
 
 def unpack_int4(isa: Isa, packed: Any) -> tuple[Any, Any]:
-    """A vector of packed bytes (uint8) to two int8 vectors, inputs 0..3 and 4..7, in units of :func:`int4_unit`."""
+    """A vector of packed bytes (uint8) to two int8 vectors, inputs 0..3 and 4..7: 16 w on v4, w on v3."""
     n = 4 * lanes(isa)
     wide = T.reinterpret(f"uint16x{n // 2}", packed)
     mask = _int(0xF0, "uint8", n)

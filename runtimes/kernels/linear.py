@@ -14,15 +14,17 @@ edge (weights are padded to 16 rows and to Kp columns).
 ``tile*_pc_RxC``    per channel: ``t`` is int32, the sum of u w; the epilogue applies scale and zero
 ``tile*_g_RxC``     groups: ``t`` is float32, the sum over groups of scale * sum
 ``tile*_gz_RxC``    the same with zero points; needs the sums of u over each group as float32
-``gemv4_*_R``       these three on packed int4, unpacked in registers: few rows, memory is the limit
-``unpack_int4``     int4 panel to int8 panel: many rows, paid once for all of them, then ``tile4_*``
-``row_sums``        sums of u over each group, for zero points
+``gemvB_*_R``       these three on packed weights of B = 2, 3, 4 bits (`codec.py`; 2 and 3 in groups only), decoded in
+                    registers: few rows, memory is the limit
+``unpack_intB``     packed panel to int8 panel: many rows, paid once for all of them, then ``tile4_*``
+``row_sums``        sums of u over each group, for zero points (times a factor, see `linear_driver.h`)
 ``epilogue_*``      all the rest; gated: panel 0 is the gate, panel 1 the factor
 ==================  ======================================================================================
 
-``tile8`` takes int8 weights, ``tile4`` unpacked int4 ones (they differ on v3, see dot.py).
-Tiles *add* to ``t`` when ``accumulate`` is set, so that K can be cut into chunks (int4 panels are unpacked a
-chunk at a time).
+``tile8`` takes int8 weights, ``tile4`` unpacked ones of 4 bits and fewer (they differ on v3, see dot.py).
+Tiles *add* to ``t`` when ``accumulate`` is set, so that K can be cut into chunks (panels are unpacked a chunk
+at a time). With zero points, ``tile4`` and ``gemvB`` subtract ``unit(4) * zero * usum``: what that unit is not right
+for (other widths, zero points in sixteenths) is in the factor of ``usum``.
 
 Tile shape. v4: 8 rows x 2 panels, 16 accumulators; a step of 4 inputs costs 2 weight loads and 8 broadcasts
 for 16 ``vpdpbusd``: 10 loads for 16 cycles on a machine with one 512-bit dot and one 512-bit load a cycle
@@ -41,18 +43,18 @@ that without.
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 from typing import Any
 
 from tvm import tirx
 
+from .codec import CODECS, Codec, unit
 from .codegen import Isa, Kernel, T, bind, for_range, load, registers, store, when
 from .dot import (
-    int4_unit,
     lanes,
     ones,
     split_activation,
     split_weight,
-    unpack_int4,
     vpdpbusd,
     vpmaddubsw,
     vpmaddwd,
@@ -228,7 +230,7 @@ class _Window:
 def _tile(mode: str, rows: int, panels: int, small: bool, isa: Isa, *arguments: Any) -> None:
     """Emit one tile kernel: int8 panels against ``rows`` rows of activations."""
     u, ldu, w, ldw, inputs, *rest = arguments
-    arrays: dict[str, Any] = {"unit": int4_unit(isa) if small else 1}
+    arrays: dict[str, Any] = {"unit": unit(isa, 4) if small else 1}
     group: Any = None
     if mode != "pc":
         group, arrays["scale"], arrays["lds"], *rest = rest
@@ -282,13 +284,13 @@ def _tile(mode: str, rows: int, panels: int, small: bool, isa: Isa, *arguments: 
             window.finish(sums)
 
 
-def _gemv4(mode: str, rows: int, isa: Isa, *arguments: Any) -> None:
-    """Emit one int4 kernel for few rows: one panel, unpacked in registers.
+def _gemv(codec: Codec, mode: str, rows: int, isa: Isa, *arguments: Any) -> None:
+    """Emit one kernel for few rows: one panel of packed weights, decoded in registers.
 
-    Up to 4 rows have two accumulators each (low and high nibbles): fewer chains than that would wait for themselves.
+    Up to 4 rows have two accumulators each (even and odd steps): fewer chains than that would wait for themselves.
     """
     u, ldu, w, inputs, *rest = arguments
-    arrays: dict[str, Any] = {"unit": int4_unit(isa), "lds": 0}
+    arrays: dict[str, Any] = {"unit": unit(isa, 4), "lds": 0}
     group: Any = None
     if mode != "pc":
         group, arrays["scale"], *rest = rest
@@ -303,19 +305,21 @@ def _gemv4(mode: str, rows: int, isa: Isa, *arguments: Any) -> None:
         window = _Window(t, ldt, row0, high, vector, 1, n)
 
         def run(block: Any, vector: int = vector, row0: int = row0, tile: _Tile = tile) -> None:
-            tile.begin()
-            for k in range(STEPS // 2):
-                step = block * (STEPS // 2) + k
-                halves = unpack_int4(isa, bind(load(w, step * 64 + vector * n * 4, 4 * n)))
+            def fetch(i: int) -> Any:
+                at = (block * codec.bits + i) * 64
+                packed = bind(load(w, at + vector * n * 4, 4 * n))
                 if vector == 0 and row0 == 0:
-                    prefetch_stream(w, step * 64)
-                for h, weight in enumerate(halves):
-                    words = [load(u, ldu * (row0 + r) + step * 2 + h, 1) for r in range(high)]
-                    _step_column(tile, words, weight, h % columns)
+                    prefetch_stream(w, at)
+                return packed
+
+            tile.begin()
+            for step, weight in codec.decode(isa, fetch):
+                words = [load(u, ldu * (row0 + r) + block * STEPS + step, 1) for r in range(high)]
+                _step_column(tile, words, weight, step % columns)
             tile.end()
 
         def merge(tile: _Tile = tile) -> None:
-            """Low and high sums into column 0."""
+            """Even and odd sums into column 0."""
             for r in range(high if columns == 2 else 0):
                 store(tile.acc, r * 2 * n, tile.value(r, 0) + tile.value(r, 1), n)
 
@@ -352,20 +356,24 @@ def _step_column(tile: _Tile, words: list[Any], weight: Any, column: int) -> Non
             store(tile.acc, i, vpdpbusd(load(tile.acc, i, n), u, weight), n)
 
 
-def _unpack(isa: Isa, packed: Any, vectors: Any, out: Any) -> None:
-    """int4 panel bytes (``vectors`` vectors of 64) to the int8 layout, codes times :func:`int4_unit`."""
+def _unpack(codec: Codec, isa: Isa, packed: Any, blocks: Any, out: Any) -> None:
+    """Panel bytes of ``blocks`` times 32 inputs to the int8 layout, codes times :func:`codec.unit`."""
     n = lanes(isa)
-    with for_range(0, vectors) as i:
+    with for_range(0, blocks) as block:
         for part in range(16 // n):
-            halves = unpack_int4(isa, bind(load(packed, i * 64 + part * n * 4, 4 * n)))
-            for h, half in enumerate(halves):
-                store(out, i * 128 + h * 64 + part * n * 4, half, 4 * n)
+
+            def fetch(i: int, part: int = part) -> Any:
+                return bind(load(packed, (block * codec.bits + i) * 64 + part * n * 4, 4 * n))
+
+            for step, weight in codec.decode(isa, fetch):
+                store(out, (block * STEPS + step) * 64 + part * n * 4, weight, 4 * n)
 
 
 def _row_sums(
-    isa: Isa, u: Any, ldu: Any, rows: Any, groups: Any, group: Any, as_int: Any, as_float: Any
+    isa: Isa, u: Any, ldu: Any, rows: Any, groups: Any, group: Any, factor: Any, as_int: Any, as_float: Any
 ) -> None:
-    """Sums of u over groups of ``group`` inputs: exact, as int32 and as float32 (exact below 2**24)."""
+    """Sums of u over groups of ``group`` inputs: as int32, and times ``factor``, a power of two, as float32 (both
+    exact below 2**24)."""
     with for_range(0, rows) as m, for_range(0, groups) as g:
         acc = registers(1, "int32", 16)
         store(acc, 0, _splat(0, "int32", 16))
@@ -376,7 +384,7 @@ def _row_sums(
         for i in range(16):
             store(total, 0, load(total, 0, 1) + load(acc, i, 1), 1)
         store(as_int, m * groups + g, load(total, 0, 1), 1)
-        store(as_float, m * groups + g, T.cast(load(total, 0, 1), "float32"), 1)
+        store(as_float, m * groups + g, T.cast(load(total, 0, 1), "float32") * factor, 1)
 
 
 HAS_BIAS, HAS_RESIDUAL, HAS_ZERO = 1, 2, 4
@@ -477,16 +485,20 @@ def _kernels() -> list[Kernel]:
                     signature = f"{_TILE}{extra}{_AHEAD}, accumulate: i32, {t}, ldt: i64"
                     emit = partial(_tile, mode, rows, panels, small)
                     kernels.append(Kernel(name, signature, emit, f"linear_{mode}"))
-        for rows in GEMV_ROWS:
+        for codec, rows in product(CODECS.values(), GEMV_ROWS):
+            if mode == "pc" and codec.bits < 4:
+                continue
             signature = f"u: const i32*, ldu: i64, w: const u8*, inputs: i64{extra.replace(', lds: i64', '')}"
             signature += f", {t}, ldt: i64"
-            kernels.append(
-                Kernel(f"gemv4_{mode}_{rows}", signature, partial(_gemv4, mode, rows), "linear_gemv")
-            )
-    unpack = "packed: const u8*, vectors: i64, out: i8*"
-    kernels.append(Kernel("unpack_int4", unpack, _unpack, "linear_gemv"))
-    sums = "u: const u8*, ldu: i64, rows: i64, groups: i64, group: i64, as_int: i32*, as_float: f32*"
-    kernels.append(Kernel("row_sums", sums, _row_sums, "linear_gemv"))
+            emit = partial(_gemv, codec, mode, rows)
+            kernels.append(Kernel(f"gemv{codec.bits}_{mode}_{rows}", signature, emit, f"linear_gemv{codec.bits}"))
+    unpack = "packed: const u8*, blocks: i64, out: i8*"
+    kernels += [
+        Kernel(f"unpack_int{codec.bits}", unpack, partial(_unpack, codec), f"linear_gemv{codec.bits}")
+        for codec in CODECS.values()
+    ]
+    sums = "u: const u8*, ldu: i64, rows: i64, groups: i64, group: i64, factor: f32, as_int: i32*, as_float: f32*"
+    kernels.append(Kernel("row_sums", sums, _row_sums, "linear_gemv4"))
     tail = ", params: const f32*, ldparams: i64, wsum: const f32*, bias: const f32*, residual: const f32*"
     tail += ", y: f32*, ldy: i64, rows: i64, columns: i64, multiplier: f32, flags: i32"
     heads = {

@@ -27,15 +27,15 @@ enum isofold_activation { ISOFOLD_NONE, ISOFOLD_RELU, ISOFOLD_GELU, ISOFOLD_GELU
 
 // A packed linear, as docs/dialect.md lays it out. Constant for the life of a session.
 struct isofold_linear {
-  const void* weight;      // int8 [panels, kp / 4, 16, 4] or int4 [panels, kp / 8, 16, 4]
+  const void* weight;      // [panels, 2 * bits * kp bytes] as docs/dialect.md lays out int8, int4, int3 and int2
   const void* scale;       // float32 [panels, 1, 16] (group_size 0) or float16 [panels, groups, 16]
   const int8_t* zero;      // [panels, groups, 16] or null
   const float* wsum;       // [16 * panels]
   const float* bias;       // [n], gated: [16 * panels]; or null
   int64_t n;               // output features; gated: panels = 2 * ceil(n / 16), else ceil(n / 16)
   int64_t kp;              // padded inputs, a multiple of 32 and of group_size
-  int32_t bits;            // 8 or 4
-  int64_t group_size;      // 0: per channel; else a multiple of 32 (only 32, 64, 128 are specified)
+  int32_t bits;            // 8, 4, 3 or 2
+  int64_t group_size;      // 0: per channel (8 and 4 bits); else a multiple of 32 (only 32, 64, 128 are specified)
   float scale_multiplier;  // power of two
   int32_t activation;      // enum isofold_activation
   int32_t gated;
@@ -54,8 +54,8 @@ struct isofold_linear_call {
 
 enum {
   ISOFOLD_ROW_BLOCK = 128,    // rows of a task: 16 tiles of 8
-  ISOFOLD_UNPACK = 4096,      // inputs of int4 weights unpacked at a time: 128 KB of the second-level cache
-  ISOFOLD_GEMV_ROWS = 64,     // up to here int4 weights are unpacked in registers: measured, 128 rows lose 2.5 %
+  ISOFOLD_UNPACK = 4096,      // inputs unpacked at a time: 128 KB of the second-level cache
+  ISOFOLD_GEMV_ROWS = 64,     // up to here weights are unpacked in registers: measured, 128 rows lose 2.5 % (int4)
   ISOFOLD_GEMV_ROWS_V3 = 8    // fewer rows share an unpacking there
 };
 
@@ -91,14 +91,22 @@ static inline int64_t isofold_linear_scratch_bytes(const struct isofold_linear* 
   return l->zero ? m * isofold_linear_groups(l) * 8 + 64 : 0;
 }
 
+// What kernels multiply codes of this width by (unit of codec.py).
+static inline int32_t isofold_linear_unit(int32_t bits, enum isofold_isa isa) {
+  return isa == ISOFOLD_V4 ? 1 << (8 - bits) : 1;
+}
+
 // Sums of the activations over each group, for rows begin..end; needed only where scratch_bytes is not 0.
-static inline void isofold_linear_prepare(const struct isofold_kernels* k, const struct isofold_linear* l,
-                                          const struct isofold_linear_call* c, int64_t begin, int64_t end) {
+// Kernels subtract zero * sum in units of int4 codes; zero points of 2 and 3 bits are sixteenths: the factor is the rest.
+static inline void isofold_linear_prepare(const struct isofold_kernels* k, enum isofold_isa isa,
+                                          const struct isofold_linear* l, const struct isofold_linear_call* c,
+                                          int64_t begin, int64_t end) {
   int64_t groups = isofold_linear_groups(l);
+  float factor = l->bits >= 4 ? 1.0f : isofold_linear_unit(l->bits, isa) / (16.0f * isofold_linear_unit(4, isa));
   int32_t* sums = (int32_t*)c->scratch;
   float* floats = (float*)(sums + c->m * groups);
   if (l->zero)
-    k->row_sums(c->u + begin * l->kp, l->kp, end - begin, groups, l->kp / groups, sums + begin * groups,
+    k->row_sums(c->u + begin * l->kp, l->kp, end - begin, groups, l->kp / groups, factor, sums + begin * groups,
                 floats + begin * groups);
 }
 
@@ -168,7 +176,7 @@ static inline void isofold_linear_select(struct isofold_linear_block* b) {
 #define ISOFOLD_TILE(M, T, R, I) b->tiles.M[I][0] = k->T##_##M##_##R##x1, b->tiles.M[I][1] = k->T##_##M##_##R##x2
 #define ISOFOLD_TILES(M, T) \
   ISOFOLD_TILE(M, T, 8, 0), ISOFOLD_TILE(M, T, 4, 1), ISOFOLD_TILE(M, T, 2, 2), ISOFOLD_TILE(M, T, 1, 3)
-#define ISOFOLD_TILES_OF(M) (l->bits == 4 ? (void)(ISOFOLD_TILES(M, tile4)) : (void)(ISOFOLD_TILES(M, tile8)))
+#define ISOFOLD_TILES_OF(M) (l->bits < 8 ? (void)(ISOFOLD_TILES(M, tile4)) : (void)(ISOFOLD_TILES(M, tile8)))
   if (l->group_size == 0)
     ISOFOLD_TILES_OF(pc);
   else if (!l->zero)
@@ -188,31 +196,35 @@ static inline void isofold_linear_select(struct isofold_linear_block* b) {
   b->epilogue_g = g[l->gated != 0][l->activation];
 }
 
-// Rows the int4 kernels take at once.
-static inline int64_t isofold_gemv4_rows(int64_t rows) { return rows >= 8 ? 8 : isofold_min(rows, 4); }
+// Rows the kernels that unpack in registers take at once.
+static inline int64_t isofold_gemv_rows(int64_t rows) { return rows >= 8 ? 8 : isofold_min(rows, 4); }
 
-// The int4 kernels that unpack in registers: rows (1..4 or 8) from m, one panel, sums into t [rows, 32].
-static inline void isofold_linear_gemv4(const struct isofold_linear_block* b, int64_t m, int64_t rows, int64_t panel,
-                                        void* t) {
+// The kernels that unpack in registers: rows (1..4 or 8) from m, one panel, sums into t [rows, 32].
+static inline void isofold_linear_gemv(const struct isofold_linear_block* b, int64_t m, int64_t rows, int64_t panel,
+                                       void* t) {
   const struct isofold_kernels* k = b->k;
   const struct isofold_linear* l = b->l;
   const int32_t* u = (const int32_t*)(b->c->u + m * l->kp);
-  const uint8_t* w = (const uint8_t*)l->weight + panel * l->kp * 8;
+  const uint8_t* w = (const uint8_t*)l->weight + panel * l->kp * 2 * l->bits;
   int64_t at = panel * b->groups * 16, ldu = l->kp / 4, r = rows == 8 ? 4 : rows - 1;
   const uint16_t* scale = (const uint16_t*)l->scale + at;
-#define ISOFOLD_GEMVS(M) {k->gemv4_##M##_1, k->gemv4_##M##_2, k->gemv4_##M##_3, k->gemv4_##M##_4, k->gemv4_##M##_8}
+#define ISOFOLD_GEMVS(B, M) \
+  {k->gemv##B##_##M##_1, k->gemv##B##_##M##_2, k->gemv##B##_##M##_3, k->gemv##B##_##M##_4, k->gemv##B##_##M##_8}
+#define ISOFOLD_GEMVS_OF(M) {ISOFOLD_GEMVS(2, M), ISOFOLD_GEMVS(3, M), ISOFOLD_GEMVS(4, M)}
   if (l->group_size == 0) {
-    void (*const f[5])(const int32_t*, int64_t, const uint8_t*, int64_t, int32_t*, int64_t) = ISOFOLD_GEMVS(pc);
+    void (*const f[5])(const int32_t*, int64_t, const uint8_t*, int64_t, int32_t*, int64_t) = ISOFOLD_GEMVS(4, pc);
     f[r](u, ldu, w, l->kp, (int32_t*)t, 32);
   } else if (!l->zero) {
-    void (*const f[5])(const int32_t*, int64_t, const uint8_t*, int64_t, int64_t, const uint16_t*, float*, int64_t) =
-        ISOFOLD_GEMVS(g);
-    f[r](u, ldu, w, l->kp, l->group_size, scale, (float*)t, 32);
+    void (*const f[3][5])(const int32_t*, int64_t, const uint8_t*, int64_t, int64_t, const uint16_t*, float*, int64_t) =
+        ISOFOLD_GEMVS_OF(g);
+    f[l->bits - 2][r](u, ldu, w, l->kp, l->group_size, scale, (float*)t, 32);
   } else {
-    void (*const f[5])(const int32_t*, int64_t, const uint8_t*, int64_t, int64_t, const uint16_t*, const int8_t*,
-                       const float*, int64_t, float*, int64_t) = ISOFOLD_GEMVS(gz);
-    f[r](u, ldu, w, l->kp, l->group_size, scale, l->zero + at, b->usum + m * b->groups, b->groups, (float*)t, 32);
+    void (*const f[3][5])(const int32_t*, int64_t, const uint8_t*, int64_t, int64_t, const uint16_t*, const int8_t*,
+                          const float*, int64_t, float*, int64_t) = ISOFOLD_GEMVS_OF(gz);
+    f[l->bits - 2][r](u, ldu, w, l->kp, l->group_size, scale, l->zero + at, b->usum + m * b->groups, b->groups,
+                      (float*)t, 32);
   }
+#undef ISOFOLD_GEMVS_OF
 #undef ISOFOLD_GEMVS
 }
 
@@ -263,7 +275,7 @@ static inline void isofold_linear_run(const struct isofold_kernels* k, enum isof
   ISOFOLD_ALIGNED int8_t unpacked[2 * ISOFOLD_UNPACK * 16];
   ISOFOLD_ALIGNED float t[ISOFOLD_ROW_BLOCK * 32];
   int64_t all = isofold_linear_panels(l), blocks = isofold_ceildiv(all, 2), height = isofold_linear_row_block(l, c->m);
-  int64_t bytes = l->bits == 8 ? 16 * l->kp : 8 * l->kp;  // of a panel
+  int64_t bytes = 2 * l->bits * l->kp;  // of a panel
   struct isofold_linear_block b;
   b.k = k;
   b.l = l;
@@ -271,8 +283,10 @@ static inline void isofold_linear_run(const struct isofold_kernels* k, enum isof
   b.groups = isofold_linear_groups(l);
   b.usum_int = (const int32_t*)c->scratch;
   b.usum = (const float*)(b.usum_int + (b.usum_int ? c->m * b.groups : 0));
-  b.unit = l->bits == 4 && isa == ISOFOLD_V4 ? 16 : 1;
+  b.unit = isofold_linear_unit(l->bits, isa);
   isofold_linear_select(&b);
+  void (*unpack)(const uint8_t*, int64_t, int8_t*) =
+      l->bits == 4 ? k->unpack_int4 : l->bits == 3 ? k->unpack_int3 : k->unpack_int2;
   for (int64_t task = begin; task < end; ++task) {
     int64_t m0 = task / blocks * height, m1 = isofold_min(m0 + height, c->m);
     b.panel = task % blocks * 2;
@@ -294,15 +308,15 @@ static inline void isofold_linear_run(const struct isofold_kernels* k, enum isof
       }
     } else if (m1 - m0 <= (isa == ISOFOLD_V4 ? ISOFOLD_GEMV_ROWS : ISOFOLD_GEMV_ROWS_V3)) {
       for (int64_t p = 0; p < b.panels; ++p)
-        for (int64_t m = m0; m < m1; m += isofold_gemv4_rows(m1 - m))
-          isofold_linear_gemv4(&b, m, isofold_gemv4_rows(m1 - m), b.panel + p, t + (m - m0) * 32 + 16 * p);
+        for (int64_t m = m0; m < m1; m += isofold_gemv_rows(m1 - m))
+          isofold_linear_gemv(&b, m, isofold_gemv_rows(m1 - m), b.panel + p, t + (m - m0) * 32 + 16 * p);
       isofold_linear_finish(&b, m0, m1 - m0, t);
     } else {
       int64_t stride = tiles >= 8 ? 64 : 128;
       for (int64_t k0 = 0; k0 < l->kp; k0 += ISOFOLD_UNPACK) {
         int64_t inputs = isofold_min(ISOFOLD_UNPACK, l->kp - k0);
         for (int64_t p = 0; p < b.panels; ++p)
-          k->unpack_int4((const uint8_t*)w + p * bytes + k0 * 8, inputs / 8, unpacked + p * inputs * 16);
+          unpack((const uint8_t*)w + p * bytes + k0 * 2 * l->bits, inputs / 32, unpacked + p * inputs * 16);
         for (int64_t m = m0; m < m1;) {
           int64_t rows = isofold_tile_rows(m1 - m);
           const int8_t* ahead = next + isofold_min(((m - m0) / 8 * (l->kp / 32) + k0 / 32) * stride, 2 * bytes);

@@ -4,10 +4,11 @@ Identity: ``t[m, n] = sum_k x[m, k] scale[n, g(k)] (w[n, k] - zero[n, g(k)])``; 
 bias, activation and residual are the work of ``epilogue_g_*`` of linear.py (with s = 1, z = 0), which also
 owns the ragged edge in N.
 
-* Few rows (``float_gemv{bits}_{mode}_R``): a panel's 64-byte vector holds 4 (int4: 8) inputs of 16 features;
-  each input is moved to the top of its 32-bit lane and back (two shifts, the second one extends the sign),
-  converted, and multiplied by the broadcast activation. Weights are read once, 5-10 operations for each 16;
-  the sum over a block of 32 inputs is scaled once. Registers: 4 chains of sums, R scaled sums, a few temporaries.
+* Few rows (``float_gemv{bits}_{mode}_R``): a panel's 64-byte vector holds 4 (int4: 8, int2: 16) inputs of 16
+  features; each input is moved to the top of its 32-bit lane and back (two shifts, the second one extends the sign),
+  converted, and multiplied by the broadcast activation. 2 and 3 bits on v4: moved to the bottom, where a permutation
+  looks its value up (it reads 4 bits of the lane), one operation less. Weights are read once, 3-10 operations for each
+  16; the sum over a block of 32 inputs is scaled once. Registers: 4 chains of sums, R scaled sums, a few temporaries.
 * Many rows: ``float_unpack{bits}_{mode}`` dequantizes a chunk of two panels to ``[inputs, 32]`` float32 in
   the first-level cache, ``float_tile_R`` multiplies it by R rows: 2 R accumulators (16 for R = 8), 2 loads
   and R broadcasts for 2 R multiply-adds.
@@ -19,6 +20,7 @@ for v3.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -38,19 +40,50 @@ def _splat(value: float, dtype: str = "float32") -> Any:
     return T.broadcast(tirx.const(value, dtype), 16)
 
 
-def _inputs(word: Any, bits: int) -> list[Any]:
-    """An int32x16 of packed codes to float32x16 per input, in the order of k."""
-    values = []
-    for k in range(32 // bits):
-        at = 8 * k if bits == 8 else 8 * (k % 4) + 4 * (k // 4)
-        left = 32 - bits - at
-        top = word << _splat(left, "int32") if left else word
-        values.append(T.cast(top >> _splat(32 - bits, "int32"), "float32x16"))
-    return values
+def _values(isa: Isa, bits: int, fetch: Callable[[int], Any]) -> Iterator[tuple[int, Any]]:
+    """(input, its 16 codes as float32) of a block; ``fetch(i)`` is vector i of its ``bits`` vectors, as int32x16."""
+    if bits == 3:
+        words = []
+        for plane in range(3):
+            words.append(fetch(plane))
+            for half, at in enumerate((5, 2)):
+                yield from ((8 * plane + 4 * half + j, _value(isa, 3, words[plane], 8 * j + at)) for j in range(4))
+        low, sign = _splat(0x03030303, "int32"), _splat(0x04040404, "int32")
+        for i in range(2):
+            joined = bind((words[i] & low) | ((words[2] << _splat(2 - i, "int32")) & sign))
+            yield from ((24 + 4 * i + j, _value(isa, 3, joined, 8 * j)) for j in range(4))
+        return
+    per_word = 32 // bits
+    for i in range(bits):
+        word = fetch(i)
+        for k in range(per_word):
+            yield i * per_word + k, _value(isa, bits, word, 8 * (k % 4) + bits * (k // 4))
+
+
+def _value(isa: Isa, bits: int, word: Any, at: int) -> Any:
+    """The codes whose lowest bit is bit ``at`` of each word, as float32x16."""
+    if bits < 4 and isa.vnni:
+        index = word >> _splat(at, "int32") if at else word
+        return T.call_llvm_pure_intrin("float32x16", "llvm.x86.avx512.permvar.sf.512", _table(bits), index)
+    left = 32 - bits - at
+    top = word << _splat(left, "int32") if left else word
+    return T.cast(top >> _splat(32 - bits, "int32"), "float32x16")
+
+
+def _table(bits: int) -> Any:
+    """What each 4-bit index stands for when only its ``bits`` low bits count."""
+    away = _splat(32 - bits, "int32")
+    return T.cast((T.ramp(T.int32(0), T.int32(1), 16) << away) >> away, "float32x16")
 
 
 def _group_vector(buffer: Any, block: Any, blocks_per_group: Any) -> Any:
     return T.cast(load(buffer, block // blocks_per_group * 16), "float32x16")
+
+
+def _zero_vector(bits: int, zero: Any, block: Any, blocks_per_group: Any) -> Any:
+    """Zero points of a block's group in codes; those of 2 and 3 bits are stored in sixteenths."""
+    stored = _group_vector(zero, block, blocks_per_group)
+    return bind(stored * _splat(1 / 16) if bits < 4 else stored)
 
 
 def _gemv(bits: int, mode: str, rows: int, isa: Isa, *arguments: Any) -> None:
@@ -58,8 +91,6 @@ def _gemv(bits: int, mode: str, rows: int, isa: Isa, *arguments: Any) -> None:
     x, ldx, w, scale, *rest = arguments
     zero = rest.pop(0) if mode.endswith("z") else None
     begin, end, group, t, ldt = rest
-    vectors = BLOCK * bits // 32
-    per_word = 32 // bits
     grouped = mode.startswith("g")
     per_group = bind(group // BLOCK)
     ways = 4 // rows  # chains of multiply-adds in flight, each waits 4 cycles for itself
@@ -81,20 +112,21 @@ def _gemv(bits: int, mode: str, rows: int, isa: Isa, *arguments: Any) -> None:
     if not grouped:
         clear()
     with for_range(begin, end) as block:
-        zeros = None if zero is None else bind(_group_vector(zero, block, per_group))
+        zeros = None if zero is None else _zero_vector(bits, zero, block, per_group)
         if grouped:
             clear()
-        for v in range(vectors):
-            at = (block * vectors + v) * 64
+
+        def fetch(v: int, block: Any = block) -> Any:
+            at = (block * bits + v) * 64
             prefetch_stream(w, at)
-            word = bind(T.reinterpret("int32x16", load(w, at, 64)))
-            for k, value in enumerate(_inputs(word, bits)):
-                weight = bind(value if zeros is None else value - zeros)
-                column = (block - begin) * BLOCK + v * per_word + k
-                for r in range(rows):
-                    activation = T.broadcast(load(x, ldx * r + column, 1), 16)
-                    i = (r * ways + k % ways) * 16
-                    store(part, i, T.fma(activation, weight, load(part, i)))
+            return bind(T.reinterpret("int32x16", load(w, at, 64)))
+
+        for k, value in _values(isa, bits, fetch):
+            weight = bind(value if zeros is None else value - zeros)
+            for r in range(rows):
+                activation = T.broadcast(load(x, ldx * r + (block - begin) * BLOCK + k, 1), 16)
+                i = (r * ways + k % ways) * 16
+                store(part, i, T.fma(activation, weight, load(part, i)))
         if grouped:
             scales = bind(_group_vector(scale, block, per_group))
             for r in range(rows):
@@ -109,17 +141,17 @@ def _unpack(bits: int, mode: str, isa: Isa, *arguments: Any) -> None:
     w, scale, *rest = arguments
     zero = rest.pop(0) if mode.endswith("z") else None
     begin, end, group, out = rest
-    vectors = BLOCK * bits // 32
-    per_word = 32 // bits
     per_group = bind(group // BLOCK)
     with for_range(begin, end) as block:
         scales = bind(_group_vector(scale, block, per_group) if mode.startswith("g") else load(scale, 0))
-        zeros = None if zero is None else bind(_group_vector(zero, block, per_group))
-        for v in range(vectors):
-            word = bind(T.reinterpret("int32x16", load(w, (block * vectors + v) * 64, 64)))
-            for k, value in enumerate(_inputs(word, bits)):
-                centred = value if zeros is None else value - zeros
-                store(out, ((block - begin) * BLOCK + v * per_word + k) * 32, centred * scales)
+        zeros = None if zero is None else _zero_vector(bits, zero, block, per_group)
+
+        def fetch(v: int, block: Any = block) -> Any:
+            return bind(T.reinterpret("int32x16", load(w, (block * bits + v) * 64, 64)))
+
+        for k, value in _values(isa, bits, fetch):
+            centred = value if zeros is None else value - zeros
+            store(out, ((block - begin) * BLOCK + k) * 32, centred * scales)
 
 
 def _tile(rows: int, isa: Isa, x: Any, ldx: Any, w: Any, inputs: Any, t: Any, ldt: Any) -> None:
@@ -154,18 +186,17 @@ def _kernels() -> list[Kernel]:
         arrays = "scale: const f16*" if mode.startswith("g") else "scale: const f32*"
         arrays += ", zero: const i8*" if mode.endswith("z") else ""
         blocks = "begin: i64, end: i64, group: i64"
-        for bits in (8, 4):
+        for bits in (8, 4) if mode.startswith("pc") else (8, 4, 3, 2):
             for rows in GEMV_ROWS:
                 signature = f"x: const f32*, ldx: i64, w: const u8*, {arrays}, {blocks}, t: f32*, ldt: i64"
                 emit = partial(_gemv, bits, mode, rows)
-                kernels.append(Kernel(f"float_gemv{bits}_{mode}_{rows}", signature, emit, "linear_float"))
+                kernels.append(Kernel(f"float_gemv{bits}_{mode}_{rows}", signature, emit, f"linear_float{bits}"))
             signature = f"w: const u8*, {arrays}, {blocks}, out: f32*"
-            kernels.append(
-                Kernel(f"float_unpack{bits}_{mode}", signature, partial(_unpack, bits, mode), "linear_float")
-            )
+            emit = partial(_unpack, bits, mode)
+            kernels.append(Kernel(f"float_unpack{bits}_{mode}", signature, emit, f"linear_float{bits}"))
     for rows in ROWS:
         signature = "x: const f32*, ldx: i64, w: const f32*, inputs: i64, t: f32*, ldt: i64"
-        kernels.append(Kernel(f"float_tile_{rows}", signature, partial(_tile, rows), "linear_float"))
+        kernels.append(Kernel(f"float_tile_{rows}", signature, partial(_tile, rows), "linear_float8"))
     return kernels
 
 

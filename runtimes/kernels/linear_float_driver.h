@@ -31,26 +31,30 @@ static inline void isofold_float_gemv(const struct isofold_kernels* k, const str
   const uint8_t* w = (const uint8_t*)l->weight + panel * l->kp * 2 * l->bits;
   const float* channel = (const float*)l->scale + at;
   const uint16_t* scale = (const uint16_t*)l->scale + at;
-#define ISOFOLD_FLOAT_GEMVS(M) \
-  {{k->float_gemv4_##M##_4, k->float_gemv4_##M##_2, k->float_gemv4_##M##_1}, \
-   {k->float_gemv8_##M##_4, k->float_gemv8_##M##_2, k->float_gemv8_##M##_1}}
+#define ISOFOLD_FLOAT_GEMVS(B, M) {k->float_gemv##B##_##M##_4, k->float_gemv##B##_##M##_2, k->float_gemv##B##_##M##_1}
+#define ISOFOLD_FLOAT_CHANNEL(M) {ISOFOLD_FLOAT_GEMVS(4, M), ISOFOLD_FLOAT_GEMVS(8, M)}
+#define ISOFOLD_FLOAT_GROUPS(M) \
+  {ISOFOLD_FLOAT_GEMVS(2, M), ISOFOLD_FLOAT_GEMVS(3, M), ISOFOLD_FLOAT_GEMVS(4, M), ISOFOLD_FLOAT_GEMVS(8, M)}
+  int width = l->bits == 8 ? 3 : l->bits - 2;
   if (l->group_size == 0 && !l->zero) {
     void (*const f[2][3])(const float*, int64_t, const uint8_t*, const float*, int64_t, int64_t, int64_t, float*,
-                          int64_t) = ISOFOLD_FLOAT_GEMVS(pc);
+                          int64_t) = ISOFOLD_FLOAT_CHANNEL(pc);
     f[l->bits == 8][r](x, ldx, w, channel, begin, end, group, t, 32);
   } else if (l->group_size == 0) {
     void (*const f[2][3])(const float*, int64_t, const uint8_t*, const float*, const int8_t*, int64_t, int64_t, int64_t,
-                          float*, int64_t) = ISOFOLD_FLOAT_GEMVS(pcz);
+                          float*, int64_t) = ISOFOLD_FLOAT_CHANNEL(pcz);
     f[l->bits == 8][r](x, ldx, w, channel, l->zero + at, begin, end, group, t, 32);
   } else if (!l->zero) {
-    void (*const f[2][3])(const float*, int64_t, const uint8_t*, const uint16_t*, int64_t, int64_t, int64_t, float*,
-                          int64_t) = ISOFOLD_FLOAT_GEMVS(g);
-    f[l->bits == 8][r](x, ldx, w, scale, begin, end, group, t, 32);
+    void (*const f[4][3])(const float*, int64_t, const uint8_t*, const uint16_t*, int64_t, int64_t, int64_t, float*,
+                          int64_t) = ISOFOLD_FLOAT_GROUPS(g);
+    f[width][r](x, ldx, w, scale, begin, end, group, t, 32);
   } else {
-    void (*const f[2][3])(const float*, int64_t, const uint8_t*, const uint16_t*, const int8_t*, int64_t, int64_t,
-                          int64_t, float*, int64_t) = ISOFOLD_FLOAT_GEMVS(gz);
-    f[l->bits == 8][r](x, ldx, w, scale, l->zero + at, begin, end, group, t, 32);
+    void (*const f[4][3])(const float*, int64_t, const uint8_t*, const uint16_t*, const int8_t*, int64_t, int64_t,
+                          int64_t, float*, int64_t) = ISOFOLD_FLOAT_GROUPS(gz);
+    f[width][r](x, ldx, w, scale, l->zero + at, begin, end, group, t, 32);
   }
+#undef ISOFOLD_FLOAT_GROUPS
+#undef ISOFOLD_FLOAT_CHANNEL
 #undef ISOFOLD_FLOAT_GEMVS
 }
 
@@ -61,15 +65,20 @@ static inline void isofold_float_unpack(const struct isofold_kernels* k, const s
   const uint8_t* w = (const uint8_t*)l->weight + panel * l->kp * 2 * l->bits;
   const float* channel = (const float*)l->scale + at;
   const uint16_t* scale = (const uint16_t*)l->scale + at;
-  int wide = l->bits == 8;
-  if (l->group_size == 0 && !l->zero)
-    (wide ? k->float_unpack8_pc : k->float_unpack4_pc)(w, channel, begin, end, group, out);
-  else if (l->group_size == 0)
-    (wide ? k->float_unpack8_pcz : k->float_unpack4_pcz)(w, channel, l->zero + at, begin, end, group, out);
-  else if (!l->zero)
-    (wide ? k->float_unpack8_g : k->float_unpack4_g)(w, scale, begin, end, group, out);
-  else
-    (wide ? k->float_unpack8_gz : k->float_unpack4_gz)(w, scale, l->zero + at, begin, end, group, out);
+  int width = l->bits == 8 ? 3 : l->bits - 2;
+  if (l->group_size == 0 && !l->zero) {
+    (l->bits == 8 ? k->float_unpack8_pc : k->float_unpack4_pc)(w, channel, begin, end, group, out);
+  } else if (l->group_size == 0) {
+    (l->bits == 8 ? k->float_unpack8_pcz : k->float_unpack4_pcz)(w, channel, l->zero + at, begin, end, group, out);
+  } else if (!l->zero) {
+    void (*const f[4])(const uint8_t*, const uint16_t*, int64_t, int64_t, int64_t, float*) = {
+        k->float_unpack2_g, k->float_unpack3_g, k->float_unpack4_g, k->float_unpack8_g};
+    f[width](w, scale, begin, end, group, out);
+  } else {
+    void (*const f[4])(const uint8_t*, const uint16_t*, const int8_t*, int64_t, int64_t, int64_t, float*) = {
+        k->float_unpack2_gz, k->float_unpack3_gz, k->float_unpack4_gz, k->float_unpack8_gz};
+    f[width](w, scale, l->zero + at, begin, end, group, out);
+  }
 }
 
 // The last, partial block of rows m..m+rows with zeros behind it: [rows, 32].

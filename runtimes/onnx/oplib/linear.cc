@@ -106,12 +106,15 @@ OrtStatus* create_linear(void* memory, const Attributes& a) {
   ISOFOLD_TRY(a.get("gated", &gated));
   l.bits = int32_t(bits);
   l.gated = gated;
-  if (bits != 4 && bits != 8)
-    return fail(a.api, ORT_INVALID_ARGUMENT, "%s: attribute 'bits' is %lld; expected 4 or 8", a.op->name,
+  if (bits != 2 && bits != 3 && bits != 4 && bits != 8)
+    return fail(a.api, ORT_INVALID_ARGUMENT, "%s: attribute 'bits' is %lld; expected 2, 3, 4 or 8", a.op->name,
                 (long long)bits);
   if (l.group_size % 32 != 0)
     return fail(a.api, ORT_INVALID_ARGUMENT, "%s: attribute 'group_size' is %lld; expected 0 or a multiple of 32",
                 a.op->name, (long long)l.group_size);
+  if (bits < 4 && l.group_size == 0)
+    return fail(a.api, ORT_INVALID_ARGUMENT, "%s: attribute 'group_size' is 0; weights of %lld bits have groups",
+                a.op->name, (long long)bits);
   l.kp = ceil_to(kernel.k, l.group_size > 32 ? l.group_size : 32);
   return nullptr;
 }
@@ -128,8 +131,8 @@ OrtStatus* read_weights(const Context& c, const LinearInputs& at, isofold_linear
   ISOFOLD_TRY(c.input(at.zero, &zero));
   ISOFOLD_TRY(c.input(at.bias, &bias));
   int64_t panels = isofold_linear_panels(l), groups = isofold_linear_groups(l);
-  ISOFOLD_TRY(c.expect(at.weight, weight, l->bits == 8 ? ORT_INT8 : ORT_UINT8,
-                       shape_of(panels, l->kp / (l->bits == 8 ? 4 : 8), 16, 4)));
+  Shape packed = l->bits == 3 ? shape_of(panels, l->kp / 32, 3, 16, 4) : shape_of(panels, l->kp * l->bits / 32, 16, 4);
+  ISOFOLD_TRY(c.expect(at.weight, weight, l->bits == 8 ? ORT_INT8 : ORT_UINT8, packed));
   ISOFOLD_TRY(c.expect(at.scale, scale, l->group_size ? ORT_FLOAT16 : ORT_FLOAT, shape_of(panels, groups, 16)));
   ISOFOLD_TRY(c.expect(at.zero, zero, ORT_INT8, shape_of(panels, groups, 16)));
   ISOFOLD_TRY(c.expect(at.bias, bias, ORT_FLOAT, shape_of(l->gated ? 16 * panels : l->n)));
@@ -176,7 +179,7 @@ OrtStatus* compute_linear(void* memory, Context& c) {
   call.scratch = scratch.data;
   if (bytes)
     ISOFOLD_TRY(c.parallel(call.m, 0.04 * double(l.kp), [&](int64_t begin, int64_t end) {
-      isofold_linear_prepare(kernels, &l, &call, begin, end);
+      isofold_linear_prepare(kernels, isa, &l, &call, begin, end);
     }));
   int64_t tasks = isofold_linear_tasks(&l, call.m);
   double rows = double(isofold_linear_row_block(&l, call.m));

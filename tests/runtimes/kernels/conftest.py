@@ -29,7 +29,7 @@ const struct isofold_kernels* test_kernels(int isa) { return pick(isa); }
 int64_t test_tasks(const struct isofold_linear* l, int64_t m) { return isofold_linear_tasks(l, m); }
 int64_t test_scratch(const struct isofold_linear* l, int64_t m) { return isofold_linear_scratch_bytes(l, m); }
 void test_prepare(int isa, const struct isofold_linear* l, const struct isofold_linear_call* c, int64_t a, int64_t b) {
-  isofold_linear_prepare(pick(isa), l, c, a, b);
+  isofold_linear_prepare(pick(isa), (enum isofold_isa)isa, l, c, a, b);
 }
 void test_run(int isa, const struct isofold_linear* l, const struct isofold_linear_call* c, int64_t a, int64_t b) {
   isofold_linear_run(pick(isa), (enum isofold_isa)isa, l, c, a, b);

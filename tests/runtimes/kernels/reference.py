@@ -19,6 +19,9 @@ ACTIVATIONS = {
     "silu": F.silu,
 }
 
+FORMATS = [(bits, group) for bits in (8, 4, 3, 2) for group in (0, 32, 64, 128) if group or bits >= 4]
+"""(bits, group size) of all packed linears."""
+
 
 @dataclass
 class Case:
@@ -79,7 +82,10 @@ def random_case(
         if extreme:
             codes = torch.where(codes > 0, high, low).to(torch.int8)
         scale = torch.from_numpy(rng.uniform(0.001, 0.01, (n, groups)).astype(np.float32))
-        points = torch.from_numpy(rng.integers(low, high + 1, (n, groups), dtype=np.int8)) if zero else None
+        steps = packing.zero_steps(bits)
+        ends = (-128, 128) if steps > 1 else (low, high + 1)
+        points = torch.from_numpy(rng.integers(*ends, (n, groups), dtype=np.int8)) if zero else None
+        points = points / steps if points is not None and steps > 1 else points
         return codes, packing.storable_scale(scale, group_size)[0], points
 
     if gated:

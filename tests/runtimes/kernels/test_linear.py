@@ -13,7 +13,7 @@ from isofold.compiler.dialect.packing import unpack_codes
 from isofold.runtimes.kernels.math import ACTIVATIONS
 
 from .conftest import ISAS, Call, Linear, address, guarded
-from .reference import Case, random_case
+from .reference import FORMATS, Case, random_case
 
 TOLERANCE = 3e-7
 """A few float32 roundings, relative to the sum of the absolute values of the terms."""
@@ -87,8 +87,7 @@ def check(
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("group_size", [0, 32, 64, 128])
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("bits", "group_size"), FORMATS)
 @pytest.mark.parametrize("zero", [False, True], ids=["symmetric", "asymmetric"])
 def test_shapes(library: ctypes.CDLL, isa: str, bits: int, group_size: int, zero: bool) -> None:
     rng = np.random.default_rng(0)
@@ -103,7 +102,7 @@ def test_shapes(library: ctypes.CDLL, isa: str, bits: int, group_size: int, zero
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("bits", "group_size"), [(8, 0), (8, 128), (4, 0), (4, 32)])
+@pytest.mark.parametrize(("bits", "group_size"), [(8, 0), (8, 128), (4, 0), (4, 32), (3, 64), (2, 32)])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gated(library: ctypes.CDLL, isa: str, bits: int, group_size: int, activation: str) -> None:
     rng = np.random.default_rng(1)
@@ -115,8 +114,8 @@ def test_gated(library: ctypes.CDLL, isa: str, bits: int, group_size: int, activ
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("bits", "zero"), [(8, False), (8, True), (4, False), (4, True)])
-@pytest.mark.parametrize("group_size", [0, 32, 128])
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize(("bits", "group_size"), FORMATS)
 def test_no_saturation_at_the_extremes(
     library: ctypes.CDLL, isa: str, bits: int, zero: bool, group_size: int
 ) -> None:

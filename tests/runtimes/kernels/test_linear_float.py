@@ -12,15 +12,14 @@ import torch
 from isofold.runtimes.kernels.math import ACTIVATIONS
 
 from .conftest import ISAS, FloatCall, Linear, address, guarded
-from .reference import random_case
+from .reference import FORMATS, random_case
 
 TOLERANCE = 3e-6
 """Sums of up to a few thousand float32 products, relative to the sum of their absolute values."""
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("group_size", [0, 32, 64, 128])
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("bits", "group_size"), FORMATS)
 @pytest.mark.parametrize("zero", [False, True], ids=["symmetric", "asymmetric"])
 def test_against_decoder(library: ctypes.CDLL, isa: str, bits: int, group_size: int, zero: bool) -> None:
     rng = np.random.default_rng(0)
