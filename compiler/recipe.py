@@ -36,14 +36,23 @@ class _Strict(BaseModel):
 class WeightFormat(_Strict):
     """How a weight matrix is stored.
 
-    bits: 4 or 8. group_size: inputs that share a scale (0: the whole row). symmetric: no zero points.
+    bits: 2, 3, 4 or 8. group_size: inputs that share a scale (0: the whole row, not at 2 and 3 bits).
+    symmetric: no zero points; at 2 and 3 bits they are in sixteenths of a code, and worth their byte a group.
     range: how the scale is found, `absmax` (largest magnitude) or `mse` (least squared error over a grid).
     """
 
-    bits: Literal[4, 8] = 8
+    bits: Literal[2, 3, 4, 8] = 8
     group_size: Literal[0, 32, 64, 128] = 0
     symmetric: bool = True
     range: Literal["absmax", "mse"] = "mse"
+
+    @model_validator(mode="after")
+    def _few_bits_need_groups(self) -> WeightFormat:
+        if self.bits < 4 and self.group_size == 0:
+            raise ValueError(
+                f"weights of {self.bits} bits are stored in groups: group_size must be 32, 64 or 128"
+            )
+        return self
 
 
 class ActivationFormat(_Strict):
@@ -251,6 +260,8 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 _W8 = WeightFormat(bits=8)
 _W4 = WeightFormat(bits=4, group_size=32)
+_W3 = WeightFormat(bits=3, group_size=32, symmetric=False)
+_W2 = WeightFormat(bits=2, group_size=32, symmetric=False)
 _DYNAMIC = ActivationFormat(mode="dynamic")
 _DYNAMIC4 = ActivationFormat(mode="dynamic", bits=4)
 
@@ -279,6 +290,8 @@ PRESETS: dict[str, Recipe] = {
         _preset("w8a8", _W8, _DYNAMIC),
         _preset("w8a8-static", _W8, ActivationFormat(mode="static")),
         _preset("w4a8", _W4, _DYNAMIC),
+        _preset("w3a8", _W3, _DYNAMIC),
+        _preset("w2a8", _W2, _DYNAMIC),
         _preset("w4a4", _W4, _DYNAMIC4),
         _preset("w4a4kv4", _W4, _DYNAMIC4, kv=_KV4),
         _preset("w8a8-smooth", _W8, _DYNAMIC, fold=_SMOOTH),
@@ -288,6 +301,8 @@ PRESETS: dict[str, Recipe] = {
         _preset("w4a4kv4-learned", _W4, _DYNAMIC4, kv=_KV4, fold=_LEARNED),
         Recipe(name="w8a16", weights=_W8, embeddings=EmbeddingFormat()),
         Recipe(name="w4a16", weights=_W4, embeddings=EmbeddingFormat()),
+        Recipe(name="w3a16", weights=_W3, embeddings=EmbeddingFormat()),
+        Recipe(name="w2a16", weights=_W2, embeddings=EmbeddingFormat()),
     )
 }
 """Named recipes. `w` is the width of weights, `a` that of activations (a16: float), `kv` that of keys and

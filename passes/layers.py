@@ -7,7 +7,7 @@ by operator and edges; module paths only serve the recipe's globs and the report
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from ..compiler.dialect import dequantize_weight, quantize_dequantize
-from ..compiler.dialect.packing import LANES, alignment, ceil_to
+from ..compiler.dialect.packing import LANES, alignment, ceil_to, code_range, zeros_fit
 from ..compiler.editor import Editor
 from ..compiler.errors import InputError, RecipeError
 from ..compiler.graph import argument, dtype, module_path, place_of, shape
@@ -77,7 +77,8 @@ def quantized_weight(layer: Layer) -> fx.Node | None:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """The constants behind a `dequantize_weight`: codes int8, scale `[N, G]`, zero int8 or None.
+    """The constants behind a `dequantize_weight`: codes int8, scale `[N, G]`, zero int8 (float32 where not whole) or
+    None.
 
     node: the `get_attr` node of the codes.
     """
@@ -109,9 +110,15 @@ def codes_of(editor: Editor, layer: Layer) -> QuantizedWeight | str | None:
     return QuantizedWeight(node, codes, scale, zero, group_size)
 
 
-def fits_four_bits(codes: Tensor) -> bool:
-    """Whether the codes lie in -8..7 (decided by the codes, so that fused weights need no second record)."""
-    return bool((codes >= -8).all() and (codes <= 7).all())
+def narrowest_bits(quantized: QuantizedWeight, widths: Sequence[int]) -> int:
+    """The first of `widths` (8 where none) that holds the codes: decided by the codes, so that fused weights need no
+    second record. 2 and 3 bits are only for groups whose zero points they can store."""
+    for bits in widths:
+        low, high = code_range(bits, symmetric=False)
+        fits = bool((quantized.codes >= low).all() and (quantized.codes <= high).all())
+        if fits and (bits >= 4 or (quantized.group_size and zeros_fit(quantized.zero, bits))):
+            return bits
+    return 8
 
 
 def selected(editor: Editor, recipe: Recipe, kind: Kind) -> Iterator[tuple[Layer, Any, str | None]]:
@@ -185,9 +192,10 @@ def called(node: fx.Node) -> str:
 
 
 def group_size_for(sizes: tuple[int, ...], chosen: Any) -> int:
-    """Group size of a format on a weight of these sizes: 0 where one group would hold the whole row."""
+    """Group size of a format on a weight of these sizes: 0 where one group would hold the whole row, unless the layout
+    only has groups."""
     group_size = int(getattr(chosen, "group_size", 0))
-    return group_size if group_size < math.prod(sizes[1:]) else 0
+    return group_size if group_size < math.prod(sizes[1:]) or chosen.bits < 4 else 0
 
 
 def set_argument(node: fx.Node, name: str, new: fx.Node) -> None:

@@ -17,7 +17,7 @@ from ..compiler.dialect import embedding_packed
 from ..compiler.dialect.packing import pack_embedding_codes
 from ..compiler.editor import Editor
 from ..compiler.passes import Guarantee, define_pass
-from .layers import QuantizedWeight, codes_of, constant_name, fits_four_bits, layers
+from .layers import QuantizedWeight, codes_of, constant_name, layers, narrowest_bits
 
 
 @define_pass(Guarantee.REAL)
@@ -36,7 +36,7 @@ def pack_quantized_tables(editor: Editor) -> Iterator[tuple[fx.Node, dict[str, A
             editor.refused(layer.node, quantized)
         if not isinstance(quantized, QuantizedWeight):
             continue
-        bits = 4 if fits_four_bits(quantized.codes) else 8
+        bits = narrowest_bits(quantized, (4,))
         if layer.weight not in packed:
             packed[layer.weight] = _pack(editor, quantized, bits)
         nodes = packed[layer.weight]

@@ -21,7 +21,7 @@ from ..compiler.dialect.packing import PackedLinear, alignment, ceil_to, pack_li
 from ..compiler.editor import Editor
 from ..compiler.graph import argument
 from ..compiler.passes import Guarantee, define_pass
-from .layers import Layer, QuantizedWeight, codes_of, constant_name, fits_four_bits, is_call_of, layers
+from .layers import Layer, QuantizedWeight, codes_of, constant_name, is_call_of, layers, narrowest_bits
 
 
 @define_pass(Guarantee.REAL)
@@ -113,7 +113,7 @@ def _width(layer: Layer) -> str:
 
 
 def _pack(editor: Editor, quantized: QuantizedWeight) -> tuple[PackedLinear, dict[str, fx.Node]]:
-    bits = 4 if fits_four_bits(quantized.codes) else 8
+    bits = narrowest_bits(quantized, (2, 3, 4))
     matrix = pack_linear(quantized.codes, quantized.scale, quantized.zero, bits, quantized.group_size)
     tensors = {
         "packed": matrix.weight,

@@ -57,7 +57,7 @@ class PackedRows:
     """Output features of a packed linear: each tensor has one entry for each of them in dimension 0."""
 
     weight: Tensor
-    """Bytes `[N, C, 4]`."""
+    """Bytes `[N, C, 4]`, int3 `[N, C, 3, 4]`."""
     scale: Tensor
     """`[N, G]`, as stored."""
     zero: Tensor | None
@@ -92,7 +92,7 @@ def read_rows(editor: Editor, linear: fx.Node) -> PackedRows | None:
     assert weight is not None
     assert scale is not None
     rows = PackedRows(
-        weight.permute(0, 2, 1, 3).flatten(0, 1),
+        weight.movedim(-2, 1).flatten(0, 1),
         scale.permute(0, 2, 1).flatten(0, 1),
         None if zero is None else zero.permute(0, 2, 1).flatten(0, 1),
         parts["wsum"],
@@ -146,7 +146,7 @@ def write_rows(editor: Editor, linears: Sequence[fx.Node], rows: PackedRows) -> 
     count = len(rows.weight)
     whole = rows.map(lambda t: F.pad(t, [0, 0] * (t.dim() - 1) + [0, ceil_to(count, LANES) - count]))
     tensors = {
-        "weight": whole.weight.unflatten(0, (-1, LANES)).permute(0, 2, 1, 3),
+        "weight": whole.weight.unflatten(0, (-1, LANES)).movedim(1, -2),
         "scale": whole.scale.unflatten(0, (-1, LANES)).permute(0, 2, 1),
         "zero": None if whole.zero is None else whole.zero.unflatten(0, (-1, LANES)).permute(0, 2, 1),
         "wsum": whole.wsum,

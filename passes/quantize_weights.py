@@ -1,4 +1,4 @@
-"""Linears read a weight rounded to 4 or 8 bits: `W → dequantize_weight(codes, scale, zero)`.
+"""Linears read a weight rounded to 2, 3, 4 or 8 bits: `W → dequantize_weight(codes, scale, zero)`.
 
     y = x W^T + b   →   y = x (scale (w - zero))^T + b
 

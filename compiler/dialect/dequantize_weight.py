@@ -20,5 +20,6 @@ from .packing import dequantize
     ),
 )
 def dequantize_weight(codes: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:
-    """codes int8 `[N, ...]`, scale `[N, G]`, zero int8 `[N, G]` or None → weight with the shape of codes."""
+    """codes int8 `[N, ...]`, scale `[N, G]`, zero `[N, G]` (int8; float32 where not whole) or None → weight with the
+    shape of codes."""
     return dequantize(codes, scale, zero, group_size)

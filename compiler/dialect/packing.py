@@ -153,10 +153,8 @@ def unpack_codes(packed: Tensor, n: int, k: int, bits: int) -> Tensor:
     if bits == 8:
         return packed.permute(0, 2, 1, 3).reshape(blocks * LANES, -1)[:n, :k].contiguous()
     mask, sign = (1 << bits) - 1, 1 << (bits - 1)
-    if bits == 3:
-        unsigned = _unpack_int3(packed)
-    else:
-        unsigned = [(packed >> (bits * q)) & mask for q in range(8 // bits)]
+    fields = (packed >> (bits * q) for q in range(8 // bits))
+    unsigned = _unpack_int3(packed) if bits == 3 else [field & mask for field in fields]
     signed = torch.stack([(code.to(torch.int8) ^ sign) - sign for code in unsigned], dim=2)
     return signed.permute(0, 3, 1, 2, 4).reshape(blocks * LANES, -1)[:n, :k].contiguous()
 
@@ -178,7 +176,8 @@ def unpack_groups(packed: Tensor, n: int, k: int, group_size: int) -> Tensor:
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:
     """`scale * (codes - zero)` with groups along the last dimension of the flattened codes.
 
-    codes int8 `[N, K]` or `[O, C, ...]`; scale and zero `[N, G]` (zero in codes, of any dtype). Result has the dtype of scale.
+    codes int8 `[N, K]` or `[O, C, ...]`; scale and zero `[N, G]`, of any dtype. Result has the dtype
+    of scale.
     """
     flat = codes.flatten(1).to(scale.dtype)
     k = flat.shape[1]
@@ -239,17 +238,24 @@ def pack_linear(
     )
 
 
+def zeros_fit(zero: Tensor | None, bits: int) -> bool:
+    """Whether the layout can store these zero points (in codes) exactly."""
+    if zero is None:
+        return True
+    stored = zero.to(torch.float32) * zero_steps(bits)
+    return bool((stored == stored.round()).all() and (stored >= -128).all() and (stored <= 127).all())
+
+
 def _stored_zero(zero: Tensor, bits: int) -> Tensor:
     """Zero points as they are stored: int8, `zero_steps(bits)` to a code."""
     steps = zero_steps(bits)
-    stored = zero.to(torch.float32) * steps
-    if not (torch.equal(stored, stored.round()) and int(stored.min()) >= -128 and int(stored.max()) <= 127):
+    if not zeros_fit(zero, bits):
         raise InputError(
             "Zero points are not representable in the packed layout",
             expected=f"multiples of 1/{steps} in {-128 / steps:g}..{127 / steps:g}",
             got=f"{float(zero.min()):g}..{float(zero.max()):g}",
         )
-    return stored.to(torch.int8)
+    return (zero.to(torch.float32) * steps).to(torch.int8)
 
 
 def unpack_weight(

@@ -7,8 +7,8 @@ every feature.
 * v4: one ``vpdpbusd``.
 * v3, any int8 weight (``wide``): ``vpmaddubsw`` would saturate (255 * 127 * 2 > 32767), so even and odd bytes
   are widened to 16 bits and each pair is multiplied by ``vpmaddwd``, which is exact.
-* v3, weights of 4 bits and fewer (``small``, codes in -8..7): ``vpmaddubsw`` cannot saturate, and neither can the 16-bit sum
-  of eight of them (8 * 2 * 255 * 8 = 32640 < 32768); one ``vpmaddwd`` by ones widens that sum.
+* v3, weights of at most 4 bits (``small``, codes in -8..7): ``vpmaddubsw`` cannot saturate, and neither can the
+  16-bit sum of eight of them (8 * 2 * 255 * 8 = 32640 < 32768); one ``vpmaddwd`` by ones widens that sum.
 
 Four-bit codes come out of a byte as ``16 w`` on v4 (a shift and a mask; a mask alone for the high nibble) and
 as ``w`` on v3 (where 16 w would overflow the 16-bit sums); the scale absorbs the factor. `codec.py` has the other

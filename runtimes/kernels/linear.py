@@ -491,7 +491,9 @@ def _kernels() -> list[Kernel]:
             signature = f"u: const i32*, ldu: i64, w: const u8*, inputs: i64{extra.replace(', lds: i64', '')}"
             signature += f", {t}, ldt: i64"
             emit = partial(_gemv, codec, mode, rows)
-            kernels.append(Kernel(f"gemv{codec.bits}_{mode}_{rows}", signature, emit, f"linear_gemv{codec.bits}"))
+            kernels.append(
+                Kernel(f"gemv{codec.bits}_{mode}_{rows}", signature, emit, f"linear_gemv{codec.bits}")
+            )
     unpack = "packed: const u8*, blocks: i64, out: i8*"
     kernels += [
         Kernel(f"unpack_int{codec.bits}", unpack, partial(_unpack, codec), f"linear_gemv{codec.bits}")

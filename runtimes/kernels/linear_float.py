@@ -47,7 +47,9 @@ def _values(isa: Isa, bits: int, fetch: Callable[[int], Any]) -> Iterator[tuple[
         for plane in range(3):
             words.append(fetch(plane))
             for half, at in enumerate((5, 2)):
-                yield from ((8 * plane + 4 * half + j, _value(isa, 3, words[plane], 8 * j + at)) for j in range(4))
+                yield from (
+                    (8 * plane + 4 * half + j, _value(isa, 3, words[plane], 8 * j + at)) for j in range(4)
+                )
         low, sign = _splat(0x03030303, "int32"), _splat(0x04040404, "int32")
         for i in range(2):
             joined = bind((words[i] & low) | ((words[2] << _splat(2 - i, "int32")) & sign))
@@ -190,7 +192,9 @@ def _kernels() -> list[Kernel]:
             for rows in GEMV_ROWS:
                 signature = f"x: const f32*, ldx: i64, w: const u8*, {arrays}, {blocks}, t: f32*, ldt: i64"
                 emit = partial(_gemv, bits, mode, rows)
-                kernels.append(Kernel(f"float_gemv{bits}_{mode}_{rows}", signature, emit, f"linear_float{bits}"))
+                kernels.append(
+                    Kernel(f"float_gemv{bits}_{mode}_{rows}", signature, emit, f"linear_float{bits}")
+                )
             signature = f"w: const u8*, {arrays}, {blocks}, out: f32*"
             emit = partial(_unpack, bits, mode)
             kernels.append(Kernel(f"float_unpack{bits}_{mode}", signature, emit, f"linear_float{bits}"))

@@ -24,7 +24,7 @@ import torch
 
 from ...compiler.dialect import ONNX_DOMAIN, OPERATORS
 from ...compiler.dialect.element_formats import element_format, scale_values
-from ...compiler.dialect.packing import LANES, ceil_to
+from ...compiler.dialect.packing import LANES, ceil_to, zero_steps
 from ...compiler.dialect.quantization import levels
 from ...compiler.errors import UnsupportedError
 from ...compiler.hadamard import steps
@@ -127,6 +127,16 @@ def _quantize_activation(body: Body, call: Call, x: ir.Value) -> Results:
     return body.cast(codes, ir.DataType.UINT8), pair
 
 
+def _byte(body: Body, value: int) -> ir.Value:
+    return body.constant(np.array(value, dtype=np.uint8))
+
+
+def _field(body: Body, packed: ir.Value, low: int, width: int) -> ir.Value:
+    """Bits low..low+width-1 of each byte."""
+    shifted = packed if low == 0 else body("BitShift", packed, _byte(body, low), direction="RIGHT")
+    return shifted if low + width == 8 else body("BitwiseAnd", shifted, _byte(body, (1 << width) - 1))
+
+
 def _nibbles(body: Body, packed: ir.Value, axis: int) -> ir.Value:
     """Low and high nibbles stacked along a new axis, as uint8 of value code + 8."""
     eight, fifteen, four = (body.constant(np.array(v, dtype=np.uint8)) for v in (8, 15, 4))
@@ -139,29 +149,49 @@ def _weight(body: Body, call: Call, rows: int, k: int) -> ir.Value:
     """The decoded matrix float32 `[rows, k]`."""
     bits, group = call.attributes.get("bits", 8), call.attributes.get("group_size", 0)
     multiplier = call.attributes.get("scale_multiplier", 1.0)
-    blocks, steps = call.size("weight", 0), call.size("weight", 1)
-    if bits == 8:
-        ordered = body.reshape(body.transpose(call["weight"], 0, 2, 1, 3), blocks * LANES, steps * 4)
-        codes = body.floats(ordered)
-    else:
-        ordered = body.transpose(_nibbles(body, call["weight"], 2), 0, 3, 1, 2, 4)
-        codes = body("Sub", body.floats(body.reshape(ordered, blocks * LANES, steps * 8)), body.real(8.0))
-    width = steps * (4 if bits == 8 else 8)
+    padded = call.size("weight", 0) * LANES
+    codes, width = _codes(body, call, bits, padded)
 
     def per_group(name: str) -> ir.Value:
         values = body.transpose(body.floats(call[name]), 0, 2, 1)
-        return body.reshape(values, blocks * LANES, call.size(name, 1), 1)
+        return body.reshape(values, padded, call.size(name, 1), 1)
 
-    codes = body.reshape(codes, blocks * LANES, width // group if group else 1, group or width)
+    codes = body.reshape(codes, padded, width // group if group else 1, group or width)
     if call.inputs.get("zero") is not None:
-        codes = body("Sub", codes, per_group("zero"))
+        zero = per_group("zero")
+        if zero_steps(bits) > 1:
+            zero = body("Mul", zero, body.real(1 / zero_steps(bits)))
+        codes = body("Sub", codes, zero)
     scale = per_group("scale")
     if multiplier != 1.0:
         scale = body("Mul", scale, body.real(multiplier))
-    matrix = body.reshape(body("Mul", codes, scale), blocks * LANES, width)
+    matrix = body.reshape(body("Mul", codes, scale), padded, width)
     if width != k:
         matrix = body.slice(matrix, 0, k, 1)
-    return matrix if blocks * LANES == rows else body.slice(matrix, 0, rows, 0)
+    return matrix if padded == rows else body.slice(matrix, 0, rows, 0)
+
+
+def _codes(body: Body, call: Call, bits: int, rows: int) -> tuple[ir.Value, int]:
+    """The codes of all padded rows as floats, `[rows, Kp]` up to a reshape, and Kp."""
+    weight, blocks = call["weight"], call.size("weight", 1)
+    if bits == 8:
+        return body.floats(body.reshape(body.transpose(weight, 0, 2, 1, 3), rows, blocks * 4)), blocks * 4
+
+    if bits == 3:
+        planes = [
+            body("Gather", weight, body.constant(np.array(p, dtype=np.int64)), axis=2) for p in range(3)
+        ]
+        steps = [_field(body, plane, low, 3) for plane in planes for low in (5, 2)]
+        for i in range(2):
+            sign = body("BitShift", _field(body, planes[2], i, 1), _byte(body, 2), direction="LEFT")
+            steps.append(body("BitwiseOr", _field(body, planes[i], 0, 2), sign))
+    else:
+        steps = [_field(body, weight, bits * q, bits) for q in range(8 // bits)]
+    half = 1 << (bits - 1)
+    shifted = body("BitwiseXor", body.stack(steps, 2), _byte(body, half))  # two's complement: code + half
+    ordered = body.transpose(shifted, 0, 3, 1, 2, 4)
+    width = blocks * len(steps) * 4
+    return body("Sub", body.floats(body.reshape(ordered, rows, width)), body.real(float(half))), width
 
 
 def _decoded(body: Body, call: Call, codes: ir.Value) -> ir.Value:
@@ -189,29 +219,24 @@ def _coded_weight(body: Body, call: Call, rows: int, k: int) -> ir.Value:
     blocks, steps = call.size("weight", 0), call.size("weight", 1)
     packed = call["weight"]
 
-    def byte(value: int) -> ir.Value:
-        return body.constant(np.array(value, dtype=np.uint8))
-
-    def field(x: ir.Value, shift: int, mask: int) -> ir.Value:
-        moved = body("BitShift", x, byte(shift), direction="RIGHT") if shift else x
-        return body("BitwiseAnd", moved, byte(mask))
-
     if form.bits == 8:
         width = steps * 2
         codes = body.reshape(body.transpose(packed, 0, 2, 1, 3), blocks * LANES, width)
     elif form.bits == 4:
         width = steps * 8
-        both = body.stack([field(packed, 0, 15), field(packed, 4, 15)], 2)
+        both = body.stack([_field(body, packed, low, 4) for low in (0, 4)], 2)
         codes = body.reshape(body.transpose(both, 0, 3, 1, 2, 4), blocks * LANES, width)
     else:
         width = steps // 3 * 8
         words = body.transpose(body.reshape(packed, blocks, steps // 3, 3, LANES, 2), 0, 3, 1, 2, 4)
         words = body.reshape(words, blocks * LANES, steps // 3, 6)
         pairs, top = body.slice(words, 0, 4, 2), body.slice(words, 4, 6, 2)
-        low = body.reshape(body.stack([field(pairs, 0, 15), field(pairs, 4, 15)], 3), blocks * LANES, width)
-        parts = [field(top, shift, 3) for shift in (0, 2, 4, 6)]
+        low = body.reshape(
+            body.stack([_field(body, pairs, low, 4) for low in (0, 4)], 3), blocks * LANES, width
+        )
+        parts = [_field(body, top, low, 2) for low in (0, 2, 4, 6)]
         high = body.reshape(body.stack(parts, 3), blocks * LANES, width)
-        codes = body("BitwiseOr", low, body("BitShift", high, byte(4), direction="LEFT"))
+        codes = body("BitwiseOr", low, body("BitShift", high, _byte(body, 4), direction="LEFT"))
     values = _decoded(body, call, codes)
     values = body.reshape(values, blocks * LANES, width // group if group else 1, group or width)
     scale = _decoded_scale(body, call, body.transpose(call["scale"], 0, 2, 1))
@@ -469,8 +494,17 @@ def quantize_dequantize(call: Call, body: Body) -> Results:
 
 
 def dequantize_weight(call: Call, body: Body) -> Results:
-    """`dequantize_weight`: ONNX's own DequantizeLinear, in blocks where there are groups."""
+    """`dequantize_weight`: ONNX's own DequantizeLinear, in blocks where there are groups, unless zero points are not
+    whole."""
     codes, scale, zero, group = call["codes"], call["scale"], call.get("zero"), call.attributes["group_size"]
+    if zero is not None and zero.dtype == ir.DataType.FLOAT:
+        rows, width = (call.size("codes", axis) for axis in (0, 1))
+        spread = [
+            body.slice(body.reshape(body("Expand", body("Unsqueeze", v, body.ints(-1)), body.ints(1, 1, group)),
+                                    rows, call.size(name, 1) * group), 0, width, 1)
+            for name, v in (("zero", zero), ("scale", scale))
+        ]  # fmt: skip
+        return (body("Mul", body("Sub", body.floats(codes), spread[0]), spread[1]),)
     if group:
         return (body("DequantizeLinear", codes, scale, zero, axis=1, block_size=group),)
     flat = [None if v is None else body.reshape(v, call.size("codes", 0)) for v in (scale, zero)]

@@ -86,6 +86,8 @@ BAD: list[tuple[Any, str]] = [
         {"convolutions": {}, "activations": {"bits": 4}},
         r"inputs of quantized linears, but weights are float everywhere",
     ),
+    ({"weights": {"bits": 2}}, r"weights: .*2 bits are stored in groups: group_size must be 32, 64 or 128"),
+    ({"embeddings": {"bits": 3}}, r"embeddings.bits: .*got 3"),
     ({"kv": {"bits": 2}}, r"kv.bits: .*got 2"),
     ({"kv": {"granularity": "tensor"}}, r"kv.granularity: no such field"),
     ({"convolutions": {}}, r"activations.mode must not be float"),

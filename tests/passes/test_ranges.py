@@ -8,10 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isofold.compiler.dialect.packing import code_range, pack_linear, storable_scale
-from isofold.passes.ranges import dequantized, quantize_matrix
+from isofold.passes.ranges import dequantized, quantize_matrix, requantized
 
-BITS = st.sampled_from([4, 8])
-GROUP = st.sampled_from([0, 32, 64, 128])
+FORMAT = st.sampled_from([(b, g) for b in (2, 3, 4, 8) for g in (0, 32, 64, 128) if g or b >= 4])
 
 
 def matrix(n: int, k: int, seed: int) -> torch.Tensor:
@@ -26,14 +25,14 @@ def matrix(n: int, k: int, seed: int) -> torch.Tensor:
 @given(
     n=st.integers(1, 20),
     k=st.integers(1, 200),
-    bits=BITS,
-    group_size=GROUP,
+    form=FORMAT,
     symmetric=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_absmax_is_within_half_a_step_and_packs(
-    n: int, k: int, bits: int, group_size: int, symmetric: bool, seed: int
+    n: int, k: int, form: tuple[int, int], symmetric: bool, seed: int
 ) -> None:
+    bits, group_size = form
     weight = matrix(n, k, seed)
     found = quantize_matrix(
         weight, bits=bits, group_size=group_size, symmetric=symmetric, search="absmax", storable=True
@@ -53,8 +52,9 @@ def test_absmax_is_within_half_a_step_and_packs(
 
 
 @settings(deadline=None, max_examples=40)
-@given(bits=BITS, group_size=GROUP, symmetric=st.booleans(), seed=st.integers(0, 99))
-def test_the_search_never_loses_to_absmax(bits: int, group_size: int, symmetric: bool, seed: int) -> None:
+@given(form=FORMAT, symmetric=st.booleans(), seed=st.integers(0, 99))
+def test_the_search_never_loses_to_absmax(form: tuple[int, int], symmetric: bool, seed: int) -> None:
+    bits, group_size = form
     weight = matrix(7, 150, seed)
     errors = [
         quantize_matrix(
@@ -74,12 +74,28 @@ def test_the_search_gains_at_four_bits() -> None:
     assert searched < 0.87 * plain
 
 
-def test_zero_rows_constant_rows_and_tiny_groups() -> None:
+@pytest.mark.parametrize(("bits", "without", "within"), [(2, 0.34, 0.3), (3, 0.165, 0.147)])
+def test_few_bits_gain_by_zero_points_between_codes(bits: int, without: float, within: float) -> None:
+    weight = torch.randn(64, 768, generator=torch.Generator().manual_seed(0))
+    plain, centred = (
+        quantize_matrix(weight, bits=bits, group_size=32, symmetric=symmetric, search="mse", storable=True)
+        for symmetric in (True, False)
+    )
+    assert plain.error < without
+    assert centred.error < within
+    assert centred.zero is not None
+    assert torch.equal(centred.zero * 16, (centred.zero * 16).round())
+    again = requantized(weight, centred, bits=bits, group_size=32)
+    assert torch.equal(again, dequantized(centred, 32))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_zero_rows_constant_rows_and_tiny_groups(bits: int) -> None:
     weight = torch.zeros(4, 64)
     weight[1], weight[2], weight[3, :32], weight[3, 32:] = 3.0, -3.0, 1e-9, 1.0
     for symmetric in (True, False):
         found = quantize_matrix(
-            weight, bits=4, group_size=32, symmetric=symmetric, search="mse", storable=True
+            weight, bits=bits, group_size=32, symmetric=symmetric, search="mse", storable=True
         )
         again = dequantized(found, 32)
         assert not again[0].any()

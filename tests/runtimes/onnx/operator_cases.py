@@ -35,6 +35,8 @@ def packed(random: _Random, rows: int, k: int, bits: int, group: int, zero: bool
     groups = -(-k // group) if group else 1
     scale, _ = packing.storable_scale(random.normal(rows, groups).abs() * 0.02 + 0.001, group)
     zeros = random.integers(-5, 6, rows, groups).to(torch.int8) if zero else None
+    if zeros is not None and packing.zero_steps(bits) > 1:
+        zeros = random.integers(-80, 81, rows, groups) / packing.zero_steps(bits)
     return packing.pack_linear(codes, scale, zeros, bits, group)
 
 
@@ -50,7 +52,7 @@ def cases() -> Iterator[Case]:
 
 
 def _linears() -> Iterator[Case]:
-    formats = [(8, 0), (8, 32), (4, 32), (4, 64), (4, 128)]
+    formats = [(8, 0), (8, 32), (4, 32), (4, 64), (4, 128), (3, 32), (3, 128), (2, 32), (2, 64)]
     for index, ((bits, group), zero, bias, residual) in enumerate(product(formats, *[(False, True)] * 3)):
         activation = ("none", "relu", "gelu", "gelu_tanh", "silu")[index % 5]
         gated, k = index % 3 == 2, (70, 96, 131)[index % 3]
@@ -61,9 +63,12 @@ def _linears() -> Iterator[Case]:
     yield _linear(90, 1, 1, 8, 0, False, True, False, "none", False, static=False)
     yield _linear(91, 16, 5, 4, 128, True, True, True, "none", False, static=False)
     yield _linear(92, 32, 64, 4, 32, False, True, True, "silu", True, static=False)
-    floating = [(70, 4, False), (131, 8, True), (96, 4, True), (64, 8, False)]
+    yield _linear(97, 3, 5, 2, 64, True, True, False, "none", False, static=True)
+    yield _linear(98, 17, 33, 3, 32, True, False, True, "gelu", True, static=False)
+    floating = [(70, 4, False), (131, 8, True), (96, 4, True), (64, 8, False), (45, 2, False), (131, 3, True)]
+    floating += [(70, 3, False), (96, 2, True)]
     for i, (k, bits, gated) in enumerate(floating):
-        yield _floating(_linear(93 + i, 37, k, bits, 32, i % 2 == 1, i > 1, i == 3, "gelu", gated, False))
+        yield _floating(_linear(99 + i, 37, k, bits, 32, i % 2 == 1, i > 1, i == 3, "gelu", gated, False))
 
 
 def _linear(
@@ -322,6 +327,16 @@ def _elementwise() -> Iterator[Case]:
                 "group_size": group,
             },
         )
+    yield (
+        "dequantize_weight",
+        "g32-zero-between-codes",
+        {
+            "codes": random.integers(-2, 2, 6, 45).to(torch.int8),
+            "scale": random.normal(6, 2),
+            "zero": random.integers(-128, 128, 6, 2) / 16,
+            "group_size": 32,
+        },
+    )
     yield (
         "dequantize_weight",
         "convolution",

@@ -33,7 +33,16 @@ def test_uncompressed_models_equal_pytorch_at_other_sizes(name: str, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("name", "recipe"), [("bert", "w8a8"), ("llama", "w8a8"), ("bert", "w4a4"), ("llama", "w4a4kv4")]
+    ("name", "recipe"),
+    [
+        ("bert", "w8a8"),
+        ("llama", "w8a8"),
+        ("bert", "w4a4"),
+        ("llama", "w4a4kv4"),
+        ("llama", "w2a8"),
+        ("bert", "w3a8"),
+        ("bert", "w2a16"),
+    ],
 )
 def test_compressed_models_agree_with_and_without_the_library(
     name: str, recipe: str, tmp_path: Path, library: str

@@ -16,11 +16,13 @@ from isofold.compiler.dialect.packing import (
     interleave_gated,
     pack_linear,
     storable_scale,
+    zero_steps,
 )
 
 Run = Callable[..., list[Tensor]]
 Check = Callable[..., None]
 WEIGHTS = ("weight", "scale", "zero", "wsum", "bias")
+FORMATS = [(b, g) for b in (2, 3, 4, 8) for g in (0, 32, 128) if g or b >= 4]
 
 
 def random_codes(
@@ -31,6 +33,8 @@ def random_codes(
     codes = torch.randint(low, high + 1, (n, k), dtype=torch.int8)
     scale, _ = storable_scale(torch.rand(n, groups) * 0.02 + 0.001, group_size)
     zero = torch.randint(-5, 6, (n, groups), dtype=torch.int8) if asymmetric else None
+    if zero is not None and zero_steps(bits) > 1:
+        zero = torch.randint(-80, 81, (n, groups)) / zero_steps(bits)
     return codes, scale, zero
 
 
@@ -90,8 +94,7 @@ def test_quantize_activation_is_the_reference_bit_for_bit(
     assert torch.equal(params, expected_params)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("group_size", [0, 32, 128])
+@pytest.mark.parametrize(("bits", "group_size"), FORMATS)
 @pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize("rows", [1, 3, 21])
 def test_packed_linear_formats(check: Check, bits: int, group_size: int, asymmetric: bool, rows: int) -> None:
@@ -104,13 +107,16 @@ def test_packed_linear_formats(check: Check, bits: int, group_size: int, asymmet
 def test_packed_linear_epilogues(check: Check, activation: str, gated: bool) -> None:
     options = {"activation": activation, "gated": gated, "residual": True}
     check("linear_packed", linear_arguments((2, 9), 40, 64, 8, 0, **options), constants=WEIGHTS)  # type: ignore[arg-type] # one dict
-    check("linear_packed", linear_arguments((1, 2), 33, 96, 4, 32, **options), constants=WEIGHTS)  # type: ignore[arg-type] # one dict
+    for bits in (4, 3, 2):
+        check("linear_packed", linear_arguments((1, 2), 33, 96, bits, 32, **options), constants=WEIGHTS)  # type: ignore[arg-type] # one dict
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2, 8])
 @pytest.mark.parametrize("rows", [1, 128, 200])
 def test_packed_linear_larger_with_threads(check: Check, rows: int, threads: int) -> None:
-    check("linear_packed", linear_arguments((rows,), 300, 1100, 4, 32), constants=WEIGHTS, threads=threads)
+    for bits, asymmetric in ((4, False), (3, True), (2, True)):
+        arguments = linear_arguments((rows,), 300, 1100, bits, 32, asymmetric=asymmetric)
+        check("linear_packed", arguments, constants=WEIGHTS, threads=threads)
     arguments = linear_arguments((rows,), 300, 1100, 8, 0, asymmetric=True)
     check("linear_packed", arguments, constants=WEIGHTS, threads=threads)
 
@@ -126,8 +132,7 @@ def test_packed_linear_of_no_rows(run_operator: Run) -> None:
     assert run_operator("linear_packed", arguments, constants=WEIGHTS)[0].shape == (0, 3, 48)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("group_size", [0, 64])
+@pytest.mark.parametrize(("bits", "group_size"), FORMATS)
 @pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize("rows", [1, 17])
 def test_packed_linear_float(check: Check, bits: int, group_size: int, asymmetric: bool, rows: int) -> None:
