@@ -212,6 +212,8 @@ def _weights(captured: Any, report: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _becomes(row: Mapping[str, Any]) -> str:
     groups = f"groups of {row['group_size']}" if row["group_size"] else "one scale a row"
     error = f", error {row['error']:.3g}" if row["error"] is not None else ""
+    if row["format"] != "int":
+        return f"{row['format']}, {groups}{error}"
     return f"int{row['bits']}, {groups}{'' if row['symmetric'] else ', asymmetric'}{error}"
 
 

@@ -24,7 +24,16 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from .errors import RecipeError, near_misses
 
@@ -33,18 +42,80 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+GROUP_SIZES: dict[str, tuple[int, ...]] = {
+    "nf4": (64, 32, 128),
+    "table4": (64, 32, 128),
+    "e4m3": (0, 32, 64, 128),
+    "e5m2": (0, 32, 64, 128),
+    "mxfp4": (32,),
+    "mxfp6_e3m2": (32,),
+    "mxfp6_e2m3": (32,),
+    "mxfp8_e4m3": (32,),
+    "mxfp8_e5m2": (32,),
+    "nvfp4": (16,),
+}
+"""Sizes of the groups that each format of codes has, the default first (`dialect.element_formats.FORMATS`)."""
+
+
 class WeightFormat(_Strict):
     """How a weight matrix is stored.
 
-    bits: 2, 3, 4 or 8. group_size: inputs that share a scale (0: the whole row, not at 2 and 3 bits).
-    symmetric: no zero points; at 2 and 3 bits they are in sixteenths of a code, and worth their byte a group.
-    range: how the scale is found, `absmax` (largest magnitude) or `mse` (least squared error over a grid).
+    format: `int`, or codes of a table or of small floats (nf4, table4, e4m3, e5m2, mxfp4, mxfp6_e3m2, mxfp6_e2m3,
+    mxfp8_e4m3, mxfp8_e5m2, nvfp4), which meet float activations.
+    bits, symmetric: of `int`: width, and no zero points (at 2 and 3 bits they are in sixteenths of a code, and worth
+    their byte a group). group_size: inputs that share a scale (0: the whole row, not at 2 and 3 bits; without it the
+    format's own). range: how the scale is found, `absmax` (largest magnitude; what the MX specification says) or `mse`
+    (least squared error over a grid).
     """
 
+    format: Literal[
+        "int",
+        "nf4",
+        "table4",
+        "e4m3",
+        "e5m2",
+        "mxfp4",
+        "mxfp6_e3m2",
+        "mxfp6_e2m3",
+        "mxfp8_e4m3",
+        "mxfp8_e5m2",
+        "nvfp4",
+    ] = "int"
     bits: Literal[2, 3, 4, 8] = 8
-    group_size: Literal[0, 32, 64, 128] = 0
+    group_size: Literal[0, 16, 32, 64, 128] = 0
     symmetric: bool = True
     range: Literal["absmax", "mse"] = "mse"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_group(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "group_size" not in given:
+            sizes = GROUP_SIZES.get(str(given.get("format")))
+            return given if sizes is None else {**given, "group_size": sizes[0]}
+        return given
+
+    @property
+    def foreign_fields(self) -> tuple[str, ...]:
+        """Fields that mean nothing in this format."""
+        return () if self.format == "int" else ("bits", "symmetric")
+
+    @model_validator(mode="after")
+    def _fields_of_the_format(self) -> WeightFormat:
+        foreign = [name for name in self.foreign_fields if name in self.model_fields_set]
+        if foreign:
+            raise ValueError(f"format {self.format} has no {' and no '.join(foreign)}")
+        sizes = GROUP_SIZES.get(self.format, (0, 32, 64, 128))
+        if self.group_size not in sizes:
+            allowed = ", ".join(map(str, sorted(sizes)))
+            raise ValueError(
+                f"group_size of format {self.format} must be one of {allowed}, not {self.group_size}"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_foreign_fields(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = dump(self)
+        return {name: given for name, given in data.items() if name not in self.foreign_fields}
 
     @model_validator(mode="after")
     def _few_bits_need_groups(self) -> WeightFormat:
@@ -189,6 +260,24 @@ class Recipe(_Strict):
             )
         return self
 
+    @model_validator(mode="after")
+    def _codes_meet_float_activations(self) -> Recipe:
+        chosen = [("weights", self.weights, self.activations)]
+        for i, rule in enumerate(self.layers):
+            weights = rule.weights if "weights" in rule.model_fields_set else self.weights
+            chosen.append((f"layers.{i}", weights, rule.activations or self.activations))
+        wrong = [
+            f"{where}: {weights.format}"
+            for where, weights, activations in chosen
+            if weights is not None and weights.format != "int" and activations.mode != "float"
+        ]
+        if wrong:
+            raise ValueError(
+                "weights of these formats meet float activations, so activations.mode must be float "
+                f"({'; '.join(wrong)})"
+            )
+        return self
+
     @property
     def needs_calibration(self) -> bool:
         """Whether some range or transform must be found on data."""
@@ -200,6 +289,12 @@ class Recipe(_Strict):
     def activation_formats(self) -> list[ActivationFormat]:
         """The formats of activations that some layer may have."""
         return [self.activations, *(r.activations for r in self.layers if r.activations is not None)]
+
+    @property
+    def weight_formats(self) -> list[WeightFormat]:
+        """The formats of weights that some layer may have."""
+        given = (self.weights, *(rule.weights for rule in self.layers))
+        return [form for form in given if form is not None]
 
     @property
     def quantizes_activations(self) -> bool:
@@ -303,6 +398,9 @@ PRESETS: dict[str, Recipe] = {
         Recipe(name="w4a16", weights=_W4, embeddings=EmbeddingFormat()),
         Recipe(name="w3a16", weights=_W3, embeddings=EmbeddingFormat()),
         Recipe(name="w2a16", weights=_W2, embeddings=EmbeddingFormat()),
+        Recipe(name="w4-nf4", weights=WeightFormat(format="nf4"), embeddings=EmbeddingFormat()),
+        Recipe(name="w8-fp8", weights=WeightFormat(format="e4m3"), embeddings=EmbeddingFormat()),
+        Recipe(name="w4-mxfp4", weights=WeightFormat(format="mxfp4"), embeddings=EmbeddingFormat()),
     )
 }
 """Named recipes. `w` is the width of weights, `a` that of activations (a16: float), `kv` that of keys and

@@ -89,7 +89,7 @@ def layer_rows(
 ) -> list[dict[str, Any]]:
     """One row for each weight that a `quantize_*` pass changed, in the order of the passes.
 
-    module, node, source, kind, weight (name of the captured tensor), shape, bits, group_size, symmetric, error
+    module, node, source, kind, weight (name of the captured tensor), shape, bits, format, group_size, symmetric, error
     (relative root mean square of the change), bytes_before, bytes_after, packed (node of the final program that
     computes it), operator, share (of that node's rows), microseconds (None until `add_profile`), and
     predicted_microseconds and limit (None until `predict_layers`).
@@ -187,6 +187,7 @@ def _layer_row(captured: Program, entry: Mapping[str, Any]) -> dict[str, Any]:
         "kind": entry.get("kind"),
         "weight": _weight_name(captured, entry),
         "shape": list(entry.get("shape", [])),
+        "format": entry.get("format", "int"),
         "group_size": entry.get("group_size", 0),
         "symmetric": entry.get("symmetric", True),
         "error": entry.get("weight_error"),
@@ -226,7 +227,9 @@ def packed_bytes(program: Program, node: fx.Node) -> int:
     declared = operator_of(node.target)
     assert declared is not None
     names = [
-        a.name for a in declared.overload._schema.arguments if a.name in ("weight", "scale", "zero", "wsum")
+        a.name
+        for a in declared.overload._schema.arguments
+        if a.name in ("weight", "scale", "zero", "wsum", "table", "codebooks")
     ]
     read = [argument(node, name) for name in names]
     held = [program.tensors[str(n.target)] for n in read if isinstance(n, fx.Node) and n.op == "get_attr"]

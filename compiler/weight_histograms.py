@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from .dialect.operator import operator_of
 from .dialect.packing import dequantize, split_gated, unpack_embedding_codes, unpack_weight
+from .dialect.packing_coded import unpack_coded
 from .graph import argument
 from .program import Program
 
@@ -61,8 +62,14 @@ def decoded(program: Program, node: fx.Node) -> Tensor:
         return unpack_weight(weight, scale, None, n, k, 8, 0, 1.0, torch.float32)
     gated = argument(node, "gated")
     rows = weight.shape[0] * 16 if gated else n
-    k, bits, group_size = (argument(node, name) for name in ("k", "bits", "group_size"))
-    multiplier = argument(node, "scale_multiplier")
+    k, group_size, multiplier = (argument(node, name) for name in ("k", "group_size", "scale_multiplier"))
+    if declared.name == "linear_coded":
+        form = argument(node, "format")
+        matrix = unpack_coded(
+            weight, scale, constant("table"), rows, k, form, group_size, multiplier, torch.float32
+        )
+        return torch.cat(split_gated(matrix, n)) if gated else matrix
+    bits = argument(node, "bits")
     matrix = unpack_weight(
         weight, scale, constant("zero"), rows, k, bits, group_size, multiplier, torch.float32
     )

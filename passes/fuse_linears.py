@@ -35,6 +35,7 @@ from .packed_rows import (
     arguments,
     call_with,
     concatenate,
+    inputs,
     is_plain,
     read_rows,
     reads,
@@ -178,7 +179,7 @@ def _rows(editor: Editor, linears: list[fx.Node], group: list[_Role]) -> PackedR
 def _report_apart(editor: Editor) -> None:
     readers: dict[tuple[object, ...], list[fx.Node]] = {}
     for linear in editor.calls(*LINEARS):
-        readers.setdefault(reads(linear)[1:-3], []).append(linear)
+        readers.setdefault(inputs(linear), []).append(linear)
     for linears in readers.values():
         if len(linears) > 1:
             reason = "read one value, but do not meet in an attention: a wider one would have to be sliced"

@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..compiler.dialect import dequantize_weight, quantize_dequantize
+from ..compiler.dialect import dequantize_coded, dequantize_weight, quantize_dequantize
+from ..compiler.dialect.element_formats import element_format
 from ..compiler.dialect.packing import LANES, alignment, ceil_to, code_range, zeros_fit
+from ..compiler.dialect.packing_coded import scale_dtype
 from ..compiler.editor import Editor
 from ..compiler.errors import InputError, RecipeError
 from ..compiler.graph import argument, dtype, module_path, place_of, shape
 from ..compiler.passes import Guarantee, define_pass
-from ..compiler.recipe import Kind, Recipe
+from ..compiler.recipe import Kind, Recipe, WeightFormat
 
 aten = torch.ops.aten
 
@@ -36,6 +38,8 @@ OPERATORS: dict[object, Kind] = {
     aten.conv_transpose2d.input: "convolutions",
     aten.convolution.default: "convolutions",
 }
+DEQUANTIZERS = (dequantize_weight.overload, dequantize_coded.overload)
+"""What a quantized weight is read through before it is packed."""
 ATTENTIONS = (aten.scaled_dot_product_attention.default,)
 """Operators whose keys and values a recipe's `kv` is for."""
 _TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input)
@@ -65,9 +69,9 @@ def layers(editor: Editor) -> Iterator[Layer]:
         yield Layer(OPERATORS[node.target], node, argument(node, "weight"), module_path(node))
 
 
-def is_call_of(node: object, overload: object) -> bool:
-    """Whether `node` is a call of `overload`."""
-    return isinstance(node, fx.Node) and node.op == "call_function" and node.target == overload
+def is_call_of(node: object, *overloads: object) -> bool:
+    """Whether `node` is a call of one of the overloads."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in overloads
 
 
 def quantized_weight(layer: Layer) -> fx.Node | None:
@@ -127,7 +131,7 @@ def selected(editor: Editor, recipe: Recipe, kind: Kind) -> Iterator[tuple[Layer
     reason is None where the layer can be quantized, else says why not.
     """
     for layer in layers(editor):
-        if layer.kind == kind and quantized_weight(layer) is None:
+        if layer.kind == kind and not is_call_of(layer.weight, *DEQUANTIZERS):
             chosen = recipe.format_for(layer.path, kind)
             if chosen is not None:
                 yield layer, chosen, _reason_against(editor, recipe, layer, chosen)
@@ -192,9 +196,11 @@ def called(node: fx.Node) -> str:
 
 
 def group_size_for(sizes: tuple[int, ...], chosen: Any) -> int:
-    """Group size of a format on a weight of these sizes: 0 where one group would hold the whole row, unless the layout
-    only has groups."""
+    """Group size of a format on a weight of these sizes: 0 where one group of integers would hold the whole row, unless
+    the layout only has groups."""
     group_size = int(getattr(chosen, "group_size", 0))
+    if getattr(chosen, "format", "int") != "int":
+        return group_size
     return group_size if group_size < math.prod(sizes[1:]) or chosen.bits < 4 else 0
 
 
@@ -214,6 +220,8 @@ def set_argument(node: fx.Node, name: str, new: fx.Node) -> None:
 def packed_bytes(kind: Kind, sizes: tuple[int, ...], chosen: Any) -> int:
     """Bytes of a layer's tensors in the packed layout of docs/dialect.md, without its bias."""
     n, k = sizes[0], math.prod(sizes[1:])
+    if getattr(chosen, "format", "int") != "int":
+        return _coded_bytes(n, k, chosen)
     bits, group_size = chosen.bits, group_size_for(sizes, chosen)
     zeros = not getattr(chosen, "symmetric", True)
     if kind == "embeddings":
@@ -222,6 +230,14 @@ def packed_bytes(kind: Kind, sizes: tuple[int, ...], chosen: Any) -> int:
     rows, columns = ceil_to(n, LANES), ceil_to(k, alignment(group_size))
     groups = columns // group_size if group_size else 1
     return rows * (columns * bits // 8 + groups * ((2 if group_size else 4) + zeros) + 4)
+
+
+def _coded_bytes(n: int, k: int, chosen: WeightFormat) -> int:
+    form, group_size = element_format(chosen.format), chosen.group_size
+    rows, columns = ceil_to(n, LANES), ceil_to(k, alignment(group_size))
+    groups = columns // group_size if group_size else 1
+    table = 64 if form.name == "table4" else 0
+    return rows * (columns * form.bits // 8 + groups * scale_dtype(form, group_size).itemsize) + table
 
 
 def _too_small(layer: Layer, weight: Tensor, chosen: Any) -> str | None:
@@ -292,11 +308,7 @@ def check_recipe(editor: Editor, *, recipe: Recipe) -> None:
     asked = [
         kind for kind in kinds if getattr(recipe, kind) or any(getattr(rule, kind) for rule in recipe.layers)
     ]
-    done = any(
-        is_call_of(node, overload)
-        for node in editor.graph.nodes
-        for overload in (dequantize_weight.overload, quantize_dequantize.overload)
-    )
+    done = any(is_call_of(n, *DEQUANTIZERS, quantize_dequantize.overload) for n in editor.graph.nodes)
     chosen = any(x.kind in asked and recipe.format_for(x.path, x.kind) for x in found)
     chosen = chosen or any(recipe.format_for(path, "kv") for path in attentions)
     if asked and not done and not chosen:

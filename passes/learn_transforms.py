@@ -312,6 +312,8 @@ class _Student:
 
     def rounded(self, reader: Reader, weight: Tensor) -> Tensor:
         """The weight as its format leaves it, with a straight-through gradient; ranges are searched now and then."""
+        if getattr(reader.format, "format", "int") != "int":
+            return weight + (reader.rounded(weight.detach()) - weight).detach()
         with torch.no_grad():
             if reader.node not in self.ranges:
                 self.ranges[reader.node] = reader.quantized(weight)

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from ..compiler.dialect import linear_packed, linear_packed_float
+from ..compiler.dialect import linear_coded, linear_packed, linear_packed_float
 from ..compiler.dialect.packing import LANES, ceil_to, interleave_gated
 from ..compiler.editor import Editor
 from ..compiler.graph import argument
 
-LINEARS = (linear_packed.overload, linear_packed_float.overload)
+LINEARS = (linear_packed.overload, linear_packed_float.overload, linear_coded.overload)
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
@@ -45,11 +45,17 @@ def is_plain(linear: fx.Node) -> bool:
     return given["activation"] == "none" and given["residual"] is None and not given["gated"]
 
 
-def reads(linear: fx.Node) -> tuple[object, ...]:
-    """What linears must agree on to be one: operator, input, and how its codes are stored along K."""
+def inputs(linear: fx.Node) -> tuple[object, ...]:
+    """The values that a linear multiplies."""
     given = arguments(linear)
-    source = (given["u"], given["params"]) if "u" in given else (given["x"],)
-    return (linear.target, *source, given["k"], given["bits"], given["group_size"])
+    return (given["u"], given["params"]) if "u" in given else (given["x"],)
+
+
+def reads(linear: fx.Node) -> tuple[object, ...]:
+    """What linears must agree on to be one: operator, input, and what its codes mean and how they lie along K."""
+    given = arguments(linear)
+    layout = ("k", "bits", "group_size", "format", "table")
+    return (linear.target, *inputs(linear), *(given.get(name) for name in layout))
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,8 @@ def read_rows(editor: Editor, linear: fx.Node) -> PackedRows | None:
 def join(parts: Sequence[PackedRows]) -> list[PackedRows] | str:
     """The parts with one multiplier, and zeros and biases in all where one has them; or why that is not exact."""
     multiplier = max(part.multiplier for part in parts)
+    if not parts[0].scale.is_floating_point() and any(part.multiplier != multiplier for part in parts):
+        return "their tensors' scales differ, and codes of group scales cannot take up the ratio"
     joined = []
     for part in parts:
         scale = (part.scale.to(torch.float32) * (part.multiplier / multiplier)).to(part.scale.dtype)
@@ -156,7 +164,7 @@ def write_rows(editor: Editor, linears: Sequence[fx.Node], rows: PackedRows) -> 
     for name, tensor in tensors.items():
         held = [arguments(linear).get(name) for linear in linears]
         if tensor is None:
-            if name != "wsum":
+            if name != "wsum" and name in arguments(linears[0]):
                 changes[name] = None
             continue
         names = [editor.name_of(node) for node in held if isinstance(node, fx.Node)]

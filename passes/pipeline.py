@@ -20,7 +20,7 @@ from typing import Any
 from ..compiler.canonicalize import canonicalize
 from ..compiler.driver import Step
 from ..compiler.program import Program
-from ..compiler.recipe import Recipe
+from ..compiler.recipe import GROUP_SIZES, Recipe
 from .fold_transforms import fold_steps
 from .fuse_attention import fuse_attention
 from .fuse_epilogues import fuse_epilogues
@@ -29,11 +29,13 @@ from .fuse_linears import fuse_linears
 from .fuse_norms import fuse_norms
 from .fuse_quantizer_inputs import fuse_quantizer_inputs
 from .layers import check_recipe
+from .pack_coded_linears import pack_coded_linears
 from .pack_convolutions import pack_convolutions
 from .pack_embeddings import pack_embeddings
 from .pack_linears import pack_linears
 from .quantize_activations import quantize_activations
 from .quantize_cache import quantize_cache
+from .quantize_coded import quantize_coded
 from .quantize_convolutions import quantize_convolutions
 from .quantize_embeddings import quantize_embeddings
 from .quantize_weights import quantize_weights
@@ -50,7 +52,9 @@ def plan(program: Program, recipe: Recipe, calibration: Iterable[Any] | None = N
     )
     if (weights or convolutions) and recipe.quantizes_activations:
         steps.append(Step(quantize_activations, {**options, "calibration": calibration}))
+    coded = any(form.format in GROUP_SIZES for form in recipe.weight_formats)
     for wanted, quantize in (
+        (coded, quantize_coded),
         (weights, quantize_weights),
         (embeddings, quantize_embeddings),
         (convolutions, quantize_convolutions),
@@ -60,6 +64,7 @@ def plan(program: Program, recipe: Recipe, calibration: Iterable[Any] | None = N
             steps.append(Step(quantize, options))
     for wanted, pack in (
         (weights, pack_linears),
+        (coded, pack_coded_linears),
         (embeddings, pack_embeddings),
         (convolutions, pack_convolutions),
     ):

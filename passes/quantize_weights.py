@@ -12,7 +12,7 @@ or so small that the padded layout would be larger. Constants that no packed ope
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx
@@ -23,12 +23,14 @@ from ..compiler.graph import place_of
 from ..compiler.passes import Guarantee, define_pass
 from ..compiler.recipe import Kind, Recipe
 from .layers import (
+    DEQUANTIZERS,
     OPERATORS,
     Layer,
     called,
     check_finite,
     constant_name,
     group_size_for,
+    is_call_of,
     packed_bytes,
     selected,
     set_argument,
@@ -37,6 +39,9 @@ from .ranges import quantize_matrix
 
 Progress = Callable[[int, int], None]
 """Called with (layers done, layers in all)."""
+
+Quantized = tuple[fx.Node, dict[str, Any], str]
+"""The call that a layer reads its weight from, facts for the report, and what was done in words."""
 
 REPORTED_ELEMENTS = 1024
 """Constants of at least this many elements are listed where nothing can pack them."""
@@ -52,21 +57,43 @@ def quantize_weights(editor: Editor, *, recipe: Recipe, progress: Progress | Non
 def quantize_kind(
     editor: Editor, recipe: Recipe, kind: Kind, *, storable: bool, progress: Progress | None = None
 ) -> None:
-    """Replace the weights of all selected layers of `kind` by codes (shared with embeddings and convolutions)."""
+    """Replace the weights of selected layers of `kind` by integer codes (shared with embeddings and convolutions)."""
+
+    def quantize(editor: Editor, layer: Layer, chosen: Any) -> Quantized:
+        call, facts = _quantize(editor, layer, chosen, storable)
+        return call, facts, _describe(chosen, facts)
+
+    quantize_selected(editor, recipe, kind, ("int",), quantize, progress)
+
+
+def quantize_selected(
+    editor: Editor,
+    recipe: Recipe,
+    kind: Kind,
+    formats: Sequence[str],
+    quantize: Callable[[Editor, Layer, Any], Quantized],
+    progress: Progress | None,
+) -> None:
+    """Let every layer of `kind` that the recipe gives one of `formats` read its weight from what `quantize` makes.
+
+    Raises InputError that names every layer whose weight holds NaN or infinity.
+    """
     chosen: list[tuple[Layer, Any]] = []
     for layer, chosen_format, reason in selected(editor, recipe, kind):
+        if getattr(chosen_format, "format", "int") not in formats:
+            continue
         if reason is None:
             chosen.append((layer, chosen_format))
         else:
             editor.refused(layer.node, reason)
     check_finite(editor, [layer for layer, _ in chosen])
-    made: dict[tuple[fx.Node, Any], tuple[fx.Node, dict[str, Any]]] = {}
+    made: dict[tuple[fx.Node, Any], Quantized] = {}
     for done, (layer, chosen_format) in enumerate(chosen):
         key = (layer.weight, chosen_format)
         shared = key in made
         if not shared:
-            made[key] = _quantize(editor, layer, chosen_format, storable)
-        call, facts = made[key]
+            made[key] = quantize(editor, layer, chosen_format)
+        call, facts, what = made[key]
         tied = [user for user in layer.weight.users if OPERATORS.get(user.target) not in (None, kind)]
         set_argument(layer.node, "weight", call)
         if shared:
@@ -80,7 +107,7 @@ def quantize_kind(
             if tied
             else ""
         )
-        editor.applied(layer.node, _describe(chosen_format, facts) + note, **facts)
+        editor.applied(layer.node, what + note, **facts)
         if progress is not None:
             progress(done + 1, len(chosen))
 
@@ -139,9 +166,7 @@ def _list_unpackable(editor: Editor, recipe: Recipe) -> None:
             continue
         if any(OPERATORS.get(user.target) for user in node.users) or not node.users:
             continue
-        if any(
-            user.op == "call_function" and user.target == dequantize_weight.overload for user in node.users
-        ):
+        if any(is_call_of(user, *DEQUANTIZERS) for user in node.users):
             continue
         reader = next(iter(node.users))
         name = f"{editor.name_of(node)!r} {list(held.shape)}"

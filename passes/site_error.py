@@ -25,8 +25,6 @@ from torch import Tensor
 
 from ..compiler.dialect.quantize_dequantize import granularity_dims, quantize_dequantize
 from .calibrate import Histogram, static_params
-from .layers import group_size_for
-from .ranges import dequantized
 from .site_statistics import SiteStatistics
 from .sites import EdgeTransform, Reader, Site, along
 
@@ -90,7 +88,7 @@ class SiteError:
         rounded = self._round_activations(moved, transform)
         found = []
         for target in self._targets:
-            weight = self.round_weight(target.reader, transform.fold(target.weight).float())
+            weight = target.reader.rounded(transform.fold(target.weight).float())
             offset = transform.offset(target.weight)
             errors = []
             for x, y in zip(rounded, target.outputs, strict=True):
@@ -124,12 +122,6 @@ class SiteError:
             histogram.low, histogram.high = float(ends.min()), float(ends.max())
         bits = self.site.bits
         return static_params(*histogram.range(form.percentile, form.range, bits), bits)
-
-    @staticmethod
-    def round_weight(reader: Reader, weight: Tensor) -> Tensor:
-        """`weight` as the reader's format leaves it, float32."""
-        group_size = group_size_for(tuple(weight.shape), reader.format)
-        return dequantized(reader.quantized(weight), group_size).reshape(weight.shape)
 
 
 def best_exponent(make: Callable[[float], EdgeTransform], error: Error) -> EdgeTransform:

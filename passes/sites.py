@@ -26,8 +26,9 @@ from ..compiler.graph import argument, dtype, static_size
 from ..compiler.hadamard import apply_hadamard
 from ..compiler.program import Program
 from ..compiler.recipe import ActivationFormat, Kind, Recipe
+from .code_ranges import quantize_codes
 from .layers import Layer, check_finite, group_size_for, is_call_of, selected
-from .ranges import QuantizedMatrix, quantize_matrix
+from .ranges import QuantizedMatrix, dequantized, quantize_matrix
 
 KINDS: tuple[Kind, ...] = ("weights", "convolutions")
 
@@ -101,8 +102,16 @@ class Reader:
     run: Callable[[Tensor, Tensor], Tensor]
     pads: bool
 
+    def rounded(self, weight: Tensor) -> Tensor:
+        """`weight`, some rows or a transform of the layer's own, as its format leaves it, float32."""
+        form = getattr(self.format, "format", "int")
+        if form == "int":
+            group_size = group_size_for(tuple(weight.shape), self.format)
+            return dequantized(self.quantized(weight), group_size).reshape(weight.shape)
+        return quantize_codes(weight, form, self.format.group_size, self.format.range).dequantized()
+
     def quantized(self, weight: Tensor) -> QuantizedMatrix:
-        """The codes that `weight`, some rows or a transform of the layer's own, gets in its format."""
+        """The integer codes that `weight`, some rows or a transform of the layer's own, gets in its format."""
         return quantize_matrix(
             weight,
             bits=self.format.bits,

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from isofold.compiler.dialect.element_formats import FORMATS
 from isofold.compiler.errors import RecipeError
-from isofold.compiler.recipe import PRESETS, Fold, Recipe, resolve
+from isofold.compiler.recipe import GROUP_SIZES, PRESETS, Fold, Recipe, resolve
 
 TEXT = """
 name: mixed
@@ -91,6 +92,32 @@ BAD: list[tuple[Any, str]] = [
     ({"kv": {"bits": 2}}, r"kv.bits: .*got 2"),
     ({"kv": {"granularity": "tensor"}}, r"kv.granularity: no such field"),
     ({"convolutions": {}}, r"activations.mode must not be float"),
+    ({"weights": {"format": "nf5"}}, r"weights.format: .*'nf4'.*got 'nf5'"),
+    ({"weights": {"format": "nf4", "bits": 4}}, r"weights: .*format nf4 has no bits"),
+    (
+        {"weights": {"format": "mxfp4", "symmetric": False, "bits": 4}},
+        r"format mxfp4 has no bits and no symmetric",
+    ),
+    (
+        {"weights": {"format": "nvfp4", "group_size": 32}},
+        r"group_size of format nvfp4 must be one of 16, not 32",
+    ),
+    (
+        {"weights": {"bits": 4, "group_size": 16}},
+        r"group_size of format int must be one of 0, 32, 64, 128, not 16",
+    ),
+    (
+        {"weights": {"format": "nf4"}, "activations": {"mode": "dynamic"}},
+        r"activations.mode must be float \(weights: nf4\)",
+    ),
+    (
+        {
+            "weights": {"bits": 8},
+            "activations": {"mode": "dynamic"},
+            "layers": [{"match": "x", "weights": {"format": "e4m3"}}],
+        },
+        r"activations.mode must be float \(layers.0: e4m3\)",
+    ),
     ({"fold": {"rotation": "qr"}}, r"fold.rotation: .*'hadamard'.*got 'qr'"),
     ({"fold": {"scale": "smooth", "shift": "os"}}, r"fold.scale: [\s\S]*fold.shift: .*got 'os'"),
     ({"fold": {"rotations": "womi"}}, r"fold.rotations: no such field \(did you mean 'rotation'"),
@@ -113,6 +140,21 @@ def test_files_that_are_not_recipes(tmp_path: Path, text: str, message: str) -> 
     (tmp_path / "r.yml").write_text(text)
     with pytest.raises(RecipeError, match=message):
         resolve(tmp_path / "r.yml")
+
+
+def test_formats_of_codes_have_their_own_groups_and_are_written_without_foreign_fields() -> None:
+    assert {name: form.group_sizes for name, form in FORMATS.items()} == GROUP_SIZES
+    recipe = resolve(
+        {"weights": {"format": "nf4"}, "layers": [{"match": "x", "weights": {"format": "e4m3"}}]}
+    )
+    assert recipe.weights is not None
+    assert recipe.weights.group_size == 64
+    assert recipe.format_for("x", "weights").group_size == 0
+    text = recipe.to_yaml()
+    assert "bits" not in text.split("layers")[0].split("activations")[0]
+    assert Recipe.from_yaml(text) == recipe
+    mixed = {"match": "x", "weights": {"format": "nf4"}, "activations": {"mode": "float"}}
+    assert resolve({"weights": {"bits": 8}, "activations": {}, "layers": [mixed]}).needs_calibration is False
 
 
 FOLD = """

@@ -42,6 +42,9 @@ def test_uncompressed_models_equal_pytorch_at_other_sizes(name: str, tmp_path: P
         ("llama", "w2a8"),
         ("bert", "w3a8"),
         ("bert", "w2a16"),
+        ("llama", "w4-nf4"),
+        ("bert", "w8-fp8"),
+        ("llama", "w4-mxfp4"),
     ],
 )
 def test_compressed_models_agree_with_and_without_the_library(
