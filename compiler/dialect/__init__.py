@@ -13,6 +13,8 @@ from .hadamard import hadamard
 from .linear_coded import linear_coded
 from .linear_packed import linear_packed
 from .linear_packed_float import linear_packed_float
+from .linear_sparse import linear_sparse
+from .linear_sparse_float import linear_sparse_float
 from .norm import norm
 from .norm_quantize import norm_quantize
 from .operator import NAMESPACE, ONNX_DOMAIN, ONNX_VERSION, OPERATORS, Cost, Operator, operator_of
@@ -37,6 +39,8 @@ __all__ = [
     "linear_coded",
     "linear_packed",
     "linear_packed_float",
+    "linear_sparse",
+    "linear_sparse_float",
     "norm",
     "norm_quantize",
     "operator_of",

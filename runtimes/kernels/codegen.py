@@ -71,6 +71,7 @@ _TYPES = {  # signature type -> (TVM dtype, C type)
     "i8": ("int8", "int8_t"),
     "u8": ("uint8", "uint8_t"),
     "i16": ("int16", "int16_t"),
+    "u16": ("uint16", "uint16_t"),
     "i32": ("int32", "int32_t"),
     "i64": ("int64", "int64_t"),
 }
@@ -94,12 +95,12 @@ class Isa:
     vnni: bool
     registers: int
 
-    def target(self) -> tvm.target.Target:
+    def target(self, more: Sequence[str] = ()) -> tvm.target.Target:
         """TVM's target; generic in the processor model, so that an object runs on every machine of its
-        level."""
+        level (which also has the features ``more``)."""
         spec: dict[str, Any] = {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": self.mcpu}
-        if self.attributes:
-            spec["mattr"] = list(self.attributes)
+        if self.attributes or more:
+            spec["mattr"] = [*self.attributes, *more]
         return tvm.target.Target(spec)
 
 
@@ -136,13 +137,15 @@ class Kernel:
     its body.
 
     ``group`` names the object file the kernel goes to: kernels of a group are compiled together, groups in
-    parallel.
+    parallel. ``attributes``: features beyond v4 that the kernel's v4 form uses; its caller must look for them
+    (its v3 form has none). All kernels of a group have the same.
     """
 
     name: str
     signature: str
     emit: Callable[..., None]
     group: str = "kernels"
+    attributes: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -249,7 +252,10 @@ def compile_object(
     Returns:
         the path written.
     """
-    target = isa.target()
+    more = {k.attributes for k in kernels}
+    if len(more) > 1:
+        raise ValueError(f"kernels of one object differ in their features: {sorted(more)}")
+    target = isa.target(more.pop() if more and isa.vnni else ())
     with target:
         module = _lower({k.symbol(isa): k.prim_func(isa) for k in kernels}, target)
         built = tvm.get_global_func("target.build.llvm")(module, target)

@@ -250,6 +250,32 @@ def _coded_weight(body: Body, call: Call, rows: int, k: int) -> ir.Value:
     return matrix if blocks * LANES == rows else body.slice(matrix, 0, rows, 0)
 
 
+def _sparse_weight(body: Body, call: Call, rows: int, k: int) -> ir.Value:
+    """The decoded matrix float32 `[rows, k]` of a bitmask and packed non-zeros; int8 ones are scaled."""
+    mask = call["mask"]
+    height, width = call.size("mask", 0), 8 * call.size("mask", 1)
+    shifted = body(
+        "BitShift",
+        body("Unsqueeze", mask, body.ints(2)),
+        body.constant(np.arange(8, dtype=np.uint8)),
+        direction="RIGHT",
+    )
+    bits = body("BitwiseAnd", shifted, body.constant(np.array(1, dtype=np.uint8)))
+    there = body.cast(body.reshape(bits, -1), ir.DataType.INT32)
+    # The i-th one of the mask is the i-th value; a zero takes the value in front of it, or the first, and is masked.
+    before = body("CumSum", there, body.constant(np.array(0, dtype=np.int64)))
+    zero, one = (body.constant(np.array(v, dtype=np.int32)) for v in (0, 1))
+    index = body("Max", body("Sub", before, one), zero)
+    found = body.floats(body("Gather", call["values"], index, axis=0))
+    matrix = body("Where", body.cast(there, ir.DataType.BOOL), found, body.real(0.0))
+    matrix = body.reshape(matrix, height, width)
+    if call.inputs.get("scale") is not None:
+        matrix = body("Mul", matrix, body.reshape(call["scale"], height, 1))
+    if width != k:
+        matrix = body.slice(matrix, 0, k, 1)
+    return matrix if height == rows else body.slice(matrix, 0, rows, 0)
+
+
 def _linear(body: Body, x: ir.Value, matrix: ir.Value, bias: ir.Value | None) -> ir.Value:
     y = body("MatMul", x, body.transpose(matrix, 1, 0))
     return y if bias is None else body("Add", y, bias)
@@ -306,9 +332,14 @@ def quantize_activation(call: Call, body: Body) -> Results:
 
 def linear_packed(call: Call, body: Body) -> Results:
     """`linear_packed`."""
+    return (_packed_linear(body, call, _dequantized(body, call)),)
+
+
+def _dequantized(body: Body, call: Call) -> ir.Value:
+    """The activations that codes `u` and pairs `params` stand for."""
     codes = body.floats(body.slice(call["u"], 0, call.attributes["k"], -1))
     scale, zero = (body.slice(call["params"], i, i + 1, -1) for i in (0, 1))
-    return (_packed_linear(body, call, body("Mul", body("Sub", codes, zero), scale)),)
+    return body("Mul", body("Sub", codes, zero), scale)
 
 
 def linear_packed_float(call: Call, body: Body) -> Results:
@@ -331,6 +362,16 @@ def dequantize_coded(call: Call, body: Body) -> Results:
         spread = body("Expand", body.reshape(scale, n, groups, 1), body.ints(n, groups, group))
         scale = body.slice(body.reshape(spread, n, groups * group), 0, k, 1)
     return (body("Mul", values, scale),)
+
+
+def linear_sparse(call: Call, body: Body) -> Results:
+    """`linear_sparse`."""
+    return (_packed_linear(body, call, _dequantized(body, call), _sparse_weight),)
+
+
+def linear_sparse_float(call: Call, body: Body) -> Results:
+    """`linear_sparse_float`."""
+    return (_packed_linear(body, call, call["x"], _sparse_weight),)
 
 
 def embedding_packed(call: Call, body: Body) -> Results:
@@ -524,6 +565,8 @@ BODIES: dict[str, Builder] = {
         linear_coded,
         linear_packed,
         linear_packed_float,
+        linear_sparse,
+        linear_sparse_float,
         norm,
         norm_quantize,
         quantize_activation,

@@ -48,6 +48,7 @@ _MODULES = (
     "embedding",
     "conv",
     "hadamard",
+    "sparse",
 )
 _FLAGS = (
     "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics",

@@ -20,6 +20,8 @@
 
 #include "hadamard_driver.h"
 
+#include "sparse_driver.h"
+
 namespace isofold {
 
 enum { MAX_RANK = 8, MAX_INPUTS = 10, MAX_OUTPUTS = 4 };
@@ -196,6 +198,8 @@ enum { QUANTIZE_SHIFT = 1, QUANTIZE_SCALE = 2 };
 // The kernels of the chosen instruction set.
 extern const isofold_kernels* kernels;
 extern isofold_isa isa;
+// Kernels with features beyond v4 may run too: AVX512-VBMI, VBMI2, BITALG and VPOPCNTDQ, with v4 chosen.
+extern bool expands;
 
 // Memory of this thread, 64-byte aligned, kept for its next call; contents are lost at every call. Null: out of memory.
 void* thread_scratch(size_t bytes);
@@ -259,6 +263,8 @@ void define_quantize_activation(Op*);
 void define_packed_linear(Op*);
 void define_packed_linear_float(Op*);
 void define_coded_linear(Op*);
+void define_sparse_linear(Op*);
+void define_sparse_linear_float(Op*);
 void define_packed_embedding(Op*);
 void define_packed_conv(Op*);
 void define_norm(Op*);

@@ -14,6 +14,7 @@ namespace isofold {
 
 const isofold_kernels* kernels = nullptr;
 isofold_isa isa = ISOFOLD_V3;
+bool expands = false;
 
 namespace {
 
@@ -79,6 +80,11 @@ bool has_v4() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
 }
 
+bool has_vbmi2() {
+  return __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+         __builtin_cpu_supports("avx512bitalg") && __builtin_cpu_supports("avx512vpopcntdq");
+}
+
 // Null, or why no kernels can run here.
 const char* choose_isa() {
   static char text[256];
@@ -97,6 +103,7 @@ const char* choose_isa() {
     return "ISOFOLD_ISA=v4 needs AVX-512 (F, BW, CD, DQ, VL) with VNNI, which this processor lacks; use "
            "ISOFOLD_ISA=v3 or leave it unset.";
   isa = forced ? (forced[1] == '4' ? ISOFOLD_V4 : ISOFOLD_V3) : (has_v4() ? ISOFOLD_V4 : ISOFOLD_V3);
+  expands = isa == ISOFOLD_V4 && has_vbmi2();
   kernels = isa == ISOFOLD_V4 ? &isofold_kernels_v4 : &isofold_kernels_v3;
   return nullptr;
 }
@@ -190,6 +197,7 @@ void (*const definitions[])(Op*) = {
     define_quantize_activation, define_packed_linear, define_packed_linear_float, define_packed_embedding,
     define_packed_conv,         define_norm,          define_norm_quantize,       define_attention,
     define_rotary,              define_gated,         define_hadamard,            define_coded_linear,
+    define_sparse_linear,       define_sparse_linear_float,
 };
 constexpr size_t op_count = sizeof definitions / sizeof definitions[0];
 

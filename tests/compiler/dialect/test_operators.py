@@ -14,6 +14,7 @@ from isofold.compiler.dialect import OPERATORS, operator_of, packing
 from isofold.compiler.dialect.element_formats import FORMATS
 from isofold.compiler.dialect.packing_coded import CodedMatrix, pack_coded
 from isofold.compiler.dialect.quantization import levels
+from isofold.compiler.dialect.sparse_packing import pack_sparse
 from isofold.compiler.errors import InputError
 
 OPS: Any = torch.ops.isofold
@@ -72,6 +73,17 @@ def coded_arguments(name: str, group_size: int, gated: bool = False) -> tuple[An
 def dequantize_coded_arguments(name: str, group_size: int) -> tuple[Any, ...]:
     m = coded_matrix(name, 5, 40, group_size)
     return (m.codes, m.scale, torch.tensor(0.5), m.table, name, group_size)
+
+
+def sparse_arguments(quantized: bool) -> tuple[Any, ...]:
+    weight = randn(5, 40) * (randn(5, 40) > 0.7)
+    tail = (randn(5), randn(2, 3, 5), 5, 40, "gelu", False)
+    if not quantized:
+        p = pack_sparse(weight)
+        return (randn(2, 3, 40), p.mask, p.values, p.offsets, *tail)
+    p = pack_sparse((weight * 30).to(torch.int8))
+    u, params = OPS.quantize_activation(randn(2, 3, 40), None, 32)
+    return (u, params, p.mask, p.values, p.offsets, torch.rand(1, 1, 16), torch.rand(16), *tail)
 
 
 def conv_arguments() -> tuple[Any, ...]:
@@ -171,6 +183,8 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         lambda: linear_arguments(8, 64, False, False),
     ],
     "linear_packed_float": [float_arguments],
+    "linear_sparse": [lambda: sparse_arguments(True)],
+    "linear_sparse_float": [lambda: sparse_arguments(False)],
     "norm": [
         lambda: (randn(2, 3, 8), randn(2, 3, 8), randn(8), randn(8), 1e-5, "layer"),
         lambda: (randn(3, 8), None, None, None, 1e-5, "rms"),
@@ -242,6 +256,7 @@ def floats_of(given: tuple[Any, ...]) -> list[int]:
         "hadamard",
         "linear_coded",
         "linear_packed_float",
+        "linear_sparse_float",
         "norm",
         "rotary",
     ],

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from isofold.runtimes import kernels
-from isofold.runtimes.kernels import coded, hadamard, linear, linear_float, quantize
+from isofold.runtimes.kernels import coded, hadamard, linear, linear_float, quantize, sparse
 from isofold.runtimes.kernels.codegen import build_objects
 
 FOLDER = Path(kernels.__file__).parent
@@ -24,6 +24,7 @@ SOURCE = """
 #include "linear_float_driver.h"
 #include "coded_driver.h"
 #include "hadamard_driver.h"
+#include "sparse_driver.h"
 static const struct isofold_kernels* pick(int isa) { return isa == 3 ? &isofold_kernels_v3 : &isofold_kernels_v4; }
 const struct isofold_kernels* test_kernels(int isa) { return pick(isa); }
 int64_t test_tasks(const struct isofold_linear* l, int64_t m) { return isofold_linear_tasks(l, m); }
@@ -42,6 +43,22 @@ void test_float_run(int isa, const struct isofold_linear* l, const struct isofol
 void test_coded_run(int isa, const struct isofold_coded* l, const struct isofold_linear_float_call* c, int64_t a,
                     int64_t b) {
   isofold_coded_run(pick(isa), l, c, a, b);
+}
+static int32_t sparse_table[ISOFOLD_SPARSE_TABLE];
+const int32_t* test_sparse_table(void) { isofold_sparse_tables(sparse_table); return sparse_table; }
+int test_expands(void) {
+  return __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+         __builtin_cpu_supports("avx512bitalg") && __builtin_cpu_supports("avx512vpopcntdq");
+}
+int64_t test_sparse_tasks(const struct isofold_linear* l) { return isofold_sparse_tasks(l); }
+int64_t test_sparse_scratch(const struct isofold_sparse* s, int64_t m) { return isofold_sparse_scratch_bytes(s, m); }
+void test_sparse_prepare(int isa, const struct isofold_sparse* s, const struct isofold_sparse_call* c, int64_t a,
+                         int64_t b) {
+  isofold_sparse_prepare(pick(isa), s, c, a, b);
+}
+void test_sparse_run(int isa, const struct isofold_linear* l, const struct isofold_sparse* s,
+                     const struct isofold_sparse_call* c, int64_t a, int64_t b) {
+  isofold_sparse_run(pick(isa), (enum isofold_isa)isa, l, s, c, a, b);
 }
 int test_core(int64_t order) { return isofold_hadamard_find(order); }
 void test_expand(int position, int transpose, float* matrix) {
@@ -78,6 +95,36 @@ class Call(ctypes.Structure):
 
     _fields_ = [
         ("u", ctypes.c_void_p),
+        ("params", ctypes.c_void_p),
+        ("residual", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("m", ctypes.c_int64),
+        ("static_params", ctypes.c_int32),
+        ("scratch", ctypes.c_void_p),
+    ]
+
+
+class Sparse(ctypes.Structure):
+    """struct isofold_sparse."""
+
+    _fields_ = [
+        ("mask", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        ("words", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("quantized", ctypes.c_int32),
+        ("expands", ctypes.c_int32),
+        ("table", ctypes.c_void_p),
+    ]
+
+
+class SparseCall(ctypes.Structure):
+    """struct isofold_sparse_call."""
+
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        ("ldx", ctypes.c_int64),
         ("params", ctypes.c_void_p),
         ("residual", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
@@ -125,7 +172,7 @@ def address(array: Any) -> int:
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """All kernels for both instruction sets, and the test entry points above."""
     folder = tmp_path_factory.mktemp("kernels")
-    modules = (quantize, linear, linear_float, coded, hadamard)
+    modules = (quantize, linear, linear_float, coded, hadamard, sparse)
     objects = build_objects([k for module in modules for k in module.KERNELS], folder)
     (folder / "hadamard_signs.h").write_text(hadamard.signs_header())
     (folder / "test.c").write_text(SOURCE)
@@ -141,8 +188,15 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     ]
     subprocess.run(command, cwd=folder, check=True)
     loaded = ctypes.CDLL(str(folder / "test.so"))
-    for name in ("test_tasks", "test_scratch", "test_float_tasks"):
+    for name in (
+        "test_tasks",
+        "test_scratch",
+        "test_float_tasks",
+        "test_sparse_tasks",
+        "test_sparse_scratch",
+    ):
         getattr(loaded, name).restype = ctypes.c_int64
+    loaded.test_sparse_table.restype = ctypes.c_void_p
     return loaded
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from isofold.compiler.dialect import packing
 from isofold.compiler.dialect.element_formats import FORMATS
 from isofold.compiler.dialect.packing_coded import CodedMatrix, pack_coded
+from isofold.compiler.dialect.sparse_packing import pack_sparse
 
 Case = tuple[str, str, dict[str, Any]]
 """(operator, what is special, arguments)"""
@@ -44,6 +45,7 @@ def cases() -> Iterator[Case]:
     """All cases."""
     yield from _linears()
     yield from _coded()
+    yield from _sparse()
     yield from _embeddings()
     yield from _convolutions()
     yield from _norms()
@@ -166,6 +168,48 @@ def _coded() -> Iterator[Case]:
                 "table": matrix.table,
                 "format": name,
                 "group_size": group,
+            },
+        )
+
+
+def _sparse() -> Iterator[Case]:
+    densities = (0.0, 0.2, 0.6, 1.0)
+    for index, (quantized, bias, residual, gated) in enumerate(product(*[(False, True)] * 4)):
+        random = _Random(index)
+        n, k, lead = (37, 16, 33)[index % 3], (70, 128, 131)[index % 3], ((2, 3), (1,), (21,))[index % 3]
+        rows = 2 * packing.ceil_to(n, 16) if gated else n
+        there = torch.rand(rows, k, generator=random.generator) < densities[index // 2 % 4]
+        common = {
+            "bias": random.normal(rows) if bias else None,
+            "residual": random.normal(*lead, n) if residual else None,
+            "n": n,
+            "k": k,
+            "activation": ("none", "relu", "gelu", "gelu_tanh", "silu")[index % 5],
+            "gated": gated,
+        }
+        what = f"k{k}-bias{bias}-residual{residual}-gated{gated}-density{densities[index // 2 % 4]}"
+        if not quantized:
+            p = pack_sparse(random.normal(rows, k) * there)
+            weights = {"mask": p.mask, "values": p.values, "offsets": p.offsets}
+            yield "linear_sparse_float", what, {"x": random.normal(*lead, k), **weights, **common}
+            continue
+        codes = random.integers(-127, 128, rows, k).to(torch.int8) * there
+        dense = packing.pack_linear(codes, random.normal(rows, 1).abs() * 0.02, None, 8, 0)
+        p = pack_sparse(codes)
+        u = random.integers(0, 256, *lead, packing.ceil_to(k, 32)).to(torch.uint8)
+        params = torch.tensor([0.02, 131.0]) if bias else random.normal(*lead, 2).abs().round()
+        yield (
+            "linear_sparse",
+            what,
+            {
+                "u": u,
+                "params": params,
+                "mask": p.mask,
+                "values": p.values,
+                "offsets": p.offsets,
+                "scale": dense.scale,
+                "wsum": dense.wsum,
+                **common,
             },
         )
 

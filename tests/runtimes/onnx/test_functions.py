@@ -16,6 +16,7 @@ from .single import model_of, run
 CASES = list(cases())
 IDS = [f"{name}-{what}" for name, what, _ in CASES]
 CONSTANT = ("weight", "scale", "zero", "wsum", "bias", "codes", "table", "multiplier")
+SPARSE = ("mask", "values", "offsets")
 NOT_IN_LIBRARY = ("quantize_dequantize", "dequantize_weight", "dequantize_coded")
 
 
@@ -46,7 +47,7 @@ def test_every_operator_is_covered_here() -> None:
 
 @pytest.mark.parametrize(("name", "what", "arguments"), CASES, ids=IDS)
 def test_stock_runtime_computes_the_reference(name: str, what: str, arguments: dict[str, Any]) -> None:
-    model = model_of(name, arguments, CONSTANT)
+    model = model_of(name, arguments, (*CONSTANT, *SPARSE))
     assert_close(name, OPERATORS[name].reference(**arguments), run(model, arguments))
 
 
@@ -56,6 +57,6 @@ def test_library_computes_the_reference(
 ) -> None:
     if name in NOT_IN_LIBRARY:
         pytest.skip("runs through its body with the library too")
-    model = model_of(name, arguments, CONSTANT)
+    model = model_of(name, arguments, (*CONSTANT, *SPARSE))
     model.functions.clear()  # so that only the kernel can run
     assert_close(name, OPERATORS[name].reference(**arguments), run(model, arguments, library))
