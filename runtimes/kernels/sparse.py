@@ -3,12 +3,13 @@
 Identity: ``t[m, n] = sum_k x[m, k] w[n, k]`` over the k whose bit is set; scales, bias, activation and residual are the
 work of the epilogues of linear.py. A *word* is 64 bits of the mask: 64 inputs of one row of weights.
 
-* Few rows of activations (``sparse_gemv_R``, ``sparse8_gemv_R``): the non-zeros of a word are expanded to their inputs
-  and multiplied by the R rows' 64 activations; sums over lanes once for each row of weights. v4: ``vexpandps`` and,
-  with AVX512-VBMI2, ``vpexpandb``. Both depend on the old value of their destination even where they zero it (Zen 4:
-  6.1 instead of 3.0 cycles a step), so they get a register of zeros to overwrite, made from the argument ``zero``, which a
-  compiler cannot know to be 0. Without these instructions (``sparse8_gemv_plain_R`` everywhere, v3): 8 values at a time
-  by a permutation from a table of 256 (``table``, by ``isofold_sparse_tables`` in sparse_driver.h).
+* Few rows of activations (``sparse_gemv_R``, ``sparse8_gemv_R``): the non-zeros of a word are expanded to their
+  inputs and multiplied by the R rows' 64 activations; sums over lanes once for each row of weights. v4: ``vexpandps``
+  and, with AVX512-VBMI2, ``vpexpandb``. Both depend on the old value of their destination even where they zero it
+  (Zen 4: 6.1 instead of 3.0 cycles a step), so they get a register of zeros to overwrite, made from the argument
+  ``zero``, which a compiler cannot know to be 0. Without these instructions (``sparse8_gemv_plain_R`` everywhere,
+  v3): 8 values at a time by a permutation from a table of 256 (``table``, by ``isofold_sparse_tables`` in
+  sparse_driver.h).
 * One row of activations and few non-zeros (``sparse_gemv_low``, AVX512-VBMI2): expanding costs the same however few
   non-zeros there are, so instead the places of up to 16 non-zeros of a word are compressed from 0..63 and looked up in
   the word's 64 activations, which stay in registers for 8 rows of weights.
