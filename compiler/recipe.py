@@ -65,7 +65,8 @@ class WeightFormat(_Strict):
     bits, symmetric: of `int`: width, and no zero points (at 2 and 3 bits they are in sixteenths of a code, and worth
     their byte a group). group_size: inputs that share a scale (0: the whole row, not at 2 and 3 bits; without it the
     format's own). range: how the scale is found, `absmax` (largest magnitude; what the MX specification says) or `mse`
-    (least squared error over a grid).
+    (least squared error over a grid). low_rank: rank of a thin part that stays float and makes up for the error of
+    rounding (0: none).
     """
 
     format: Literal[
@@ -85,6 +86,7 @@ class WeightFormat(_Strict):
     group_size: Literal[0, 16, 32, 64, 128] = 0
     symmetric: bool = True
     range: Literal["absmax", "mse"] = "mse"
+    low_rank: int = Field(default=0, ge=0, le=256)
 
     @model_validator(mode="before")
     @classmethod

@@ -39,6 +39,7 @@ from .quantize_coded import quantize_coded
 from .quantize_convolutions import quantize_convolutions
 from .quantize_embeddings import quantize_embeddings
 from .quantize_weights import quantize_weights
+from .split_low_rank import split_low_rank
 
 
 def plan(program: Program, recipe: Recipe, calibration: Iterable[Any] | None = None) -> list[Step]:
@@ -50,6 +51,8 @@ def plan(program: Program, recipe: Recipe, calibration: Iterable[Any] | None = N
     weights, embeddings, convolutions, cache = (
         recipe.asks_for(kind) for kind in ("weights", "embeddings", "convolutions", "kv")
     )
+    if any(form.low_rank for form in recipe.weight_formats):
+        steps.append(Step(split_low_rank, options))
     if (weights or convolutions) and recipe.quantizes_activations:
         steps.append(Step(quantize_activations, {**options, "calibration": calibration}))
     coded = any(form.format in GROUP_SIZES for form in recipe.weight_formats)

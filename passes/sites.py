@@ -26,9 +26,9 @@ from ..compiler.graph import argument, dtype, static_size
 from ..compiler.hadamard import apply_hadamard
 from ..compiler.program import Program
 from ..compiler.recipe import ActivationFormat, Kind, Recipe
-from .code_ranges import quantize_codes
-from .layers import Layer, check_finite, group_size_for, is_call_of, selected
-from .ranges import QuantizedMatrix, dequantized, quantize_matrix
+from .layers import Layer, check_finite, is_call_of, selected
+from .ranges import QuantizedMatrix
+from .rounded_weight import integer_codes, rounded_weight
 
 KINDS: tuple[Kind, ...] = ("weights", "convolutions")
 
@@ -104,22 +104,11 @@ class Reader:
 
     def rounded(self, weight: Tensor) -> Tensor:
         """`weight`, some rows or a transform of the layer's own, as its format leaves it, float32."""
-        form = getattr(self.format, "format", "int")
-        if form == "int":
-            group_size = group_size_for(tuple(weight.shape), self.format)
-            return dequantized(self.quantized(weight), group_size).reshape(weight.shape)
-        return quantize_codes(weight, form, self.format.group_size, self.format.range).dequantized()
+        return rounded_weight(weight, self.format, storable=self.weight.dim() == 2)
 
     def quantized(self, weight: Tensor) -> QuantizedMatrix:
         """The integer codes that `weight`, some rows or a transform of the layer's own, gets in its format."""
-        return quantize_matrix(
-            weight,
-            bits=self.format.bits,
-            group_size=group_size_for(tuple(weight.shape), self.format),
-            symmetric=getattr(self.format, "symmetric", True),
-            search=self.format.range,
-            storable=self.weight.dim() == 2,
-        )
+        return integer_codes(weight, self.format, storable=self.weight.dim() == 2)
 
 
 @dataclass(frozen=True)

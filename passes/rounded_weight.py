@@ -1,0 +1,34 @@
+"""What a weight becomes in a recipe's format, for passes that look ahead of rounding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .code_ranges import quantize_codes
+from .layers import group_size_for
+from .ranges import QuantizedMatrix, dequantized, quantize_matrix
+
+
+def rounded_weight(weight: Tensor, form: Any, *, storable: bool = True) -> Tensor:
+    """`weight` float32 `[N, K, ...]` as its pass will leave it, float32.
+
+    form: the recipe's format of weights or convolutions. storable: as for `ranges.quantize_matrix`.
+    """
+    if getattr(form, "format", "int") != "int":
+        return quantize_codes(weight, form.format, form.group_size, form.range).dequantized()
+    found = integer_codes(weight, form, storable=storable)
+    return dequantized(found, group_size_for(tuple(weight.shape), form)).reshape(weight.shape)
+
+
+def integer_codes(weight: Tensor, form: Any, *, storable: bool = True) -> QuantizedMatrix:
+    """The same for a format of integers, as codes."""
+    return quantize_matrix(
+        weight,
+        bits=form.bits,
+        group_size=group_size_for(tuple(weight.shape), form),
+        symmetric=getattr(form, "symmetric", True),
+        search=form.range,
+        storable=storable,
+    )
