@@ -1,9 +1,9 @@
 """ONNX models of many equal linears, for linears.py: one float input, one output per layer, weights beyond
 the L3.
 
-Every layer has weights of its own and quantizes its own activations, as ONNX Runtime's operators do inside
-themselves; the graph optimizer is off while measuring, so that equal quantizers are not merged. All quantized
-kinds of one shape use the same codes and scales, so their outputs can be compared.
+Every layer has weights of its own and quantizes its own activations inside its operator, as ONNX Runtime's do; in
+one kind all layers read one separate quantizer. The graph optimizer is off while measuring. All quantized kinds of
+one shape use the same codes and scales, so their outputs can be compared.
 """
 
 from __future__ import annotations
@@ -115,22 +115,31 @@ def _isofold_nodes(
     if kind.float_activations:
         yield helper.make_node("PackedLinearFloat", [source, weight, scale], [target], **attributes)
         return
-    suffix = "" if kind.shared_quantizer else str(layer)
-    if not kind.shared_quantizer or layer == 0:
-        quantizer = helper.make_node(
-            "QuantizeActivation",
-            [source],
-            [f"u{suffix}", f"params{suffix}"],
-            domain="ai.isofold",
-            bits=8,
-            align=packing.alignment(kind.group),
-        )
-        # make_node cannot tell the type of an empty list.
-        quantizer.attribute.append(helper.make_attribute("hadamard", [], attr_type=onnx.AttributeProto.INTS))
-        yield quantizer
     wsum = data.add(f"wsum{layer}", packed.wsum.numpy())
-    inputs = [f"u{suffix}", f"params{suffix}", weight, scale, "", wsum]
+    if not kind.shared_quantizer:
+        inputs = [source, "", "", "", weight, scale, "", wsum]
+        linear = helper.make_node("QuantizePackedLinear", inputs, [target], **attributes, input_bits=8)
+        yield _without_hadamard(linear)
+        return
+    if layer == 0:
+        yield _without_hadamard(
+            helper.make_node(
+                "QuantizeActivation",
+                [source],
+                ["u", "params"],
+                domain="ai.isofold",
+                bits=8,
+                align=packing.alignment(kind.group),
+            )
+        )
+    inputs = ["u", "params", weight, scale, "", wsum]
     yield helper.make_node("PackedLinear", inputs, [target], **attributes)
+
+
+def _without_hadamard(node: onnx.NodeProto) -> onnx.NodeProto:
+    """make_node cannot tell the type of an empty list."""
+    node.attribute.append(helper.make_attribute("hadamard", [], attr_type=onnx.AttributeProto.INTS))
+    return node
 
 
 def _peer_nodes(

@@ -6,7 +6,7 @@
 3. `pack_*`: codes into the layouts that kernels read; after this no float copy of a packed weight is left.
 4. `fuse_*`: what stands in front of quantizers first, so that norms find them next to their result; attention before
    the linears that feed it (its views then lead to them), epilogues before those linears are joined and before norms,
-   which take only the sums that no linear took.
+   which take only the sums that no linear took. Quantizers that still have one reader come last.
 
 Between 1 and 2 come the folds that the recipe asks for (`fold_transforms`). Steps that a recipe does not ask for are
 left out.
@@ -28,6 +28,7 @@ from .fuse_gated import fuse_gated
 from .fuse_linears import fuse_linears
 from .fuse_norms import fuse_norms
 from .fuse_quantizer_inputs import fuse_quantizer_inputs
+from .fuse_quantizers import fuse_quantizers
 from .layers import check_recipe
 from .pack_coded_linears import pack_coded_linears
 from .pack_convolutions import pack_convolutions
@@ -81,6 +82,7 @@ def plan(program: Program, recipe: Recipe, calibration: Iterable[Any] | None = N
             fuse_epilogues,
             fuse_linears,
             fuse_norms,
+            fuse_quantizers,
         )
         steps.extend(Step(fuse) for fuse in fusions)
     return steps

@@ -20,6 +20,7 @@ from .norm_quantize import norm_quantize
 from .operator import NAMESPACE, ONNX_DOMAIN, ONNX_VERSION, OPERATORS, Cost, Operator, operator_of
 from .quantize_activation import quantize_activation
 from .quantize_dequantize import quantize_dequantize
+from .quantize_linear_packed import quantize_linear_packed
 from .rotary import rotary
 
 __all__ = [
@@ -46,5 +47,6 @@ __all__ = [
     "operator_of",
     "quantize_activation",
     "quantize_dequantize",
+    "quantize_linear_packed",
     "rotary",
 ]

@@ -107,7 +107,10 @@ def _quantize(
     else:
         scale = body("Gather", params, body.constant(np.array(0, dtype=np.int64)), axis=0)
         offset = body("Gather", params, body.constant(np.array(1, dtype=np.int64)), axis=0)
-    rounded = body("Round", body("Mul", x, body("Div", body.real(1.0), scale)))
+    # 1 / scale, spelled so that ONNX Runtime does not make x / scale of it, which rounds elsewhere.
+    half = body.real(0.5)
+    inverse = body("Div", half, body("Mul", scale, half))
+    rounded = body("Round", body("Mul", x, inverse))
     return body("Clip", body("Add", rounded, offset), zero, largest), scale, offset
 
 
@@ -342,6 +345,16 @@ def _dequantized(body: Body, call: Call) -> ir.Value:
     return body("Mul", body("Sub", codes, zero), scale)
 
 
+def quantize_linear_packed(call: Call, body: Body) -> Results:
+    """`quantize_linear_packed`: the two bodies, one after the other."""
+    at = call.attributes
+    rows = {name: call.get(name) for name in ("x", "params")}
+    vectors = {"shift": call.get("pre_shift"), "scale": call.get("pre_scale")}
+    rounding = {"align": 1, "bits": at["input_bits"], "hadamard": at["hadamard"]}
+    u, params = quantize_activation(Call({**rows, **vectors}, rounding), body)
+    return linear_packed(Call({**call.inputs, "u": u, "params": params}, at), body)
+
+
 def linear_packed_float(call: Call, body: Body) -> Results:
     """`linear_packed_float`."""
     return (_packed_linear(body, call, call["x"]),)
@@ -571,6 +584,7 @@ BODIES: dict[str, Builder] = {
         norm_quantize,
         quantize_activation,
         quantize_dequantize,
+        quantize_linear_packed,
         rotary,
     )
 }

@@ -17,7 +17,14 @@ from isofold.passes.pipeline import plan
 
 Count = Callable[[Program], Counter[str]]
 
-ENCODER_LAYER = {"linear_packed": 4, "attention": 1, "quantize_activation": 2, "norm_quantize": 2}
+# Norms make the codes of q/k/v and of the wide linear; what attention and the MLP's activation give has one reader.
+ENCODER_LAYER = {
+    "linear_packed": 2,
+    "quantize_linear_packed": 2,
+    "quantize_activation": 0,
+    "attention": 1,
+    "norm_quantize": 2,
+}
 DECODER_LAYER = {**ENCODER_LAYER, "rotary": 1}
 LAST = {"norm_quantize": 1, "linear_packed": 1}
 

@@ -333,12 +333,12 @@ def test_through_the_pipeline_transforms_end_in_the_quantizers_and_pay(
     program = capture(Layer().eval(), (x,), None, {"x": {0: Dim("batch", max=64), 1: Dim("length", max=64)}})
     turned = quantized(program, linears=EVERY, seed=0)
     assert counts(turned)["hadamard"] == counts(turned)["mul"] == 0
-    assert counts(turned)["norm_quantize"] == counts(turned)["quantize_activation"] == 1
+    assert counts(turned)["norm_quantize"] == counts(turned)["quantize_linear_packed"] == 1
     orders = [
         list(argument(node, "hadamard"))
         for node in (
             *calls(turned, OPS.norm_quantize.default),
-            *calls(turned, OPS.quantize_activation.default),
+            *calls(turned, OPS.quantize_linear_packed.default),
         )
     ]
     assert orders == [[12, 8], [20, 8]]

@@ -1,69 +1,100 @@
-// QuantizeActivation, PackedLinear and PackedLinearFloat.
+// QuantizeActivation, PackedLinear, both in one (QuantizePackedLinear), and PackedLinearFloat.
 #include "op.h"
 
 namespace isofold {
 namespace {
 
-// ---- QuantizeActivation
+// ---- what quantizes rows of activations
 
-struct QuantizeKernel : KernelBase {
-  int64_t align;
+// Constant for the life of a session.
+struct Quantizer {
   float levels;
   isofold_hadamard hadamard;
 };
 
-OrtStatus* create_quantize(void* memory, const Attributes& a) {
-  auto& kernel = *static_cast<QuantizeKernel*>(memory);
-  ISOFOLD_TRY(a.at_least("align", 1, &kernel.align));
-  ISOFOLD_TRY(a.levels(&kernel.levels));
-  return hadamard_plan(a, "hadamard", false, &kernel.hadamard);
+OrtStatus* create_quantizer(const Attributes& a, const char* bits, Quantizer* quantizer) {
+  ISOFOLD_TRY(a.levels(bits, &quantizer->levels));
+  return hadamard_plan(a, "hadamard", false, &quantizer->hadamard);
 }
 
-OrtStatus* compute_quantize(void* memory, Context& c) {
-  const auto& kernel = *static_cast<const QuantizeKernel*>(memory);
+// Inputs 0 to 3 of an operator that quantizes: the rows, and how.
+struct Rows {
   Tensor x, pair, shift, scale;
-  ISOFOLD_TRY(c.input(0, &x));
-  ISOFOLD_TRY(c.input(1, &pair));
-  ISOFOLD_TRY(c.input(2, &shift));
-  ISOFOLD_TRY(c.input(3, &scale));
-  if (x.shape.rank < 1) return c.bad_input(0, "expected at least one dimension, got a scalar");
-  ISOFOLD_TRY(c.expect(1, pair, ORT_FLOAT, shape_of(2)));
-  ISOFOLD_TRY(c.expect(2, shift, ORT_FLOAT, shape_of(x.shape[-1])));
-  ISOFOLD_TRY(c.expect(3, scale, ORT_FLOAT, shape_of(x.shape[-1])));
-  ISOFOLD_TRY(hadamard_expect(c, 0, x, kernel.hadamard));
-  int64_t k = x.shape[-1], kp = ceil_to(k, kernel.align), rows = x.shape.rows();
-  uint8_t* u = nullptr;
-  float* params = nullptr;
-  ISOFOLD_TRY(c.output(0, with_last(x.shape, kp), &u));
-  ISOFOLD_TRY(c.output(1, pair.present ? shape_of(2) : with_last(x.shape, 2), &params));
-  if (pair.present) memcpy(params, pair.data, 2 * sizeof(float));
-  if (kernel.hadamard.size > 1) {
-    size_t bytes = size_t(hadamard_quantize_floats(kernel.hadamard, k)) * sizeof(float);
-    double nanoseconds = 0.1 * double(k) + hadamard_nanoseconds(kernel.hadamard) * double(k / kernel.hadamard.size);
+};
+
+// k: the last dimension that x must have; 0: any.
+OrtStatus* read_rows(const Context& c, const Quantizer& quantizer, int64_t k, Rows* rows) {
+  ISOFOLD_TRY(c.input(0, &rows->x));
+  ISOFOLD_TRY(c.input(1, &rows->pair));
+  ISOFOLD_TRY(c.input(2, &rows->shift));
+  ISOFOLD_TRY(c.input(3, &rows->scale));
+  const Shape& shape = rows->x.shape;
+  if (k) ISOFOLD_TRY(c.expect_last(0, rows->x, k));
+  if (shape.rank < 1) return c.bad_input(0, "expected at least one dimension, got a scalar");
+  ISOFOLD_TRY(c.expect(1, rows->pair, ORT_FLOAT, shape_of(2)));
+  ISOFOLD_TRY(c.expect(2, rows->shift, ORT_FLOAT, shape_of(shape[-1])));
+  ISOFOLD_TRY(c.expect(3, rows->scale, ORT_FLOAT, shape_of(shape[-1])));
+  return hadamard_expect(c, 0, rows->x, quantizer.hadamard);
+}
+
+// u [rows, kp]; params [rows, 2], not written where there is a static pair.
+OrtStatus* quantize_rows(const Context& c, const Quantizer& quantizer, const Rows& rows, int64_t kp, uint8_t* u,
+                         float* params) {
+  const isofold_hadamard& hadamard = quantizer.hadamard;
+  const float *x = rows.x.f32(), *pair = rows.pair.f32(), *shift = rows.shift.f32(), *scale = rows.scale.f32();
+  int64_t k = rows.x.shape[-1], m = rows.x.shape.rows();
+  if (hadamard.size > 1) {
+    size_t bytes = size_t(hadamard_quantize_floats(hadamard, k)) * sizeof(float);
+    double nanoseconds = 0.1 * double(k) + hadamard_nanoseconds(hadamard) * double(k / hadamard.size);
     bool failed = false;
-    ISOFOLD_TRY(c.parallel(rows, nanoseconds, [&](int64_t begin, int64_t end) {
+    ISOFOLD_TRY(c.parallel(m, nanoseconds, [&](int64_t begin, int64_t end) {
       auto* scratch = static_cast<float*>(thread_scratch(bytes));
       if (!scratch) {
         __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
         return;
       }
       for (int64_t r = begin; r < end; ++r)
-        hadamard_quantize(kernel.hadamard, x.f32() + r * k, shift.f32(), scale.f32(), pair.f32(), u + r * kp,
-                          params + 2 * r, k, kp, kernel.levels, scratch);
+        hadamard_quantize(hadamard, x + r * k, shift, scale, pair, u + r * kp, params + 2 * r, k, kp,
+                          quantizer.levels, scratch);
     }));
     return failed ? out_of_memory(c.api, c.op->name, bytes) : nullptr;
   }
-  int64_t flags = (shift.present ? QUANTIZE_SHIFT : 0) | (scale.present ? QUANTIZE_SCALE : 0);
-  return c.parallel(rows, 0.06 * double(k), [&](int64_t begin, int64_t end) {
-    const float* from = x.f32() + begin * k;
+  int64_t flags = (shift ? QUANTIZE_SHIFT : 0) | (scale ? QUANTIZE_SCALE : 0);
+  return c.parallel(m, 0.06 * double(k), [&](int64_t begin, int64_t end) {
+    const float* from = x + begin * k;
     uint8_t* to = u + begin * kp;
-    if (pair.present)
-      kernels->quantize_rows_static(from, shift.f32(), scale.f32(), to, pair.f32(), end - begin, k, kp, flags,
-                                    kernel.levels);
+    if (pair)
+      kernels->quantize_rows_static(from, shift, scale, to, pair, end - begin, k, kp, flags, quantizer.levels);
     else
-      kernels->quantize_rows(from, shift.f32(), scale.f32(), to, params + 2 * begin, end - begin, k, kp, flags,
-                             kernel.levels);
+      kernels->quantize_rows(from, shift, scale, to, params + 2 * begin, end - begin, k, kp, flags, quantizer.levels);
   });
+}
+
+// ---- QuantizeActivation
+
+struct QuantizeKernel : KernelBase {
+  int64_t align;
+  Quantizer quantizer;
+};
+
+OrtStatus* create_quantize(void* memory, const Attributes& a) {
+  auto& kernel = *static_cast<QuantizeKernel*>(memory);
+  ISOFOLD_TRY(a.at_least("align", 1, &kernel.align));
+  return create_quantizer(a, "bits", &kernel.quantizer);
+}
+
+OrtStatus* compute_quantize(void* memory, Context& c) {
+  const auto& kernel = *static_cast<const QuantizeKernel*>(memory);
+  Rows rows;
+  ISOFOLD_TRY(read_rows(c, kernel.quantizer, 0, &rows));
+  const Shape& shape = rows.x.shape;
+  int64_t kp = ceil_to(shape[-1], kernel.align);
+  uint8_t* u = nullptr;
+  float* params = nullptr;
+  ISOFOLD_TRY(c.output(0, with_last(shape, kp), &u));
+  ISOFOLD_TRY(c.output(1, rows.pair.present ? shape_of(2) : with_last(shape, 2), &params));
+  if (rows.pair.present) memcpy(params, rows.pair.data, 2 * sizeof(float));
+  return quantize_rows(c, kernel.quantizer, rows, kp, u, params);
 }
 
 OrtStatus* infer_quantize(Inference& f) {
@@ -85,7 +116,7 @@ OrtStatus* infer_quantize(Inference& f) {
   return f.output(1, pairs);
 }
 
-// ---- PackedLinear
+// ---- what multiplies by packed weights
 
 struct LinearKernel : KernelBase {
   isofold_linear linear;
@@ -148,6 +179,29 @@ OrtStatus* read_weights(const Context& c, const LinearInputs& at, isofold_linear
   return nullptr;
 }
 
+// The linear of codes and pairs, whose inputs are checked; `call` lacks scratch memory.
+OrtStatus* run_linear(const Context& c, const isofold_linear& l, isofold_linear_call* call) {
+  if (call->m == 0) return nullptr;
+  size_t bytes = size_t(isofold_linear_scratch_bytes(&l, call->m));
+  RunScratch scratch(bytes);
+  if (bytes && !scratch.data) return out_of_memory(c.api, c.op->name, bytes);
+  call->scratch = scratch.data;
+  if (bytes)
+    ISOFOLD_TRY(c.parallel(call->m, 0.04 * double(l.kp), [&](int64_t begin, int64_t end) {
+      isofold_linear_prepare(kernels, isa, &l, call, begin, end);
+    }));
+  int64_t tasks = isofold_linear_tasks(&l, call->m);
+  double rows = double(isofold_linear_row_block(&l, call->m));
+  rows = rows < double(call->m) ? rows : double(call->m);
+  // A task reads 32 rows of weights (about 20 bytes a nanosecond) and does 64 operations a row and input (about 600).
+  double read = 32.0 * double(l.kp) * l.bits / 8 / 20, work = rows * double(l.kp) * 64 / 600;
+  return c.parallel(tasks, read > work ? read : work, [&](int64_t begin, int64_t end) {
+    isofold_linear_run(kernels, isa, &l, call, begin, end);
+  });
+}
+
+// ---- PackedLinear
+
 OrtStatus* compute_linear(void* memory, Context& c) {
   const auto& kernel = *static_cast<const LinearKernel*>(memory);
   isofold_linear l = kernel.linear;
@@ -163,32 +217,45 @@ OrtStatus* compute_linear(void* memory, Context& c) {
   ISOFOLD_TRY(c.expect(7, residual, ORT_FLOAT, shape));
   float* y = nullptr;
   ISOFOLD_TRY(c.output(0, shape, &y));
-
-  isofold_linear_call call = {};
-  call.u = u.as<uint8_t>();
-  call.params = params.f32();
-  call.residual = residual.f32();
-  call.y = y;
-  call.m = shape.rows();
   // One row of u [1, kp] has params [1, 2], which is also a pair: the same numbers either way.
-  call.static_params = per_tensor;
-  if (call.m == 0) return nullptr;
-  size_t bytes = size_t(isofold_linear_scratch_bytes(&l, call.m));
+  isofold_linear_call call = {u.as<uint8_t>(), params.f32(), residual.f32(), y, shape.rows(), per_tensor, nullptr};
+  return run_linear(c, l, &call);
+}
+
+// ---- QuantizePackedLinear
+
+struct QuantizeLinearKernel : LinearKernel {
+  Quantizer quantizer;
+};
+
+OrtStatus* create_quantize_linear(void* memory, const Attributes& a) {
+  ISOFOLD_TRY(create_linear(memory, a));
+  return create_quantizer(a, "input_bits", &static_cast<QuantizeLinearKernel*>(memory)->quantizer);
+}
+
+OrtStatus* compute_quantize_linear(void* memory, Context& c) {
+  const auto& kernel = *static_cast<const QuantizeLinearKernel*>(memory);
+  isofold_linear l = kernel.linear;
+  ISOFOLD_TRY(read_weights(c, {4, 5, 6, 7, 8}, &l));
+  Rows rows;
+  Tensor residual;
+  ISOFOLD_TRY(read_rows(c, kernel.quantizer, kernel.k, &rows));
+  ISOFOLD_TRY(c.input(9, &residual));
+  Shape shape = with_last(rows.x.shape, l.n);
+  ISOFOLD_TRY(c.expect(9, residual, ORT_FLOAT, shape));
+  float* y = nullptr;
+  ISOFOLD_TRY(c.output(0, shape, &y));
+  int64_t m = shape.rows();
+  bool per_tensor = rows.pair.present;
+  // kp is a multiple of 32, so that the pairs behind the codes are aligned.
+  size_t codes = size_t(m * l.kp), bytes = codes + (per_tensor ? 0 : size_t(m) * 2 * sizeof(float));
   RunScratch scratch(bytes);
   if (bytes && !scratch.data) return out_of_memory(c.api, c.op->name, bytes);
-  call.scratch = scratch.data;
-  if (bytes)
-    ISOFOLD_TRY(c.parallel(call.m, 0.04 * double(l.kp), [&](int64_t begin, int64_t end) {
-      isofold_linear_prepare(kernels, isa, &l, &call, begin, end);
-    }));
-  int64_t tasks = isofold_linear_tasks(&l, call.m);
-  double rows = double(isofold_linear_row_block(&l, call.m));
-  rows = rows < double(call.m) ? rows : double(call.m);
-  // A task reads 32 rows of weights (about 20 bytes a nanosecond) and does 64 operations a row and input (about 600).
-  double read = 32.0 * double(l.kp) * l.bits / 8 / 20, work = rows * double(l.kp) * 64 / 600;
-  return c.parallel(tasks, read > work ? read : work, [&](int64_t begin, int64_t end) {
-    isofold_linear_run(kernels, isa, &l, &call, begin, end);
-  });
+  auto* u = static_cast<uint8_t*>(scratch.data);
+  float* params = per_tensor ? nullptr : reinterpret_cast<float*>(u + codes);
+  ISOFOLD_TRY(quantize_rows(c, kernel.quantizer, rows, l.kp, u, params));
+  isofold_linear_call call = {u, per_tensor ? rows.pair.f32() : params, residual.f32(), y, m, per_tensor, nullptr};
+  return run_linear(c, l, &call);
 }
 
 // ---- PackedLinearFloat
@@ -225,6 +292,19 @@ OrtStatus* infer_linear(Inference& f) {
   return f.output(0, shape);
 }
 
+// What linears of codes have in common; the weight is input `first`.
+void define_linear(Op* op, size_t first) {
+  op->inputs[first] = {"weight", ORT_UNDEFINED};
+  op->inputs[first + 1] = {"scale", ORT_UNDEFINED};
+  op->inputs[first + 2] = {"zero", ORT_INT8, ORT_OPTIONAL};
+  op->inputs[first + 3] = {"wsum", ORT_FLOAT};
+  op->inputs[first + 4] = {"bias", ORT_FLOAT, ORT_OPTIONAL};
+  op->inputs[first + 5] = {"residual", ORT_FLOAT, ORT_OPTIONAL};
+  op->output_count = 1;
+  op->outputs[0] = {"y", ORT_FLOAT};
+  op->infer = infer_linear;
+}
+
 }  // namespace
 
 void define_quantize_activation(Op* op) {
@@ -248,18 +328,23 @@ void define_packed_linear(Op* op) {
   op->input_count = 8;
   op->inputs[0] = {"u", ORT_UINT8};
   op->inputs[1] = {"params", ORT_FLOAT};
-  op->inputs[2] = {"weight", ORT_UNDEFINED};
-  op->inputs[3] = {"scale", ORT_UNDEFINED};
-  op->inputs[4] = {"zero", ORT_INT8, ORT_OPTIONAL};
-  op->inputs[5] = {"wsum", ORT_FLOAT};
-  op->inputs[6] = {"bias", ORT_FLOAT, ORT_OPTIONAL};
-  op->inputs[7] = {"residual", ORT_FLOAT, ORT_OPTIONAL};
-  op->output_count = 1;
-  op->outputs[0] = {"y", ORT_FLOAT};
+  define_linear(op, 2);
   op->kernel_size = sizeof(LinearKernel);
   op->create = create_linear;
   op->compute = compute_linear;
-  op->infer = infer_linear;
+}
+
+void define_quantize_packed_linear(Op* op) {
+  op->name = "QuantizePackedLinear";
+  op->input_count = 10;
+  op->inputs[0] = {"x", ORT_FLOAT};
+  op->inputs[1] = {"params", ORT_FLOAT, ORT_OPTIONAL};
+  op->inputs[2] = {"pre_shift", ORT_FLOAT, ORT_OPTIONAL};
+  op->inputs[3] = {"pre_scale", ORT_FLOAT, ORT_OPTIONAL};
+  define_linear(op, 4);
+  op->kernel_size = sizeof(QuantizeLinearKernel);
+  op->create = create_quantize_linear;
+  op->compute = compute_quantize_linear;
 }
 
 void define_packed_linear_float(Op* op) {

@@ -27,7 +27,7 @@ OrtStatus* create_quantize(void* memory, const Attributes& a) {
   ISOFOLD_TRY(create(memory, a));
   auto& kernel = *static_cast<NormKernel*>(memory);
   ISOFOLD_TRY(a.at_least("align", 1, &kernel.align));
-  ISOFOLD_TRY(a.levels(&kernel.levels));
+  ISOFOLD_TRY(a.levels("bits", &kernel.levels));
   return hadamard_plan(a, "hadamard", false, &kernel.hadamard);
 }
 

@@ -133,8 +133,8 @@ struct Attributes {
   // An integer that must be one of the null-terminated allowed values or satisfy low <= value.
   OrtStatus* at_least(const char* name, int64_t low, int64_t* value) const;
   OrtStatus* activation(int32_t* value) const;
-  // The largest activation code, from 'bits' (4 or 8).
-  OrtStatus* levels(float* value) const;
+  // The largest activation code, from an attribute that is 4 or 8.
+  OrtStatus* levels(const char* name, float* value) const;
 };
 
 // One run of a kernel.
@@ -261,6 +261,7 @@ OrtStatus* Context::parallel(int64_t total, double nanoseconds, const F& f) cons
 // The operators, one function per file.
 void define_quantize_activation(Op*);
 void define_packed_linear(Op*);
+void define_quantize_packed_linear(Op*);
 void define_packed_linear_float(Op*);
 void define_coded_linear(Op*);
 void define_sparse_linear(Op*);

@@ -2,7 +2,8 @@
 //
 // ONNX Runtime hands out a table of function pointers whose order never changes: a version only appends. So a slot
 // number and a signature are all that is needed, and no header of ONNX Runtime has to be installed to build. The
-// slots below are those of API version 17 (ONNX Runtime 1.17); tests/runtimes/onnx/oplib runs them all.
+// slots below are those of API version 17 (ONNX Runtime 1.17), and one that a table may lack; tests/runtimes/onnx/oplib
+// runs them all.
 #ifndef ISOFOLD_ORT_ABI_H
 #define ISOFOLD_ORT_ABI_H
 
@@ -11,7 +12,7 @@
 
 extern "C" {
 
-enum { ORT_ABI_VERSION = 17 };
+enum { ORT_ABI_VERSION = 17, ORT_ABI_BORROWED_SHAPES = 24 };
 
 struct OrtStatus;
 struct OrtSessionOptions;
@@ -114,12 +115,18 @@ struct OrtCustomOp {
   F(274, KernelContext_ParallelFor, OrtStatus*,                                                                 \
     (const OrtKernelContext*, void (*)(void*, size_t), size_t, size_t, void*))
 
+// The last slot of API version 24 (ORT_ABI_BORROWED_SHAPES): type, dimensions (the value's own) and rank of a tensor.
+#define ORT_LATER_FUNCTIONS(F) \
+  F(414, GetTensorElementTypeAndShapeDataReference, OrtStatus*, \
+    (const OrtValue*, OrtElementType*, const int64_t**, size_t*))
+
 #define ORT_DECLARE(slot, name, result, arguments)                     \
   template <class... A>                                                \
   static inline result Ort##name(OrtApi api, A... a) {                 \
     return reinterpret_cast<result(*) arguments>(api[slot])(a...);     \
   }
 ORT_FUNCTIONS(ORT_DECLARE)
+ORT_LATER_FUNCTIONS(ORT_DECLARE)
 #undef ORT_DECLARE
 
 #endif  // ISOFOLD_ORT_ABI_H

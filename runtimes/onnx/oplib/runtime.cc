@@ -158,6 +158,10 @@ OrtStatus* infer(const OrtCustomOp* custom, OrtShapeInferContext* context) {
   return self(custom).infer(inference);
 }
 
+// The table that also has what came with ORT_ABI_BORROWED_SHAPES; null where ONNX Runtime is older. Kernels compare
+// theirs with it, as a process may have several copies of ONNX Runtime.
+OrtApi borrowing_api = nullptr;
+
 // ONNX Runtime's minor version, 0 while unknown.
 int ort_minor = 0;
 
@@ -197,7 +201,7 @@ void (*const definitions[])(Op*) = {
     define_quantize_activation, define_packed_linear, define_packed_linear_float, define_packed_embedding,
     define_packed_conv,         define_norm,          define_norm_quantize,       define_attention,
     define_rotary,              define_gated,         define_hadamard,            define_coded_linear,
-    define_sparse_linear,       define_sparse_linear_float,
+    define_sparse_linear,       define_sparse_linear_float, define_quantize_packed_linear,
 };
 constexpr size_t op_count = sizeof definitions / sizeof definitions[0];
 
@@ -335,11 +339,12 @@ OrtStatus* Attributes::activation(int32_t* value) const {
   return choice("activation", names, value);
 }
 
-OrtStatus* Attributes::levels(float* value) const {
+OrtStatus* Attributes::levels(const char* name, float* value) const {
   int64_t bits = 0;
-  ISOFOLD_TRY(get("bits", &bits));
+  ISOFOLD_TRY(get(name, &bits));
   if (bits != 4 && bits != 8)
-    return fail(api, ORT_INVALID_ARGUMENT, "%s: attribute 'bits' is %lld; expected 4 or 8", op->name, (long long)bits);
+    return fail(api, ORT_INVALID_ARGUMENT, "%s: attribute '%s' is %lld; expected 4 or 8", op->name, name,
+                (long long)bits);
   *value = float((1 << bits) - 1);
   return nullptr;
 }
@@ -386,19 +391,43 @@ OrtStatus* Context::bad(const char* format, ...) const {
   return fail(api, ORT_INVALID_ARGUMENT, "%s: %s", op->name, text);
 }
 
-OrtStatus* read_tensor(const Context& context, size_t index, const OrtValue* value, Tensor* tensor) {
+namespace {
+
+OrtStatus* too_many_dimensions(const Context& context, size_t index, size_t rank) {
+  return context.bad_input(index, "has %zu dimensions; at most 8 work", rank);
+}
+
+// Type and shape through an object that ONNX Runtime allocates and frees for it.
+OrtStatus* copy_shape(const Context& context, size_t index, const OrtValue* value, Tensor* tensor) {
   OrtApi api = context.api;
   OrtTensorTypeAndShapeInfo* info = nullptr;
   ISOFOLD_TRY(OrtGetTensorTypeAndShape(api, value, &info));
   size_t rank = 0;
   OrtStatus* status = OrtGetTensorElementType(api, info, &tensor->type);
   if (!status) status = OrtGetDimensionsCount(api, info, &rank);
-  if (!status && rank > MAX_RANK) status = context.bad_input(index, "has %zu dimensions; at most 8 work", rank);
+  if (!status && rank > MAX_RANK) status = too_many_dimensions(context, index, rank);
   if (!status) status = OrtGetDimensions(api, info, static_cast<int64_t*>(tensor->shape.dims), rank);
   OrtReleaseTensorTypeAndShapeInfo(api, info);
-  ISOFOLD_TRY(status);
   tensor->shape.rank = int(rank);
-  ISOFOLD_TRY(OrtGetTensorMutableData(api, const_cast<OrtValue*>(value), &tensor->data));
+  return status;
+}
+
+OrtStatus* borrow_shape(const Context& context, size_t index, const OrtValue* value, Tensor* tensor) {
+  const int64_t* dims = nullptr;
+  size_t rank = 0;
+  ISOFOLD_TRY(OrtGetTensorElementTypeAndShapeDataReference(context.api, value, &tensor->type, &dims, &rank));
+  if (rank > MAX_RANK) return too_many_dimensions(context, index, rank);
+  for (size_t i = 0; i < rank; ++i) tensor->shape.dims[i] = dims[i];
+  tensor->shape.rank = int(rank);
+  return nullptr;
+}
+
+}  // namespace
+
+OrtStatus* read_tensor(const Context& context, size_t index, const OrtValue* value, Tensor* tensor) {
+  bool borrows = context.api == borrowing_api;
+  ISOFOLD_TRY((borrows ? borrow_shape : copy_shape)(context, index, value, tensor));
+  ISOFOLD_TRY(OrtGetTensorMutableData(context.api, const_cast<OrtValue*>(value), &tensor->data));
   tensor->present = true;
   return nullptr;
 }
@@ -525,6 +554,9 @@ ISOFOLD_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const Or
   if (load_error) return fail(api, ORT_NOT_IMPLEMENTED, "%s", load_error);
   pthread_mutex_lock(&domain_mutex);
   global_api = api;
+  // A version that it lacks makes ONNX Runtime complain on stderr, so that it is asked only where it is there.
+  if (minor_version(base->GetVersionString()) >= ORT_ABI_BORROWED_SHAPES)
+    borrowing_api = base->GetApi(ORT_ABI_BORROWED_SHAPES);
   OrtStatus* status = shared_domain(api, base->GetVersionString());
   pthread_mutex_unlock(&domain_mutex);
   return status ? status : OrtAddCustomOpDomain(api, options, domain);

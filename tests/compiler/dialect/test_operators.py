@@ -49,6 +49,13 @@ def linear_arguments(
     )  # fmt: skip
 
 
+def quantizing_arguments(*quantizer: Any, bits: int = 4, group_size: int = 32) -> tuple[Any, ...]:
+    """quantizer: params, pre_shift, pre_scale, input_bits, hadamard."""
+    x = randn(2, 3, 40)
+    _, _, *linear = linear_arguments(bits, group_size, group_size > 0)
+    return (x, *quantizer[:3], *linear, *quantizer[3:])
+
+
 def float_arguments() -> tuple[Any, ...]:
     p = packed(5, 40, 4, 32, True)
     tensors = (p.weight, p.scale, p.zero, randn(5), None)
@@ -205,6 +212,11 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         lambda: (randn(2, 3, 4), torch.tensor([0.02, 128.0]), "token"),
         lambda: (randn(2, 3, 40), None, "token", 4),
     ],
+    "quantize_linear_packed": [
+        lambda: quantizing_arguments(None, None, None),
+        lambda: quantizing_arguments(None, randn(40), randn(40).flip(0), 4, [20, 2]),
+        lambda: quantizing_arguments(torch.tensor([0.02, 128.0]), None, randn(40), bits=8, group_size=0),
+    ],
     "rotary": [
         lambda: (randn(2, 3, 4, 8), randn(1, 3, 1, 6), randn(1, 3, 1, 6), 2, 3, False),
         lambda: (randn(2, 4, 3, 8), randn(1, 1, 3, 8), randn(1, 1, 3, 8), 1, -1, True),
@@ -348,6 +360,31 @@ def test_codes_of_quantize_activation_are_those_of_quantize_dequantize_of_the_tr
     fused = OPS.norm_quantize(x, None, weight, bias, params, 1e-5, "layer", 32, shift, scale, bits)
     expected = (y, *OPS.quantize_activation(y, params, 32, shift, scale, bits))
     assert all(torch.equal(a, b) for a, b in zip(fused[1:], expected, strict=True))
+
+
+@pytest.mark.parametrize("make", SAMPLES["quantize_linear_packed"])
+def test_quantize_linear_packed_is_the_composition(make: Callable[[], tuple[Any, ...]]) -> None:
+    """Bit for bit, and with the gradients of the two operators."""
+    given = make()
+    x, params, shift, scale, *linear = given
+    linear, rest = linear[:13], linear[13:]
+    group_size = linear[9]
+    results = []
+    for fused in (True, False):
+        source = x.clone().requires_grad_()
+        if fused:
+            y = OPS.quantize_linear_packed(source, *given[1:])
+        else:
+            align = packing.alignment(group_size)
+            u, pair = OPS.quantize_activation(source, params, align, shift, scale, *rest)
+            y = OPS.linear_packed(u, pair, *linear)
+        (gradient,) = torch.autograd.grad(y.square().sum(), [source], allow_unused=True)
+        results.append((y, gradient))
+    assert torch.equal(results[0][0], results[1][0])
+    first, second = results[0][1], results[1][1]
+    assert (first is None) == (second is None)
+    if first is not None:
+        assert torch.allclose(first, second)
 
 
 def test_other_widths_are_refused() -> None:

@@ -72,6 +72,12 @@ def _linears() -> Iterator[Case]:
     for i, (k, bits, gated) in enumerate(floating):
         yield _floating(_linear(99 + i, 37, k, bits, 32, i % 2 == 1, i > 1, i == 3, "gelu", gated, False))
 
+    for i, (bits, group) in enumerate(formats):
+        zero, bias, gated = i % 2 == 1, i % 3 == 0, i == 3
+        plain = _linear(97 + i, 37, 70, bits, group, zero, bias, not bias, "gelu", gated, False)
+        for static, vectors, input_bits in product((False, True), (False, True), (8, 4)):
+            yield _quantizing(plain, static, vectors, input_bits, [2] if (static, vectors)[i % 2] else [])
+
 
 def _linear(
     seed: int, n: int, k: int, bits: int, group: int, zero: bool, bias: bool, residual: bool, activation: str,
@@ -107,6 +113,28 @@ def _linear(
     present = "+".join(name for name in ("zero", "bias", "residual") if arguments[name] is not None)
     what = f"w{bits}g{group}-{present or 'bare'}-{activation}{'-gated' if gated else ''}-k{k}"
     return "linear_packed", what, arguments
+
+
+def _quantizing(case: Case, static: bool, vectors: bool, input_bits: int, hadamard: list[int]) -> Case:
+    """The linear with its quantizer inside."""
+    _, what, arguments = case
+    k = arguments["k"]
+    random = _Random(k + input_bits)
+    x = random.normal(2, 3, k)
+    x[0, 0] = 0.0  # an empty range
+    quantizer = {
+        "x": x,
+        "params": torch.tensor([3.8 / (2**input_bits - 1), 2 ** (input_bits - 1) - 1]) if static else None,
+        "pre_shift": random.normal(k) if vectors else None,
+        "pre_scale": random.normal(k) if vectors else None,
+    }
+    kept = {key: v for key, v in arguments.items() if key not in ("u", "params")}
+    special = f"{what}-static{static}-vectors{vectors}-a{input_bits}-h{'x'.join(map(str, hadamard))}"
+    return (
+        "quantize_linear_packed",
+        special,
+        {**quantizer, **kept, "input_bits": input_bits, "hadamard": hadamard},
+    )
 
 
 def _floating(case: Case) -> Case:

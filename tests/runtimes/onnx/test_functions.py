@@ -20,7 +20,8 @@ SPARSE = ("mask", "values", "offsets")
 NOT_IN_LIBRARY = ("quantize_dequantize", "dequantize_weight", "dequantize_coded")
 
 
-def assert_close(name: str, expected: Any, got: list[np.ndarray]) -> None:
+def assert_close(name: str, arguments: dict[str, Any], got: list[np.ndarray]) -> None:
+    expected = OPERATORS[name].reference(**arguments)
     wanted = [t.numpy() for t in (expected if isinstance(expected, tuple) else (expected,))]
     assert len(wanted) == len(got)
     for want, have in zip(wanted, got, strict=True):
@@ -32,8 +33,10 @@ def assert_close(name: str, expected: Any, got: list[np.ndarray]) -> None:
             assert (difference > 0).mean() <= 0.01
         else:
             scale = max(np.abs(want).max(initial=0), 1e-3)
-            # quantizing inside the operator may round the other way for single elements
-            bound = 2e-2 if name == "conv_packed" else 2e-5
+            # Codes inside the operator may round the other way for single elements; a linear's own codes are exact
+            # unless a transform has summed in another order.
+            inside = name == "conv_packed" or (name == "quantize_linear_packed" and arguments["hadamard"])
+            bound = 2e-2 if inside else 2e-5
             assert np.abs(want - have).max(initial=0) <= bound * scale
 
 
@@ -48,7 +51,7 @@ def test_every_operator_is_covered_here() -> None:
 @pytest.mark.parametrize(("name", "what", "arguments"), CASES, ids=IDS)
 def test_stock_runtime_computes_the_reference(name: str, what: str, arguments: dict[str, Any]) -> None:
     model = model_of(name, arguments, (*CONSTANT, *SPARSE))
-    assert_close(name, OPERATORS[name].reference(**arguments), run(model, arguments))
+    assert_close(name, arguments, run(model, arguments))
 
 
 @pytest.mark.parametrize(("name", "what", "arguments"), CASES, ids=IDS)
@@ -59,4 +62,4 @@ def test_library_computes_the_reference(
         pytest.skip("runs through its body with the library too")
     model = model_of(name, arguments, (*CONSTANT, *SPARSE))
     model.functions.clear()  # so that only the kernel can run
-    assert_close(name, OPERATORS[name].reference(**arguments), run(model, arguments, library))
+    assert_close(name, arguments, run(model, arguments, library))

@@ -14,6 +14,7 @@ from onnx import numpy_helper
 from isofold.compiler.capture import capture
 from isofold.compiler.driver import run_steps
 from isofold.compiler.errors import VerificationError
+from isofold.compiler.graph import argument
 from isofold.compiler.program import Program
 from isofold.compiler.recipe import resolve
 from isofold.compiler.registry import pipeline
@@ -22,6 +23,7 @@ from isofold.runtimes.onnx.export import export_onnx
 from isofold.runtimes.onnx.operator_check import operator_differences, share_of_codes
 
 Case = tuple[Program, registry.ModelCase, Path]
+LINEARS = (torch.ops.isofold.linear_packed.default, torch.ops.isofold.quantize_linear_packed.default)
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +63,7 @@ def test_every_operator_agrees_with_the_program_on_its_own_inputs(
         for args in (case.args, case.other_args):
             found = operator_differences(program, path, chosen, args)
             nodes = {d.node for d in found}
-            linears = program.graph.find_nodes(
-                op="call_function", target=torch.ops.isofold.linear_packed.default
-            )
+            linears = [n for n in program.graph.nodes if n.target in LINEARS]
             assert linears or name == "resnet"
             assert {node.name for node in linears} <= nodes
             assert max(d.error for d in found) < 1e-5
@@ -110,6 +110,33 @@ def test_a_wrong_quantizer_shows_in_its_codes(compressed: Callable[[str, str], C
     wrong = [d for d in found if d.steps > 1]
     assert {d.op for d in wrong} == {"NormQuantize"}
     assert share_of_codes(wrong) > 0.1
+
+
+def test_codes_inside_an_operator_behind_a_transform_have_a_measured_bound(
+    compressed: Callable[[str, str], Case], library: str
+) -> None:
+    program, _, path = compressed("llama", "w4a8-rotate")
+    turned = {
+        n.name
+        for n in program.graph.nodes
+        if n.target == torch.ops.isofold.quantize_linear_packed.default and argument(n, "hadamard")
+    }
+    assert len(turned) == 2
+    victim = max(turned)
+
+    def transform_otherwise(model: onnx.ModelProto) -> None:
+        node = next(n for n in model.graph.node if n.name == victim)
+        orders = next(a for a in node.attribute if a.name == "hadamard")
+        assert orders.ints[-1] > 2
+        orders.ints[-1] //= 2
+
+    for changed, wrong in ((None, set()), (transform_otherwise, {victim})):
+        file = path if changed is None else _changed(path, changed)
+        found = operator_differences(program, file, Path(library))
+        assert {d.node for d in found if d.step} == turned
+        assert all(0 < d.step < 0.05 for d in found if d.node in turned)
+        # A hundredth of the codes may be off by one step.
+        assert {d.node for d in found if d.error > max(1e-5, 0.1 * d.step)} == wrong
 
 
 def test_an_operator_that_the_program_lacks_is_named(compressed: Callable[[str, str], Case]) -> None:

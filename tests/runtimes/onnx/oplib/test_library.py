@@ -171,6 +171,8 @@ def test_shapes_are_inferred_with_symbols(session: Sessions, make_model: MakeMod
     assert session(model).get_outputs()[0].shape == ["batch", "length", 4, 16]
     model, _ = make_model("quantize_activation", [torch.randn(3, 20), None, 32], shapes={"x": ["rows", 20]})
     assert [o.shape for o in session(model).get_outputs()] == [["rows", 32], ["rows", 2]]
+    model, _ = make_model("quantize_linear_packed", _quantizing(), shapes={"x": ["rows", 50]})
+    assert session(model).get_outputs()[0].shape == ["rows", 40]
     image = torch.randn(1, 3, 8, 8)
     convolution = [
         image, None, torch.zeros(1, 8, 16, 4, dtype=torch.int8), torch.ones(1, 1, 16), torch.zeros(16), None, [3, 3],
@@ -238,6 +240,40 @@ def test_bad_linears_are_errors_that_say_why(
 ) -> None:
     with pytest.raises(Exception, match=message):
         run_operator("linear_packed", _linear(**changes))
+
+
+def _quantizing(**changes: Any) -> list[Any]:
+    quantizer = {"x": torch.ones(2, 50), "params": None, "pre_shift": None, "pre_scale": None}
+    # Values follow names, as the linear's u and params are left out.
+    names = [a.name for a in OPERATORS["linear_packed"].overload._schema.arguments]
+    linear = dict(zip(names[2:], _linear()[2:], strict=True))
+    return list({**quantizer, **linear, "input_bits": 8, "hadamard": [], **changes}.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.ones(2, 64)}, r"input 0 \(x\): expected a last dimension of 50, got float32 \[2, 64\]"),
+        ({"x": torch.tensor(1.0)}, r"input 0 \(x\): expected a last dimension of 50, got float32 \[\]"),
+        ({"params": torch.ones(2, 2)}, r"input 1 \(params\): expected float32 \[2\], got float32 \[2, 2\]"),
+        (
+            {"pre_shift": torch.ones(40)},
+            r"input 2 \(pre_shift\): expected float32 \[50\], got float32 \[40\]",
+        ),
+        ({"pre_scale": torch.ones(1, 50)}, r"input 3 \(pre_scale\): expected float32 \[50\]"),
+        ({"wsum": torch.zeros(40)}, r"input 7 \(wsum\): expected float32 \[48\], got float32 \[40\]"),
+        ({"residual": torch.zeros(2, 50)}, r"input 9 \(residual\): expected float32 \[2, 40\]"),
+        ({"input_bits": 3}, r"attribute 'input_bits' is 3; expected 4 or 8"),
+        ({"bits": 3}, r"attribute 'bits' is 3; expected 4 or 8"),
+        ({"hadamard": [4]}, r"expected a last dimension that is a multiple of 4, got float32 \[2, 50\]"),
+        ({"hadamard": [6]}, r"'hadamard' has 6 at position 0; expected orders of known Hadamard"),
+    ],
+)
+def test_bad_linears_with_their_quantizer_are_errors_that_say_why(
+    run_operator: Run, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(Exception, match="QuantizePackedLinear: .*" + message):
+        run_operator("quantize_linear_packed", _quantizing(**changes))
 
 
 @pytest.mark.parametrize(
