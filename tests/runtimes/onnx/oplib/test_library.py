@@ -226,7 +226,7 @@ def _linear(**changes: Any) -> list[Any]:
         ({"wsum": torch.zeros(40)}, r"input 5 \(wsum\): expected float32 \[48\], got float32 \[40\]"),
         ({"bias": torch.zeros(48)}, r"input 6 \(bias\): expected float32 \[40\], got float32 \[48\]"),
         ({"residual": torch.zeros(2, 48)}, r"input 7 \(residual\): expected float32 \[2, 40\]"),
-        ({"bits": 3}, r"attribute 'bits' is 3; expected 4 or 8"),
+        ({"bits": 5}, r"attribute 'bits' is 5; expected 2, 3, 4 or 8"),
         ({"group_size": 20}, r"attribute 'group_size' is 20; expected 0 or a multiple of 32"),
         (
             {"activation": "swish"},
@@ -264,7 +264,7 @@ def _quantizing(**changes: Any) -> list[Any]:
         ({"wsum": torch.zeros(40)}, r"input 7 \(wsum\): expected float32 \[48\], got float32 \[40\]"),
         ({"residual": torch.zeros(2, 50)}, r"input 9 \(residual\): expected float32 \[2, 40\]"),
         ({"input_bits": 3}, r"attribute 'input_bits' is 3; expected 4 or 8"),
-        ({"bits": 3}, r"attribute 'bits' is 3; expected 4 or 8"),
+        ({"bits": 5}, r"attribute 'bits' is 5; expected 2, 3, 4 or 8"),
         ({"hadamard": [4]}, r"expected a last dimension that is a multiple of 4, got float32 \[2, 50\]"),
         ({"hadamard": [6]}, r"'hadamard' has 6 at position 0; expected orders of known Hadamard"),
     ],
