@@ -33,13 +33,12 @@ def _cost(
     k: int, bits: int, group_size: int, scale_multiplier: float, activation: str, gated: bool,
     input_bits: int = 8, hadamard: Sequence[int] = (),
 ) -> Cost:  # fmt: skip
-    align = alignment(group_size)
-    quantizer = quantize_activation.cost(x, params, align, pre_shift, pre_scale, input_bits, hadamard)
+    # Operations are those of the product, as in a packed convolution: the quantizer's are few beside it.
     rows = int(x.numel()) // k
     return Cost(
-        quantizer.weight_bytes + tensor_bytes(weight, scale, zero, wsum, bias),
+        tensor_bytes(pre_shift, pre_scale, weight, scale, zero, wsum, bias),
         tensor_bytes(x, params, residual) + 4 * rows * n,
-        quantizer.operations + 2 * rows * packed_rows(n, gated) * k,
+        2 * rows * packed_rows(n, gated) * k,
     )
 
 
