@@ -171,6 +171,39 @@ class CacheFormat(_Strict):
     bits: Literal[4, 8] = 8
 
 
+class Sparsity(_Strict):
+    """Whether linears skip the zeros of their weights.
+
+    mode: `auto` where the model of `extract_sparsity` predicts at least `gain` times the dense speed, `off` never.
+    """
+
+    mode: Literal["auto", "off"] = "auto"
+    gain: float = Field(default=1.1, gt=0.0)
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, given: Any) -> Any:
+        # YAML reads a bare off as false.
+        return "off" if given is False else given
+
+
+class Prune(_Strict):
+    """Which weights of linears become zero: the smallest by magnitude.
+
+    pattern: `unstructured` (the largest `density` of a layer's weights stay), or `1:4`, `2:4`, `4:8` (that many of
+    every 4 or 8 inputs stay, and density is not given).
+    """
+
+    pattern: Literal["unstructured", "1:4", "2:4", "4:8"] = "unstructured"
+    density: float | None = Field(default=None, gt=0.0, lt=1.0)
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Prune:
+        if (self.density is None) == (self.pattern == "unstructured"):
+            raise ValueError("an unstructured pattern needs a density, and an N:M pattern has its own")
+        return self
+
+
 class Fold(_Strict):
     """Equivalent transforms before anything is rounded; the program computes the same, and rounds better.
 
@@ -218,6 +251,8 @@ class LayerRule(_Strict):
     embeddings: EmbeddingFormat | None = None
     convolutions: ConvolutionFormat | None = None
     kv: CacheFormat | None = None
+    sparsity: Sparsity | None = None
+    prune: Prune | None = None
 
     @property
     def patterns(self) -> list[str]:
@@ -228,6 +263,7 @@ class LayerRule(_Strict):
 class Recipe(_Strict):
     """A whole recipe. `None` for weights, embeddings, convolutions or kv (keys and values) leaves those in float.
 
+    sparsity: whether linears skip the zeros of their weights, None: never. prune: which weights become zero.
     fold: equivalent transforms that come first, None for none.
     fuse: whether to fuse operators (attention, norms, epilogues, shared inputs) for the runtimes' kernels.
     """
@@ -238,6 +274,8 @@ class Recipe(_Strict):
     embeddings: EmbeddingFormat | None = None
     convolutions: ConvolutionFormat | None = None
     kv: CacheFormat | None = None
+    sparsity: Sparsity | None = None
+    prune: Prune | None = None
     fold: Fold | None = None
     fuse: bool = True
     layers: list[LayerRule] = []
@@ -352,7 +390,7 @@ class Recipe(_Strict):
         return _validate(Recipe, data, where)
 
 
-Kind = Literal["weights", "activations", "embeddings", "convolutions", "kv"]
+Kind = Literal["weights", "activations", "embeddings", "convolutions", "kv", "sparsity", "prune"]
 _Model = TypeVar("_Model", bound=BaseModel)
 
 _W8 = WeightFormat(bits=8)
@@ -378,6 +416,8 @@ def _preset(name: str, weights: WeightFormat, activations: ActivationFormat, **m
 _KV4 = CacheFormat(bits=4)
 _SMOOTH = Fold(scale="search", shift="mean")
 _ROTATE = Fold(rotation="hadamard")
+_SPARSE = Sparsity()
+_PRUNE80 = Prune(density=0.2)
 _LEARNED = Fold(rotation="learned", scale="learned", shift="learned")
 
 PRESETS: dict[str, Recipe] = {
@@ -396,6 +436,10 @@ PRESETS: dict[str, Recipe] = {
         _preset("w4a8-rotate", _W4, _DYNAMIC, fold=_ROTATE),
         _preset("w4a4kv4-rotate", _W4, _DYNAMIC4, kv=_KV4, fold=_ROTATE),
         _preset("w4a4kv4-learned", _W4, _DYNAMIC4, kv=_KV4, fold=_LEARNED),
+        Recipe(name="sparse-float32", sparsity=_SPARSE),
+        Recipe(name="sparse80-float32", sparsity=_SPARSE, prune=_PRUNE80),
+        _preset("sparse-int8", _W8, _DYNAMIC, sparsity=_SPARSE),
+        _preset("sparse80-int8", _W8, _DYNAMIC, sparsity=_SPARSE, prune=_PRUNE80),
         Recipe(name="w8a16", weights=_W8, embeddings=EmbeddingFormat()),
         Recipe(name="w4a16", weights=_W4, embeddings=EmbeddingFormat()),
         Recipe(name="w3a16", weights=_W3, embeddings=EmbeddingFormat()),
@@ -454,6 +498,8 @@ def _field_names() -> list[str]:
         EmbeddingFormat,
         ConvolutionFormat,
         CacheFormat,
+        Sparsity,
+        Prune,
         Fold,
     )
     return sorted({name for model in models for name in model.model_fields})

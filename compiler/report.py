@@ -229,7 +229,7 @@ def packed_bytes(program: Program, node: fx.Node) -> int:
     names = [
         a.name
         for a in declared.overload._schema.arguments
-        if a.name in ("weight", "scale", "zero", "wsum", "table", "codebooks")
+        if a.name in ("weight", "scale", "zero", "wsum", "table", "codebooks", "mask", "values", "offsets")
     ]
     read = [argument(node, name) for name in names]
     held = [program.tensors[str(n.target)] for n in read if isinstance(n, fx.Node) and n.op == "get_attr"]

@@ -11,9 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .dialect.linear_packed import packed_rows
 from .dialect.operator import operator_of
-from .dialect.packing import dequantize, split_gated, unpack_embedding_codes, unpack_weight
+from .dialect.packing import (
+    dequantize,
+    split_gated,
+    unpack_embedding_codes,
+    unpack_groups,
+    unpack_weight,
+)
 from .dialect.packing_coded import unpack_coded
+from .dialect.sparse_packing import unpack_sparse
 from .graph import argument
 from .program import Program
 
@@ -52,6 +60,13 @@ def decoded(program: Program, node: fx.Node) -> Tensor:
 
     declared = operator_of(node.target)
     assert declared is not None, f"{node} is no packed operator"
+    if declared.name in ("linear_sparse", "linear_sparse_float"):
+        n, gated = argument(node, "n"), argument(node, "gated")
+        rows = packed_rows(n, gated)
+        matrix = unpack_sparse(constant("mask"), constant("values"), rows, argument(node, "k")).float()
+        if declared.name == "linear_sparse":
+            matrix = matrix * unpack_groups(constant("scale"), rows, argument(node, "k"), 0)
+        return torch.cat(split_gated(matrix, n)) if gated else matrix
     weight, scale = constant("weight"), constant("scale")
     if declared.name == "embedding_packed":
         codes = unpack_embedding_codes(weight, argument(node, "dim"), argument(node, "bits"))

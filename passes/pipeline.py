@@ -6,10 +6,12 @@
 3. `pack_*`: codes into the layouts that kernels read; after this no float copy of a packed weight is left.
 4. `fuse_*`: what stands in front of quantizers first, so that norms find them next to their result; attention before
    the linears that feed it (its views then lead to them), epilogues before those linears are joined and before norms,
-   which take only the sums that no linear took. Quantizers that still have one reader come last.
+   which take only the sums that no linear took.
+5. `extract_sparsity` where the recipe asks for it, on what is then whole: joined linears with their epilogues. Quantizers
+   that still have one dense reader come last.
 
-Between 1 and 2 come the folds that the recipe asks for (`fold_transforms`). Steps that a recipe does not ask for are
-left out.
+Between 1 and 2 come the folds that the recipe asks for (`fold_transforms`), then `prune_weights`. Steps that a
+recipe does not ask for are left out.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from ..compiler.canonicalize import canonicalize
 from ..compiler.driver import Step
 from ..compiler.program import Program
 from ..compiler.recipe import GROUP_SIZES, Recipe
+from .extract_sparsity import extract_sparsity
 from .fold_transforms import fold_steps
 from .fuse_attention import fuse_attention
 from .fuse_epilogues import fuse_epilogues
@@ -34,6 +37,7 @@ from .pack_coded_linears import pack_coded_linears
 from .pack_convolutions import pack_convolutions
 from .pack_embeddings import pack_embeddings
 from .pack_linears import pack_linears
+from .prune_weights import prune_weights
 from .quantize_activations import quantize_activations
 from .quantize_cache import quantize_cache
 from .quantize_coded import quantize_coded
@@ -49,6 +53,8 @@ def plan(program: Program, recipe: Recipe, calibration: Iterable[Any] | None = N
     if recipe.fold is not None and calibration is not None:
         calibration = list(calibration)
     steps = [Step(canonicalize), Step(check_recipe, options), *fold_steps(recipe, calibration)]
+    if recipe.asks_for("prune"):
+        steps.append(Step(prune_weights, options))
     weights, embeddings, convolutions, cache = (
         recipe.asks_for(kind) for kind in ("weights", "embeddings", "convolutions", "kv")
     )
@@ -82,7 +88,12 @@ def plan(program: Program, recipe: Recipe, calibration: Iterable[Any] | None = N
             fuse_epilogues,
             fuse_linears,
             fuse_norms,
-            fuse_quantizers,
         )
         steps.extend(Step(fuse) for fuse in fusions)
+    if recipe.asks_for("sparsity"):
+        steps.append(Step(extract_sparsity, options))
+        if recipe.fuse:
+            steps.append(Step(fuse_epilogues))  # float linears had no epilogue before
+    if recipe.fuse:
+        steps.append(Step(fuse_quantizers))
     return steps
