@@ -7,8 +7,8 @@
 4. `fuse_*`: what stands in front of quantizers first, so that norms find them next to their result; attention before
    the linears that feed it (its views then lead to them), epilogues before those linears are joined and before norms,
    which take only the sums that no linear took.
-5. `extract_sparsity` where the recipe asks for it, on what is then whole: joined linears with their epilogues. Quantizers
-   that still have one dense reader come last.
+5. `extract_sparsity` where the recipe asks for it, on what is then whole: joined linears with their epilogues.
+   Quantizers that still have one dense reader come last.
 
 Between 1 and 2 come the folds that the recipe asks for (`fold_transforms`), then `prune_weights`. Steps that a
 recipe does not ask for are left out.
