@@ -305,15 +305,19 @@ def _gemv(codec: Codec, mode: str, rows: int, isa: Isa, *arguments: Any) -> None
         window = _Window(t, ldt, row0, high, vector, 1, n)
 
         def run(block: Any, vector: int = vector, row0: int = row0, tile: _Tile = tile) -> None:
+            fetched: list[Any] = []
+
             def fetch(i: int) -> Any:
                 at = (block * codec.bits + i) * 64
-                packed = bind(load(w, at + vector * n * 4, 4 * n))
-                if vector == 0 and row0 == 0:
-                    prefetch_stream(w, at)
-                return packed
+                fetched.append(at)
+                return bind(load(w, at + vector * n * 4, 4 * n))
 
             tile.begin()
             for step, weight in codec.decode(isa, fetch):
+                while fetched:
+                    at = fetched.pop()
+                    if vector == 0 and row0 == 0:
+                        prefetch_stream(w, at)
                 words = [load(u, ldu * (row0 + r) + block * STEPS + step, 1) for r in range(high)]
                 _step_column(tile, words, weight, step % columns)
             tile.end()
