@@ -33,6 +33,7 @@ class Kind:
     accuracy: int = 0
     float_activations: bool = False
     shared_quantizer: bool = False
+    zero: bool = False
 
     @property
     def ours(self) -> bool:
@@ -73,19 +74,31 @@ def codes_and_scales(
     Layers are rotations of one drawn matrix: different bytes in different memory, without drawing each anew.
     """
     generator = np.random.default_rng([SEED, n, k, bits, group])
-    limit = 7 if bits == 4 else 127
-    drawn = generator.standard_normal((n, k), np.float32) * (limit / 3)
-    codes = np.clip(np.rint(drawn), -limit - (bits == 4), limit).astype(np.int8)
+    limit = (1 << (bits - 1)) - 1
+    drawn = generator.standard_normal((n, k), np.float32) * max(limit / 3, 1)
+    codes = np.clip(np.rint(drawn), -limit - (bits < 8), limit).astype(np.int8)
     groups = k // group if group else 1
     spread = 3 / limit / np.sqrt(k)
     scales = (spread * generator.uniform(0.5, 1.0, (n, groups))).astype(np.float16).astype(np.float32)
     return np.roll(codes, layer, 0), np.roll(scales, layer, 0)
 
 
+def zero_points(kind: Kind, n: int, k: int, layer: int) -> NDArray[np.float32] | None:
+    """Zero points `[N, G]` of a layer in codes, such as the format stores them; None where the kind has none."""
+    if not kind.zero:
+        return None
+    generator = np.random.default_rng([SEED, n, k, kind.bits, kind.group, 1])
+    steps = 16 if kind.bits < 4 else 1
+    drawn = generator.integers(-steps, steps + 1, (n, k // kind.group)) / steps
+    return np.roll(drawn.astype(np.float32), layer, 0)
+
+
 def reference(x: NDArray[np.float32], kind: Kind, n: int, k: int, layer: int) -> NDArray[np.float64]:
     """x times the dequantized weight of a layer, in float64."""
     codes, scales = codes_and_scales(n, k, kind.bits, kind.group, layer)
-    weight = codes * np.repeat(scales, k // scales.shape[1], axis=1).astype(np.float64)
+    points = zero_points(kind, n, k, layer)
+    centred = codes if points is None else codes - np.repeat(points, kind.group, axis=1)
+    weight = centred * np.repeat(scales, k // scales.shape[1], axis=1).astype(np.float64)
     result: NDArray[np.float64] = x.astype(np.float64) @ weight.T
     return result
 
@@ -99,9 +112,12 @@ def _isofold_nodes(
 
     codes, scales = codes_and_scales(n, k, kind.bits, kind.group, layer)
     stored, _ = packing.storable_scale(torch.from_numpy(scales), kind.group)
-    packed = packing.pack_linear(torch.from_numpy(codes), stored, None, kind.bits, kind.group)
+    points = zero_points(kind, n, k, layer)
+    zero = None if points is None else torch.from_numpy(points)
+    packed = packing.pack_linear(torch.from_numpy(codes), stored, zero, kind.bits, kind.group)
     weight = data.add(f"weight{layer}", packed.weight.numpy())
     scale = data.add(f"scale{layer}", packed.scale.numpy())
+    stored_zero = "" if packed.zero is None else data.add(f"zero{layer}", packed.zero.numpy())
     attributes: dict[str, Any] = {
         "n": n,
         "k": k,
@@ -113,11 +129,13 @@ def _isofold_nodes(
         "domain": "ai.isofold",
     }
     if kind.float_activations:
-        yield helper.make_node("PackedLinearFloat", [source, weight, scale], [target], **attributes)
+        yield helper.make_node(
+            "PackedLinearFloat", [source, weight, scale, stored_zero], [target], **attributes
+        )
         return
     wsum = data.add(f"wsum{layer}", packed.wsum.numpy())
     if not kind.shared_quantizer:
-        inputs = [source, "", "", "", weight, scale, "", wsum]
+        inputs = [source, "", "", "", weight, scale, stored_zero, wsum]
         linear = helper.make_node("QuantizePackedLinear", inputs, [target], **attributes, input_bits=8)
         yield _without_hadamard(linear)
         return
@@ -132,7 +150,7 @@ def _isofold_nodes(
                 align=packing.alignment(kind.group),
             )
         )
-    inputs = ["u", "params", weight, scale, "", wsum]
+    inputs = ["u", "params", weight, scale, stored_zero, wsum]
     yield helper.make_node("PackedLinear", inputs, [target], **attributes)
 
 

@@ -72,13 +72,13 @@ def _layers(kind: Kind, m: int, n: int, k: int, quick: bool) -> int:
     return max(2 if quick else 3, int(np.ceil(times * last_level_cache() / per_layer)))
 
 
-def _library() -> str:
+def library() -> str:
     from isofold.runtimes.onnx.oplib.build import library_path
 
     return str(library_path())
 
 
-def _check(worker: Worker, kind: Kind, x: np.ndarray, n: int, k: int, folder: Path) -> None:
+def check(worker: Worker, kind: Kind, x: np.ndarray, n: int, k: int, folder: Path) -> None:
     """A fast wrong kernel is no result: layer 1 against float64."""
     file = folder / f"outputs-{file_name(worker.name)}.npz"
     worker.ask({"do": "outputs", "file": str(file)})
@@ -127,10 +127,10 @@ def measure(
                 "inputs": str(inputs),
                 "threads": threads,
                 "optimize": "ORT_DISABLE_ALL",
-                "library": _library() if kind.ours else None,
+                "library": library() if kind.ours else None,
             }
             workers.append(Worker(kind.name, spec))
-            _check(workers[-1], kind, x, n, k, folder)
+            check(workers[-1], kind, x, n, k, folder)
         for kind in W4A8 if m == 1 else []:
             if kind in kinds:
                 workers.extend(read_workers(threads, weights[kind.name]))
