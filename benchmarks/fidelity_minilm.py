@@ -50,6 +50,8 @@ BARS = {
     "w8a8": ">= 0.997",
     "w8a8-static": ">= 0.9935",
     "w4a8": ">= 0.960",
+    "w3a8": None,
+    "w2a8": None,
     "w8a16": None,
     "w4a16": None,
     "w4a4": None,
@@ -150,9 +152,7 @@ def body() -> int:
     from isofold.compiler.recipe import PRESETS, Fold
 
     def extra(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument(
-            "--recipe", choices=tuple(FOLDED_BARS), action="append", help="only with this rounding"
-        )
+        parser.add_argument("--recipe", choices=tuple(BARS), action="append", help="only with this rounding")
         parser.add_argument(
             "--transform", choices=tuple(TRANSFORMS), action="append", help="only this transform"
         )
@@ -203,7 +203,7 @@ def body() -> int:
                 results.add(f"{name}, {label}: Spearman", sum(ranked) / len(ranked), "")
             winner = max(best, key=lambda label: best[label])
             results.add(
-                f"{name}, best ({winner}): mean cosine to float32", best[winner], "", FOLDED_BARS[name]
+                f"{name}, best ({winner}): mean cosine to float32", best[winner], "", FOLDED_BARS.get(name)
             )
     return results.finish(arguments)
 
