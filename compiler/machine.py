@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 from .artefact import replacing
 from .cost_model import Machine
+from .processor import cache_folder, processor
 from .recipe import PRESETS, Recipe
 
 Say = Callable[[str], None]
@@ -56,26 +56,6 @@ def _file_name(threads: int) -> str:
     packages = [f"{name} {version(name)}" for name in ("isofold", "onnxruntime")]
     facts = json.dumps([processor(), threads, *packages, sorted(linear_formats())])
     return f"machine-{threads}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}.json"
-
-
-def cache_folder() -> Path:
-    """`ISOFOLD_CACHE`, else `XDG_CACHE_HOME`/isofold, else ~/.cache/isofold."""
-    chosen = os.environ.get("ISOFOLD_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "isofold"
-
-
-def processor() -> str:
-    """The processor's name with family and model, which hypervisors leave in place when they shorten the name."""
-    facts: dict[str, str] = {}
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, text = line.partition(":")
-            facts.setdefault(name.strip(), text.strip())
-    except OSError:
-        return platform.processor() or platform.machine()
-    return f"{facts.get('model name', platform.machine())} ({facts.get('cpu family')}/{facts.get('model')})"
 
 
 def linear_formats() -> dict[str, Recipe]:

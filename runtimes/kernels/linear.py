@@ -59,6 +59,7 @@ from .dot import (
     vpmaddubsw,
     vpmaddwd,
 )
+from .knobs import knob
 from .math import ACTIVATIONS, activate
 
 ROWS = (8, 4, 2, 1)
@@ -69,14 +70,6 @@ GEMV_ROWS = (8, 4, 3, 2, 1)
 
 STEPS = 8
 """Steps of 4 inputs that are unrolled: 32 inputs, the unit of Kp and the smallest group."""
-
-STREAM_AHEAD = ((2048, 3), (16384, 2))
-"""(bytes ahead, cache level as in :func:`prefetch`) of what kernels for few rows fetch as they stream weights.
-
-The hardware stops at the end of every 4 KiB page, and the first-level cache has too few outstanding misses for the
-memory's latency: the far prefetch brings lines to the second level early, the near one only from there. On Zen 4 this
-reads 10 to 25 % more than one prefetch at any distance, and more than a plain loop over the same bytes.
-"""
 
 SCALES_AHEAD = 1024
 """Scales ahead that kernels for few rows of 2 and 3 bits fetch: a fifth of the bytes at groups of 32, where this gains
@@ -101,8 +94,10 @@ def prefetch(buffer: Any, offset: Any, level: int) -> None:
 
 def prefetch_stream(buffer: Any, offset: Any) -> None:
     """Prefetch what a kernel that streams through ``buffer`` and stands at ``offset`` (bytes) needs next."""
-    for distance, level in STREAM_AHEAD:
-        prefetch(buffer, offset + distance, level)
+    stream = ((knob("stream_near"), 3), (knob("stream_far"), knob("stream_far_level")))
+    for distance, level in stream:
+        if distance:
+            prefetch(buffer, offset + distance, level)
 
 
 class _Tile:
@@ -158,11 +153,11 @@ class _Tile:
         return load(self.acc, (row * self.vectors + vector) * self.lanes, self.lanes)
 
 
-def _sub_tiles(isa: Isa, rows: int, panels: int, grouped: bool) -> list[tuple[int, int, int, int]]:
+def _sub_tiles(isa: Isa, rows: int, panels: int) -> list[tuple[int, int, int, int]]:
     """(first row, rows, first vector, vectors) of the sub-tiles that fit the registers."""
     vectors = panels * 16 // lanes(isa)
     wide = min(vectors, 2)
-    high = min(rows, 4) if grouped or not isa.vnni else rows
+    high = min(rows, knob("tile_rows"))
     return [(r, min(high, rows - r), v, wide) for v in range(0, vectors, wide) for r in range(0, rows, high)]
 
 
@@ -246,7 +241,7 @@ def _tile(mode: str, rows: int, panels: int, small: bool, isa: Isa, *arguments: 
     if in_memory:
         with when(accumulate == T.int32(0)):
             _clear(t, ldt, rows, panels, "float32")
-    for row0, r_count, vector0, v_count in _sub_tiles(isa, rows, panels, mode != "pc"):
+    for row0, r_count, vector0, v_count in _sub_tiles(isa, rows, panels):
         tile = _Tile(isa, r_count, v_count, small)
         window = _Window(t, ldt, row0, r_count, vector0, v_count, n)
 
@@ -264,7 +259,7 @@ def _tile(mode: str, rows: int, panels: int, small: bool, isa: Isa, *arguments: 
                         prefetch_stream(w, at)
                 tile.step([load(u, ldu * (row0 + r) + step, 1) for r in range(tile.rows)], weights)
                 if rows > 2 and row0 == 0 and vector0 == 0 and k in (2, 6):
-                    prefetch(ahead, block * stride + (64 if k == 6 else 0), 3)
+                    prefetch(ahead, block * stride + (64 if k == 6 else 0), knob("tile_ahead_level"))
             tile.end()
 
         if mode == "pc":

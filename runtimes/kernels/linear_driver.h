@@ -54,9 +54,7 @@ struct isofold_linear_call {
 
 enum {
   ISOFOLD_ROW_BLOCK = 128,    // rows of a task: 16 tiles of 8
-  ISOFOLD_UNPACK = 4096,      // inputs unpacked at a time: 128 KB of the second-level cache
-  ISOFOLD_GEMV_ROWS = 64,     // up to here weights are unpacked in registers: measured, 128 rows lose 2.5 % (int4)
-  ISOFOLD_GEMV_ROWS_V3 = 8    // fewer rows share an unpacking there
+  ISOFOLD_UNPACK = 4096       // most inputs unpacked at a time (knob unpack_inputs, knobs.py)
 };
 
 static inline void isofold_prefetch_read(const void* p) { __builtin_prefetch(p, 0, 3); }
@@ -306,15 +304,15 @@ static inline void isofold_linear_run(const struct isofold_kernels* k, enum isof
         isofold_linear_finish(&b, m, rows, t);
         m += rows;
       }
-    } else if (m1 - m0 <= (isa == ISOFOLD_V4 ? ISOFOLD_GEMV_ROWS : ISOFOLD_GEMV_ROWS_V3)) {
+    } else if (m1 - m0 <= k->gemv_rows) {
       for (int64_t p = 0; p < b.panels; ++p)
         for (int64_t m = m0; m < m1; m += isofold_gemv_rows(m1 - m))
           isofold_linear_gemv(&b, m, isofold_gemv_rows(m1 - m), b.panel + p, t + (m - m0) * 32 + 16 * p);
       isofold_linear_finish(&b, m0, m1 - m0, t);
     } else {
       int64_t stride = tiles >= 8 ? 64 : 128;
-      for (int64_t k0 = 0; k0 < l->kp; k0 += ISOFOLD_UNPACK) {
-        int64_t inputs = isofold_min(ISOFOLD_UNPACK, l->kp - k0);
+      for (int64_t k0 = 0; k0 < l->kp; k0 += k->unpack_inputs) {
+        int64_t inputs = isofold_min(k->unpack_inputs, l->kp - k0);
         for (int64_t p = 0; p < b.panels; ++p)
           unpack((const uint8_t*)w + p * bytes + k0 * 2 * l->bits, inputs / 32, unpacked + p * inputs * 16);
         for (int64_t m = m0; m < m1;) {

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from ....compiler.errors import ToolchainError
 
-__all__ = ["Progress", "build", "cache_directory", "library_path"]
+__all__ = ["Progress", "build", "cache_directory", "library_path", "require_tools"]
 
 Progress = Callable[[str, int, int], None]
 """Called as `progress(what, done, total)`."""
@@ -92,7 +92,7 @@ def build(out: Path | str | None = None, force: bool = False, progress: Progress
     path = cache_directory() / _file_name() if out is None else Path(out)
     if not force and path.exists() and out is None:
         return path
-    compiler = _require_tools()
+    compiler = require_tools()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(cache_directory() / "build.lock") if out is None else nullcontext():
@@ -187,7 +187,8 @@ def _tvm_version() -> str:
         return "none"
 
 
-def _require_tools() -> str:
+def require_tools() -> str:
+    """The C++ compiler. Raises ToolchainError, which says what to install, where it or TVM is missing."""
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         raise ToolchainError(
             "The op library is for x86-64 Linux only",

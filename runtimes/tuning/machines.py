@@ -1,0 +1,154 @@
+"""The machines that candidates are measured on: this one, or servers that a TVM tracker lends; each behind a process."""
+
+from __future__ import annotations
+
+import socket
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+from ...compiler.errors import InputError, ToolchainError
+from .child import Child, Lost
+from .workloads import Workload
+
+__all__ = ["Comparison", "Facts", "Machine", "Tracker", "compared"]
+
+_WORKER = "isofold.runtimes.tuning.worker"
+_START, _TURNS = 120.0, 120.0
+"""Seconds to wait for a machine (imports, a tracker's queue) and for one comparison."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a machine is. cache: bytes of the last level."""
+
+    processor: str
+    host: str
+    isa: str
+    cores: int
+    cache: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One candidate on one workload against the defaults in the same rounds; see database.Record."""
+
+    seconds: float
+    baseline: float
+    ratio: float
+    noise: float
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """`HOST:PORT` of a TVM tracker, and the key that servers have registered under.
+
+    Raises:
+        InputError: the address is none, nothing answers there, or no server has the key.
+        ToolchainError: TVM's RPC cannot be used here.
+    """
+
+    host: str
+    port: int
+    key: str
+
+    @staticmethod
+    def at(address: str, key: str) -> Tracker:
+        """Parse and check the address; says what is wrong with it."""
+        host, _, port = address.rpartition(":")
+        where = f"--rpc {address}"
+        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+            raise InputError("This is no address of a tracker", where=where, expected="HOST:PORT, such as tuner:9190")
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+        except OSError as error:
+            hint = "start one there: python -m tvm.exec.rpc_tracker --host 0.0.0.0 --port 9190"
+            raise InputError("No tracker answers", where=where, got=str(error), hint=hint) from None
+        tracker = Tracker(host, int(port), key)
+        if not tracker.servers():
+            serve = f"python -m tvm.exec.rpc_server --tracker {address} --key {key}"
+            raise InputError(
+                "No server is registered under this key",
+                where=f"{where} --key {key}",
+                expected="one or more servers",
+                hint=f"run this on every machine that shall measure: {serve}",
+            )
+        return tracker
+
+    def servers(self) -> int:
+        """How many servers have the key now, lent or not. Raises InputError where the tracker does not answer."""
+        if util.find_spec("tvm") is None:
+            raise ToolchainError("Tuning through RPC needs TVM", hint="pip install apache-tvm==0.27.0.post1")
+        from tvm import rpc
+
+        try:
+            session = rpc.connect_tracker(self.host, self.port)
+            known = session.summary()["server_info"]
+            session.close()
+        except (OSError, RuntimeError, ValueError) as error:
+            address = f"{self.host}:{self.port}"
+            raise InputError("This is no TVM tracker, or it hung up", where=address, got=str(error)) from None
+        return sum(entry["key"] == f"server:{self.key}" for entry in known)
+
+
+class Machine:
+    """One machine to measure on: this one, or the next free server of a tracker. Any call may raise Lost."""
+
+    def __init__(self, tracker: Tracker | None = None) -> None:
+        where = [] if tracker is None else [tracker.host, str(tracker.port), tracker.key]
+        self._child = Child(_WORKER, where)
+
+    def facts(self, library: Path) -> Facts:
+        """What it is; library: any candidate."""
+        answer = self._ask({"do": "machine", "libraries": [str(library)]}, _START)
+        cores, cache = int(answer["cores"]), int(answer["cache"])
+        return Facts(answer["processor"], answer["host"], answer["isa"], cores, cache or 32 << 20)
+
+    def compare(
+        self, libraries: Sequence[Path], workload: Workload, facts: Facts, isa: str, rounds: int, exact: bool
+    ) -> list[Comparison | str]:
+        """Candidates against the defaults, of which libraries[0] and [1] are two copies; a text for a wrong one."""
+        question = {
+            "do": "compare",
+            "libraries": [str(path) for path in libraries],
+            "workload": workload.to_json(),
+            "isa": isa,
+            "cache": facts.cache,
+            "rounds": rounds,
+            "exact": exact,
+        }
+        return compared(self._ask(question, _TURNS))
+
+    def _ask(self, question: dict[str, Any], timeout: float) -> dict[str, Any]:
+        answer = self._child.ask(question, timeout)
+        if "error" in answer:
+            raise Lost(answer["error"])
+        return answer
+
+    def close(self) -> None:
+        """End the process; a server goes back to its tracker."""
+        self._child.close()
+
+
+def compared(answer: dict[str, Any]) -> list[Comparison | str]:
+    """Medians, ratios inside the rounds, and their noise, from a worker's answer.
+
+    The noise of a ratio is the standard error of a median, 1.2533 sigma / sqrt(n) with sigma from the quartiles,
+    and at least what two copies of the defaults differ by.
+    """
+    seconds = answer["seconds"]
+    base = [(a + b) / 2 for a, b in zip(seconds[0], seconds[1], strict=True)]
+    twins = statistics.median(a / b for a, b in zip(seconds[0], seconds[1], strict=True))
+    found: list[Comparison | str] = []
+    for wrong, times in zip(answer["wrong"][2:], seconds[2:], strict=True):
+        if wrong is not None:
+            found.append(wrong)
+            continue
+        ratios = [t / b for t, b in zip(times, base, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        noise = max(1.2533 * (high - low) / 1.349 / len(ratios) ** 0.5, abs(twins - 1))
+        found.append(Comparison(statistics.median(times), statistics.median(base), middle, noise))
+    return found

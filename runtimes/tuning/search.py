@@ -1,0 +1,210 @@
+"""Which candidates to measure next in the small space of one group's knobs, for one processor and instruction set.
+
+Each batch mixes the untried neighbours of the best (one knob moved by one step), crossings of good ones, and random ones; a
+candidate that looks better than what is confirmed by more than its noise is measured again alone, with more rounds,
+since the best of many noisy times is always too good. The state is what the records say, so a resumed search goes on where
+the last one ended. Candidates in other machines' hands are left out until they are done or given back.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from ..kernels.knobs import knobs_of
+from .database import Record
+from .selection import best
+from .workloads import Workload
+
+__all__ = ["Batch", "Search"]
+
+Candidate = dict[str, int]
+_CROSSED = 4
+"""How many of the best are crossed."""
+MOST_LOSSES = 2
+"""So often a candidate may take its machine with it before it counts as the culprit."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Candidates of one group to be measured on workloads; confirm: with more rounds."""
+
+    isa: str
+    group: str
+    candidates: tuple[Candidate, ...]
+    workloads: tuple[Workload, ...]
+    confirm: bool
+
+
+def _key(candidate: Candidate) -> str:
+    return json.dumps(candidate, sort_keys=True)
+
+
+class Search:
+    """The search of one group. workloads: what a candidate is measured on; records: of this group, processor, isa."""
+
+    def __init__(
+        self,
+        isa: str,
+        group: str,
+        workloads: Sequence[Workload],
+        records: Iterable[Record],
+        *,
+        seed: int = 0,
+        values: dict[str, Sequence[int]] | None = None,
+    ) -> None:
+        self.isa, self.group, self.workloads = isa, group, tuple(workloads)
+        knobs = knobs_of(group)
+        limits = values or {}
+        self.space = {knob.name: tuple(limits.get(knob.name, knob.values)) for knob in knobs}
+        self.default = {knob.name: knob.default_of(isa, group) for knob in knobs}
+        self.exact = all(knob.exact for knob in knobs)
+        self._random = random.Random(f"{seed} {isa} {group}")
+        self._records: list[Record] = []
+        self._in_hand: dict[str, Candidate] = {}
+        self._losses: dict[str, int] = {}
+        self._again: list[Batch] = []
+        self._seen: dict[tuple[str, bool], dict[str, Record]] = {}
+        self._bad: set[str] = set()
+        self.shapes = {json.dumps(w.to_json(), sort_keys=True): w for w in self.workloads}
+        for record in records:
+            self.add(record)
+
+    def add(self, record: Record) -> None:
+        """Take a measurement into account."""
+        self._records.append(record)
+        if record.status != "ok":
+            self._bad.add(record.candidate)
+        elif record.shape in self.shapes:
+            self._seen.setdefault((record.candidate, record.confirmed), {})[record.shape] = record
+
+    @property
+    def size(self) -> int:
+        """Candidates in the whole space, the default left out."""
+        return math.prod(len(values) for values in self.space.values()) - 1
+
+    @property
+    def tried(self) -> int:
+        """Candidates that have been measured or found bad."""
+        return len({c for (c, _), seen in self._seen.items() if len(seen) == len(self.shapes)} | self._bad)
+
+    def best(self) -> tuple[Candidate, dict[str, Record]] | None:
+        """What would be chosen now."""
+        return best(self._records)
+
+    def next(self, count: int) -> Batch | None:
+        """What to measure next; None: nothing is left that is not in some machine's hand."""
+        if self._again:
+            batch = self._again.pop(0)
+            return self._take(list(batch.candidates), confirm=batch.confirm)
+        challenger = self._challenger()
+        if challenger is not None:
+            return self._take([challenger], confirm=True)
+        fresh = self._proposals(count)
+        return self._take(fresh, confirm=False) if fresh else None
+
+    def _take(self, candidates: list[Candidate], *, confirm: bool) -> Batch:
+        self._in_hand.update({_key(c): c for c in candidates})
+        missing = [
+            w
+            for shape, w in self.shapes.items()
+            if any(shape not in self._seen.get((_key(c), confirm), {}) for c in candidates)
+        ]
+        return Batch(self.isa, self.group, tuple(candidates), tuple(missing), confirm)
+
+    def done(self, batch: Batch) -> None:
+        """The batch's records have been added."""
+        for candidate in batch.candidates:
+            self._in_hand.pop(_key(candidate), None)
+            self._losses.pop(_key(candidate), None)
+
+    def lost(self, batch: Batch) -> list[Candidate]:
+        """The batch went down with its machine: its candidates come again, alone. Returns those that did it too often."""
+        culprits = []
+        for candidate in batch.candidates:
+            key = _key(candidate)
+            self._in_hand.pop(key, None)
+            # A whole batch says little about each of its members.
+            self._losses[key] = self._losses.get(key, 0) + (len(batch.candidates) == 1)
+            if self._losses[key] >= MOST_LOSSES:
+                culprits.append(candidate)
+            else:
+                self._again.append(replace(batch, candidates=(candidate,)))
+        return culprits
+
+    def _score(self, candidate: str) -> float | None:
+        """Mean log ratio, of the screening where it was not confirmed."""
+        seen = self._seen.get((candidate, True), {})
+        if len(seen) < len(self.shapes):
+            seen = self._seen.get((candidate, False), {})
+        if len(seen) < len(self.shapes) or candidate in self._bad:
+            return None
+        return sum(math.log(r.ratio or 1) for r in seen.values()) / len(seen)
+
+    def _challenger(self) -> Candidate | None:
+        """The best screened candidate that beats what is confirmed by its noise, and is not confirmed yet."""
+        now = self.best()
+        bar = 0.0 if now is None else (self._score(_key(now[0])) or 0.0)
+        found: tuple[float, Candidate] | None = None
+        for (key, confirmed), seen in self._seen.items():
+            score = self._score(key)
+            if confirmed or score is None or key in self._in_hand:
+                continue
+            if len(self._seen.get((key, True), {})) == len(self.shapes):
+                continue
+            noise = math.sqrt(sum((r.noise or 0) ** 2 for r in seen.values())) / len(seen)
+            if score + noise < bar and (found is None or score < found[0]):
+                found = score, next(iter(seen.values())).knobs
+        return None if found is None else found[1]
+
+    def _proposals(self, count: int) -> list[Candidate]:
+        """Untried candidates, best guesses first."""
+        scores = {k: s for (k, _) in self._seen if (s := self._score(k)) is not None}
+        ranked = [json.loads(k) for k in sorted(scores, key=lambda k: scores[k]) if scores[k] < 0]
+        centre = ranked[0] if ranked else self.default
+        neighbours = list(self._neighbours(centre))
+        self._random.shuffle(neighbours)
+        good = [*ranked[:_CROSSED], self.default]
+        crossed = [
+            {name: self._random.choice((a, b))[name] for name in self.space}
+            for a, b in itertools.combinations(good, 2)
+        ]
+        wide = [
+            {name: self._random.choice(values) for name, values in self.space.items()} for _ in range(count)
+        ]
+        half = max(1, count // 2)
+        order = [*neighbours[:half], *crossed[:1], *wide[:1], *neighbours[half:], *crossed, *wide]
+        if self.size <= 4096:  # so that a search ends when everything was tried
+            everything = [
+                dict(zip(self.space, values, strict=True))
+                for values in itertools.product(*self.space.values())
+            ]
+            self._random.shuffle(everything)
+            order += everything
+        found: dict[str, Candidate] = {}
+        for candidate in order:
+            key = _key(candidate)
+            if self._is_new(key, candidate):
+                found.setdefault(key, candidate)
+            if len(found) == count:
+                break
+        return list(found.values())
+
+    def _is_new(self, key: str, candidate: Candidate) -> bool:
+        whole = len(self._seen.get((key, False), {})) == len(self.shapes)
+        waiting = any(candidate in batch.candidates for batch in self._again)
+        return not (candidate == self.default or key in self._bad or key in self._in_hand or waiting or whole)
+
+    def _neighbours(self, centre: Candidate) -> Iterable[Candidate]:
+        for name, values in self.space.items():
+            if centre[name] not in values:
+                yield from ({**centre, name: value} for value in values)
+                continue
+            at = values.index(centre[name])
+            for step in (-1, 1):
+                if 0 <= at + step < len(values):
+                    yield {**centre, name: values[at + step]}
