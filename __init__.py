@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .compiler.passes import Guarantee, PassResult, define_pass
     from .compiler.program import Program
     from .compiler.recipe import PRESETS, Recipe
+    from .compiler.tune_job import tune
 
 __all__ = [
     "PRESETS",
@@ -37,6 +38,7 @@ __all__ = [
     "export",
     "load",
     "machine",
+    "tune",
 ]
 
 _HOME = {
@@ -53,6 +55,7 @@ _HOME = {
     "export": "frontend",
     "load": "loading",
     "machine": "machine",
+    "tune": "tune_job",
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: `isofold compile | export | run | bench | inspect | build | demo`.
+"""The command line: `isofold compile | export | run | bench | inspect | build | machine | tune | demo`.
 
 Results go to stdout (with `--json` one JSON value and nothing else), progress and errors to stderr. Exit codes: 0 done,
 1 a defect, 2 something the user can correct, 130 interrupted. Everything heavy is imported inside the commands, so that
@@ -358,6 +358,65 @@ def machine_command(
         _print_json(found.to_json())
     else:
         show_machine(found)
+
+
+@command
+def tune_command(
+    subject: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL|ARTEFACT]",
+            help="Tune for its linears (MODEL as for compile). Default: common shapes.",
+        ),
+    ] = None,
+    time: Annotated[
+        str | None,
+        typer.Option("--time", "-t", help="How long: 90s, 10m, 1h30m. [default: 10m; with --merge 0]"),
+    ] = None,
+    recipe: RecipeOption = "w4a8",
+    threads: ThreadsOption = None,
+    rpc: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Measure on the servers of this TVM tracker instead of here."),
+    ] = None,
+    key: Annotated[str, typer.Option(help="The key that its servers have.")] = "isofold",
+    database: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Keep results here. Default: tuning.jsonl in the cache folder."),
+    ] = None,
+    merge: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Take over the results of this database first. Repeatable."),
+    ] = None,
+    isa: Annotated[
+        str | None, typer.Option(help="Instruction set, v3 or v4. Default: the best of each machine.")
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Search the constants of the kernels by measuring; resumes, and the op library is built with the best."""
+    from .tune_job import show_tuned, tune_named
+
+    if isa not in (None, "v3", "v4"):
+        raise InputError("There is no such instruction set", where=f"--isa {isa}", expected="v3 | v4")
+    with _session(as_json=as_json, quiet=quiet) as say:
+        result = tune_named(
+            subject,
+            time=time or ("0" if merge else "10m"),
+            recipe=recipe,
+            threads=threads,
+            rpc=rpc,
+            key=key,
+            database=database,
+            merge=merge or (),
+            isa=isa,
+            progress=say,
+        )
+    if as_json:
+        _print_json(result)
+    else:
+        show_tuned(result)
 
 
 @command

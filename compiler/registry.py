@@ -62,6 +62,24 @@ class Backend(Protocol):
     def prepare(self, progress: Callable[[str], None] | None = None, force: bool = False) -> Path | None:
         """Build what the backend needs once per machine (`isofold build`). Returns its path."""
 
+    def tune(
+        self,
+        subject: Program | Path | None,
+        *,
+        seconds: float,
+        threads: int | None = None,
+        rpc: str | None = None,
+        key: str = "isofold",
+        database: Path | None = None,
+        merge: Sequence[Path] = (),
+        isa: str | None = None,
+        progress: Callable[[str], None] | None = None,
+    ) -> dict[str, Any]:
+        """Tune the kernels that a program or artefact (None: the default shapes) uses, by measuring (`isofold tune`).
+
+        Returns `{database, processors, seconds, measured, merged, lost, notes, workloads, library}`.
+        """
+
     def open(self, folder: Path, **options: Any) -> Any:
         """Open what `write` wrote: a callable with the module's signature. Must not import torch."""
 

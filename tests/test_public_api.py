@@ -23,6 +23,7 @@ def test_names_are_pinned() -> None:
         "export",
         "load",
         "machine",
+        "tune",
     ]
 
 

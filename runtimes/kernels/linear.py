@@ -16,6 +16,7 @@ edge (weights are padded to 16 rows and to Kp columns).
 ``tile*_gz_RxC``    the same with zero points; needs the sums of u over each group as float32
 ``gemvB_*_R``       these three on packed weights of B = 2, 3, 4 bits (`codec.py`; 2 and 3 in groups only), decoded in
                     registers: few rows, memory is the limit
+``gemvB_*_wide``    these for one row and several panels at once (knob ``gemv_panels``)
 ``unpack_intB``     packed panel to int8 panel: many rows, paid once for all of them, then ``tile4_*``
 ``row_sums``        sums of u over each group, for zero points (times a factor, see `linear_driver.h`)
 ``epilogue_*``      all the rest; gated: panel 0 is the gate, panel 1 the factor
@@ -94,10 +95,14 @@ def prefetch(buffer: Any, offset: Any, level: int) -> None:
 
 def prefetch_stream(buffer: Any, offset: Any) -> None:
     """Prefetch what a kernel that streams through ``buffer`` and stands at ``offset`` (bytes) needs next."""
-    stream = ((knob("stream_near"), 3), (knob("stream_far"), knob("stream_far_level")))
-    for distance, level in stream:
-        if distance:
-            prefetch(buffer, offset + distance, level)
+    for distance, level in _stream_ahead():
+        prefetch(buffer, offset + distance, level)
+
+
+def _stream_ahead() -> list[tuple[int, int]]:
+    """(bytes ahead, cache level as in :func:`prefetch`) of what kernels for few rows fetch as they stream weights."""
+    both = ((knob("stream_near"), 3), (knob("stream_far"), knob("stream_far_level")))
+    return [(distance, level) for distance, level in both if distance]
 
 
 class _Tile:
@@ -350,6 +355,82 @@ def _gemv(codec: Codec, mode: str, rows: int, isa: Isa, *arguments: Any) -> None
         window.finish(sums)
 
 
+def _gemv_wide(codec: Codec, mode: str, isa: Isa, *arguments: Any) -> None:
+    """Emit the kernel for one row and `gemv_panels` panels at once, ``ldw`` bytes apart.
+
+    Panel p's sums go to ``t[p // 2 * 32 + p % 2 * 16]``, as tasks of two panels have them. Each output's sums are made
+    in the order of `_gemv`.
+    """
+    u, w, ldw, inputs, *rest = arguments
+    panels = knob("gemv_panels")
+    arrays: dict[str, Any] = {"unit": unit(isa, 4)}
+    group: Any = None
+    if mode != "pc":
+        group, arrays["scale"], arrays["lds"], *rest = rest
+    if mode == "gz":
+        arrays["zero"], arrays["usum"], *rest = rest
+        arrays["ldusum"] = 0
+    (t,) = rest
+    n = lanes(isa)
+    columns = 2 if panels < 4 else 1  # chains of sums of a panel: as many as wait for each other
+    for vector in range(16 // n):
+        tiles = [_Tile(isa, 1, columns, True) for _ in range(panels)]
+
+        def run(block: Any, vector: int = vector, tiles: list[_Tile] = tiles) -> None:
+            def fetch(i: int, panel: int) -> Any:
+                inside = bind((block * codec.bits + i) * 64)
+                at = bind(ldw * panel + inside)
+                packed = bind(load(w, at + vector * n * 4, 4 * n))
+                for distance, level in _stream_ahead() if vector == 0 else ():
+                    # Behind a panel's end lies one that is being read: go on where these panels' next ones are.
+                    skipped = T.Select(inside + distance >= ldw, ldw * (panels - 1), T.int64(0))
+                    prefetch(w, at + distance + skipped, level)
+                return packed
+
+            for tile in tiles:
+                tile.begin()
+            decoded = [codec.decode(isa, partial(fetch, panel=p)) for p in range(panels)]
+            for steps in zip(*decoded, strict=True):
+                for tile, (step, weight) in zip(tiles, steps, strict=True):
+                    words = [load(u, block * STEPS + step, 1)]
+                    _step_column(tile, words, weight, step % columns)
+            for tile in tiles:
+                tile.end()
+
+        def merge(tiles: list[_Tile] = tiles) -> None:
+            for tile in tiles if columns == 2 else ():
+                store(tile.acc, 0, tile.value(0, 0) + tile.value(0, 1), n)
+
+        def clear(tiles: list[_Tile] = tiles) -> None:
+            for tile in tiles:
+                tile.clear()
+
+        place = [p // 2 * 32 + p % 2 * 16 + vector * n for p in range(panels)]
+        clear()
+        if mode == "pc":
+            with for_range(0, inputs // (4 * STEPS)) as block:
+                run(block)
+            merge()
+            for p, tile in enumerate(tiles):
+                store(t, place[p], tile.value(0, 0), n)
+            continue
+        sums = registers(panels, "float32", n)
+        for p in range(panels):
+            store(sums, p * n, _splat(0, "float32", n), n)
+        blocks = bind(group // (4 * STEPS))
+        with for_range(0, inputs // group) as g:
+            clear()
+            with for_range(0, blocks) as b:
+                run(g * blocks + b)
+            merge()
+            for p, tile in enumerate(tiles):
+                _add_group(
+                    isa, tile, (0, p * (16 // n) + vector), 1, sums, lambda r, v, p=p: p * n, g, arrays
+                )
+        for p in range(panels):
+            store(t, place[p], load(sums, p * n, n), n)
+
+
 def _step_column(tile: _Tile, words: list[Any], weight: Any, column: int) -> None:
     """One step into one column of accumulators."""
     n = tile.lanes
@@ -499,6 +580,16 @@ def _kernels() -> list[Kernel]:
             emit = partial(_gemv, codec, mode, rows)
             kernels.append(
                 Kernel(f"gemv{codec.bits}_{mode}_{rows}", signature, emit, f"linear_gemv{codec.bits}")
+            )
+        for codec in CODECS.values():
+            if mode == "pc" and codec.bits < 4:
+                continue
+            signature = (
+                f"u: const i32*, w: const u8*, ldw: i64, inputs: i64{extra.replace(', ldusum: i64', '')}, {t}"
+            )
+            emit = partial(_gemv_wide, codec, mode)
+            kernels.append(
+                Kernel(f"gemv{codec.bits}_{mode}_wide", signature, emit, f"linear_gemv{codec.bits}")
             )
     unpack = "packed: const u8*, blocks: i64, out: i8*"
     kernels += [

@@ -226,6 +226,32 @@ static inline void isofold_linear_gemv(const struct isofold_linear_block* b, int
 #undef ISOFOLD_GEMVS
 }
 
+// How many panels the kernels for one row take at once (knob gemv_panels, knobs.py).
+static inline int64_t isofold_gemv_panels(const struct isofold_kernels* k, int32_t bits) {
+  return bits == 4 ? k->gemv_panels_linear_gemv4 : bits == 3 ? k->gemv_panels_linear_gemv3 : k->gemv_panels_linear_gemv2;
+}
+
+// These kernels on row m and that many panels from the block's first: sums into t [panels / 2, 32].
+static inline void isofold_linear_gemv_wide(const struct isofold_linear_block* b, int64_t m, void* t) {
+  const struct isofold_kernels* k = b->k;
+  const struct isofold_linear* l = b->l;
+  const int32_t* u = (const int32_t*)(b->c->u + m * l->kp);
+  int64_t bytes = l->kp * 2 * l->bits, lds = b->groups * 16, at = b->panel * lds;
+  const uint8_t* w = (const uint8_t*)l->weight + b->panel * bytes;
+  const uint16_t* scale = (const uint16_t*)l->scale + at;
+  if (l->group_size == 0) {
+    k->gemv4_pc_wide(u, w, bytes, l->kp, (int32_t*)t);
+  } else if (!l->zero) {
+    void (*const f[3])(const int32_t*, const uint8_t*, int64_t, int64_t, int64_t, const uint16_t*, int64_t, float*) = {
+        k->gemv2_g_wide, k->gemv3_g_wide, k->gemv4_g_wide};
+    f[l->bits - 2](u, w, bytes, l->kp, l->group_size, scale, lds, (float*)t);
+  } else {
+    void (*const f[3])(const int32_t*, const uint8_t*, int64_t, int64_t, int64_t, const uint16_t*, int64_t,
+                       const int8_t*, const float*, float*) = {k->gemv2_gz_wide, k->gemv3_gz_wide, k->gemv4_gz_wide};
+    f[l->bits - 2](u, w, bytes, l->kp, l->group_size, scale, lds, l->zero + at, b->usum + m * b->groups, (float*)t);
+  }
+}
+
 // Scratch sums t [rows, 32] of rows m..m+rows to outputs.
 static inline void isofold_linear_finish(const struct isofold_linear_block* b, int64_t m, int64_t rows, const void* t) {
   const struct isofold_linear* l = b->l;
@@ -285,11 +311,22 @@ static inline void isofold_linear_run(const struct isofold_kernels* k, enum isof
   isofold_linear_select(&b);
   void (*unpack)(const uint8_t*, int64_t, int8_t*) =
       l->bits == 4 ? k->unpack_int4 : l->bits == 3 ? k->unpack_int3 : k->unpack_int2;
+  int64_t wide = l->bits < 8 && c->m == 1 ? isofold_gemv_panels(k, l->bits) : 1;
   for (int64_t task = begin; task < end; ++task) {
     int64_t m0 = task / blocks * height, m1 = isofold_min(m0 + height, c->m);
     b.panel = task % blocks * 2;
     b.panels = isofold_min(2, all - b.panel);
     b.wsum = l->wsum + b.panel * 16;
+    if (wide > 1 && b.panel + wide <= all && task + wide / 2 <= end) {
+      isofold_linear_gemv_wide(&b, m0, t);
+      for (int64_t p = 0; p < wide; p += 2) {
+        b.wsum = l->wsum + b.panel * 16;
+        isofold_linear_finish(&b, m0, 1, t + p * 16);
+        b.panel += 2;
+      }
+      task += wide / 2 - 1;
+      continue;
+    }
     const int8_t* w = (const int8_t*)l->weight + b.panel * bytes;
     const int8_t* next = w + 2 * bytes;
     int64_t tiles = isofold_ceildiv(m1 - m0, 8);

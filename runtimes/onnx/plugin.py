@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +65,37 @@ class OnnxBackend:
         from .oplib.build import build
 
         return build(force=force, progress=_counted(progress))
+
+    def tune(
+        self,
+        subject: Program | Path | None,
+        *,
+        seconds: float,
+        threads: int | None = None,
+        rpc: str | None = None,
+        key: str = "isofold",
+        database: Path | None = None,
+        merge: Sequence[Path] = (),
+        isa: str | None = None,
+        progress: Progress | None = None,
+    ) -> dict[str, Any]:
+        """Search the knobs of the kernels of a program's, an artefact's or the default linears (`runtimes/tuning`).
+
+        merge: databases whose records are taken over first. seconds 0: only that.
+        """
+        from ..tuning.session import tune_subject
+
+        return tune_subject(
+            subject,
+            seconds=seconds,
+            threads=threads,
+            rpc=rpc,
+            key=key,
+            database=database,
+            merge=merge,
+            isa=isa,
+            progress=progress,
+        )
 
     def open(self, folder: Path, **options: Any) -> OnnxModel:
         """Open an artefact (options: `session.open_artefact`)."""

@@ -257,9 +257,10 @@ class OnnxModel:
         }
 
     def profile(self, *args: Any, runs: int = 10, **kwargs: Any) -> list[dict[str, Any]]:
-        """Median time of every node that ran: `[{name, op, microseconds}]` in the order of execution.
+        """Median time of every node that ran, `[{name, op, microseconds, outputs}]` in the order of execution.
 
-        Names of isofold's operators are those of the program's nodes (`report["layers"][i]["packed"]`).
+        Names of isofold's operators are those of the program's nodes (`report["layers"][i]["packed"]`); outputs are the
+        shapes of the tensors it made.
         """
         feed = self._feed(args, kwargs)[0] if args or kwargs else self.examples()
         with tempfile.TemporaryDirectory(prefix="isofold-profile-") as folder:
@@ -273,13 +274,21 @@ class OnnxModel:
                 session.run(None, feed)
             events = json.loads(Path(session.end_profiling()).read_text())
         spent: dict[tuple[str, str], list[float]] = {}
+        shapes: dict[tuple[str, str], list[list[int]]] = {}
         for event in events:
             name = event.get("name", "")
             if event.get("cat") == "Node" and name.endswith("_kernel_time"):
                 key = (name.removesuffix("_kernel_time"), event["args"]["op_name"])
                 spent.setdefault(key, []).append(float(event["dur"]))
+                made = event["args"].get("output_type_shape") or []
+                shapes[key] = [list(shape) for entry in made for shape in entry.values()]
         return [
-            {"name": name, "op": op, "microseconds": statistics.median(times[1:] or times)}
+            {
+                "name": name,
+                "op": op,
+                "microseconds": statistics.median(times[1:] or times),
+                "outputs": shapes[name, op],
+            }
             for (name, op), times in spent.items()
         ]
 

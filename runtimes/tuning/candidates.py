@@ -23,7 +23,7 @@ from ...compiler.errors import ToolchainError
 from ...compiler.processor import cache_folder
 from ..kernels.knobs import DEFAULTS, DRIVER, Settings, sources
 from ..onnx.oplib.build import require_tools
-from .child import Child, Lost
+from .child import Child, LostError
 from .workloads import Workload
 
 __all__ = ["Builder", "needed_groups"]
@@ -31,7 +31,16 @@ __all__ = ["Builder", "needed_groups"]
 _HERE = Path(__file__).resolve().parent
 _KERNELS = _HERE.parent / "kernels"
 _COMPILE = "isofold.runtimes.tuning.compile_worker"
-_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-Wall", "-Wextra")
+_FLAGS = (
+    "-std=c++17",
+    "-O2",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-Wall",
+    "-Wextra",
+)
 _LINK = ("-shared", "-pthread", "-Wl,--as-needed", "-Wl,--no-undefined", "-static-libgcc", "-s")
 _TIMEOUT = 180.0
 _KEPT_DAYS = 30
@@ -40,8 +49,9 @@ _KEPT_DAYS = 30
 def needed_groups(workload: Workload) -> set[str]:
     """Groups of kernels that the drivers call for a workload."""
     if workload.operator == "linear_float":
-        return {"linear_float", "linear_end"}
-    return {f"linear_{workload.mode}", "linear_gemv", "linear_end"}
+        return {f"linear_float{workload.bits}", "linear_float8", "linear_end"}
+    packed = {f"linear_gemv{workload.bits}"} if workload.bits < 8 else set()
+    return {f"linear_{workload.mode}", "linear_gemv4", "linear_end", *packed}
 
 
 class Builder:
@@ -143,16 +153,20 @@ class Builder:
         command = [*self._compiler, *arguments]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
-            raise ToolchainError(f"{what} failed", where=shlex.join(command), got="\n" + done.stderr.strip()[:3000])
+            raise ToolchainError(
+                f"{what} failed", where=shlex.join(command), got="\n" + done.stderr.strip()[:3000]
+            )
 
     def _ask(self, **question: Any) -> dict[str, Any]:
         with self._child() as child:
             try:
                 answer = child.ask(question, _TIMEOUT)
-            except Lost as error:
+            except LostError as error:
                 raise ToolchainError("The process that compiles kernels was lost", got=str(error)) from None
         if "error" in answer:
-            raise ToolchainError("TVM could not compile a candidate", where=str(question), got=answer["error"])
+            raise ToolchainError(
+                "TVM could not compile a candidate", where=str(question), got=answer["error"]
+            )
         return answer
 
     @contextmanager

@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-__all__ = ["Child", "Lost", "serve"]
+__all__ = ["Child", "LostError", "serve"]
 
 
-class Lost(RuntimeError):
+class LostError(RuntimeError):
     """The process (or the machine behind it) is gone, or did not answer in time."""
 
 
@@ -24,7 +24,7 @@ class Child:
 
     def __init__(self, module: str, arguments: Sequence[str] = ()) -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 # lives as long as the process
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             stdin=subprocess.PIPE,
@@ -36,7 +36,7 @@ class Child:
         self._rest = b""
 
     def ask(self, question: dict[str, Any], timeout: float) -> dict[str, Any]:
-        """The answer. Raises Lost."""
+        """The answer. Raises LostError."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(question).encode() + b"\n")
@@ -63,11 +63,11 @@ class Child:
         line, _, self._rest = self._rest.partition(b"\n")
         return line
 
-    def _lost(self, why: str) -> Lost:
+    def _lost(self, why: str) -> LostError:
         self.close()
         self._log.seek(0)
         last = self._log.read().decode(errors="replace").strip().splitlines()[-1:]
-        return Lost(": ".join([why, *last]))
+        return LostError(": ".join([why, *last]))
 
     def close(self) -> None:
         """End the process."""

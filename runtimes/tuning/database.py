@@ -1,9 +1,9 @@
 """The tuning database: one JSON object a line, only ever appended to.
 
-A line is what one candidate did on one workload. It is written with one call and synced, under a lock, so that a kill at
-any moment loses at most the line being written; a cut last line is ignored (and cut off by the next writer). The key is
-processor, instruction set, hash of the group's sources, group, workload and values of the knobs: what has a line is not
-measured again, and a change of the kernels' sources makes old lines silent. Imports neither torch nor TVM.
+A line is what one candidate did on one workload. It is written with one call and synced, under a lock, so that a kill
+at any moment loses at most the line being written; a cut last line is ignored (and cut off by the next writer). The
+key is processor, instruction set, hash of the group's sources, group, workload and values of the knobs: what has a
+line is not measured again, and a change of the kernels' sources makes old lines silent. Imports neither torch nor TVM.
 """
 
 from __future__ import annotations
@@ -69,7 +69,15 @@ class Record:
     @property
     def key(self) -> tuple[object, ...]:
         """What was measured, and how well."""
-        return (self.processor, self.isa, self.group, self.sources, self.shape, self.candidate, self.confirmed)
+        return (
+            self.processor,
+            self.isa,
+            self.group,
+            self.sources,
+            self.shape,
+            self.candidate,
+            self.confirmed,
+        )
 
     def line(self) -> bytes:
         """The line of the database, with its end."""
@@ -92,7 +100,9 @@ def read_records(path: Path) -> tuple[list[Record], str | None]:
     except OSError as error:
         raise InputError("The tuning database cannot be read", where=str(path), got=str(error)) from None
     whole, _, rest = content.rpartition(b"\n")
-    records = [_record(line, path, number) for number, line in enumerate(whole.splitlines(), 1) if line.strip()]
+    records = [
+        _record(line, path, number) for number, line in enumerate(whole.splitlines(), 1) if line.strip()
+    ]
     note = f"{path}: the last line was cut off and is ignored ({len(rest)} bytes)" if rest else None
     return records, note
 
@@ -116,7 +126,11 @@ def _record(line: bytes, path: Path, number: int) -> Record:
 def _damaged(path: Path, number: int, expected: str, got: str) -> InputError:
     hint = "remove that line, or move the file away and tune again; nothing was changed"
     return InputError(
-        "The tuning database is damaged", where=f"{path}, line {number}", expected=expected, got=got, hint=hint
+        "The tuning database is damaged",
+        where=f"{path}, line {number}",
+        expected=expected,
+        got=got,
+        hint=hint,
     )
 
 
@@ -182,7 +196,6 @@ def _cut_tail(descriptor: int) -> None:
 
 
 def _steps_back(size: int, step: int = 65536) -> Iterator[int]:
-    for start in range(size - step, 0, -step):
-        yield start
+    yield from range(size - step, 0, -step)
     if size:
         yield 0

@@ -165,12 +165,12 @@ void layer(Run* r, int64_t which, int64_t index) {
   c.y = r->y;
   c.m = s.m;
   c.scratch = isofold_linear_scratch_bytes(&l, s.m) ? r->base + p.scratch : nullptr;
+  auto isa = s.isa == 3 ? ISOFOLD_V3 : ISOFOLD_V4;
   if (c.scratch) {
-    isofold_linear_prepare(k, &l, &c, s.m * index / s.threads, s.m * (index + 1) / s.threads);
+    isofold_linear_prepare(k, isa, &l, &c, s.m * index / s.threads, s.m * (index + 1) / s.threads);
     meet(r);
   }
   int64_t tasks = isofold_linear_tasks(&l, s.m);
-  auto isa = s.isa == 3 ? ISOFOLD_V3 : ISOFOLD_V4;
   isofold_linear_run(k, isa, &l, &c, tasks * index / s.threads, tasks * (index + 1) / s.threads);
 }
 

@@ -1,4 +1,4 @@
-"""The machines that candidates are measured on: this one, or servers that a TVM tracker lends; each behind a process."""
+"""The machines that candidates are measured on: this one, or servers that a TVM tracker lends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...compiler.errors import InputError, ToolchainError
-from .child import Child, Lost
+from .child import Child, LostError
 from .workloads import Workload
 
 __all__ = ["Comparison", "Facts", "Machine", "Tracker", "compared"]
@@ -61,7 +61,9 @@ class Tracker:
         host, _, port = address.rpartition(":")
         where = f"--rpc {address}"
         if not host or not port.isdigit() or not 0 < int(port) < 65536:
-            raise InputError("This is no address of a tracker", where=where, expected="HOST:PORT, such as tuner:9190")
+            raise InputError(
+                "This is no address of a tracker", where=where, expected="HOST:PORT, such as tuner:9190"
+            )
         try:
             socket.create_connection((host, int(port)), timeout=5).close()
         except OSError as error:
@@ -95,7 +97,7 @@ class Tracker:
 
 
 class Machine:
-    """One machine to measure on: this one, or the next free server of a tracker. Any call may raise Lost."""
+    """One machine to measure on: this one, or the next free server of a tracker. Any call may raise LostError."""
 
     def __init__(self, tracker: Tracker | None = None) -> None:
         where = [] if tracker is None else [tracker.host, str(tracker.port), tracker.key]
@@ -125,7 +127,7 @@ class Machine:
     def _ask(self, question: dict[str, Any], timeout: float) -> dict[str, Any]:
         answer = self._child.ask(question, timeout)
         if "error" in answer:
-            raise Lost(answer["error"])
+            raise LostError(answer["error"])
         return answer
 
     def close(self) -> None:

@@ -1,9 +1,9 @@
 """Which candidates to measure next in the small space of one group's knobs, for one processor and instruction set.
 
-Each batch mixes the untried neighbours of the best (one knob moved by one step), crossings of good ones, and random ones; a
-candidate that looks better than what is confirmed by more than its noise is measured again alone, with more rounds,
-since the best of many noisy times is always too good. The state is what the records say, so a resumed search goes on where
-the last one ended. Candidates in other machines' hands are left out until they are done or given back.
+Each batch mixes the untried neighbours of the best (one knob moved by one step), crossings of good ones, and random
+ones; a candidate that looks better than what is confirmed by more than its noise is measured again alone, with more
+rounds, since the best of many noisy times is always too good. The state is what the records say, so a resumed search
+goes on where the last one ended. Candidates in other machines' hands are left out until they are done or given back.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Search:
             self._losses.pop(_key(candidate), None)
 
     def lost(self, batch: Batch) -> list[Candidate]:
-        """The batch went down with its machine: its candidates come again, alone. Returns those that did it too often."""
+        """The batch went down with its machine: its candidates come again, alone. Returns the likely culprits."""
         culprits = []
         for candidate in batch.candidates:
             key = _key(candidate)
@@ -177,7 +177,10 @@ class Search:
             {name: self._random.choice(values) for name, values in self.space.items()} for _ in range(count)
         ]
         half = max(1, count // 2)
-        order = [*neighbours[:half], *crossed[:1], *wide[:1], *neighbours[half:], *crossed, *wide]
+        begun = [
+            json.loads(k) for (k, c), seen in self._seen.items() if not c and len(seen) < len(self.shapes)
+        ]
+        order = [*begun, *neighbours[:half], *crossed[:1], *wide[:1], *neighbours[half:], *crossed, *wide]
         if self.size <= 4096:  # so that a search ends when everything was tried
             everything = [
                 dict(zip(self.space, values, strict=True))

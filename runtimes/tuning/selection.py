@@ -105,7 +105,9 @@ def settings_for_build(*, own: bool = True) -> dict[str, Settings]:
     found = {}
     for isa in ISAS:
         values = chosen(shipped, here, isa, any_sources=True, any_processor=any_processor).to_json()
-        measured = {r.group for r in mine if r.processor == here and r.isa == isa and r.sources == _sources(r.group)}
+        measured = {
+            r.group for r in mine if r.processor == here and r.isa == isa and r.sources == _sources(r.group)
+        }
         for group in measured:
             values.pop(group, None)
         values.update(chosen(mine, here, isa).to_json())

@@ -16,7 +16,7 @@ from typing import Any
 from ...compiler.errors import InputError, IsofoldError
 from ..kernels.knobs import sources
 from .candidates import Builder, forget_old_objects
-from .child import Lost
+from .child import LostError
 from .database import Database, Record
 from .machines import Comparison, Facts, Machine, Tracker
 from .search import Batch, Search
@@ -29,6 +29,8 @@ Say = Callable[[str], None]
 
 BATCH = 4
 ROUNDS, CONFIRMING_ROUNDS = 9, 31
+_EVERY = 5.0
+"""Seconds between two words on the progress."""
 _LOSSES = 3
 """So many machines in a row may be lost before one that answers none is given up."""
 
@@ -52,6 +54,8 @@ class _State:
     running: int = 0
     lost: list[str] = field(default_factory=list)
     errors: list[BaseException] = field(default_factory=list)
+    machines: set[Machine] = field(default_factory=set)
+    said: float = 0.0
 
     def over(self) -> bool:
         """The time is up, or someone has stopped it."""
@@ -112,6 +116,8 @@ def tune(
                 _wait(crew)
             finally:
                 state.stop.set()
+                for machine in list(state.machines):
+                    machine.close()  # after Ctrl-C: what they are measuring is not waited for
                 for thread in crew:
                     thread.join(timeout=30)
     finally:
@@ -159,6 +165,7 @@ def _crew_member(state: _State, builder: Builder, tracker: Tracker | None) -> No
     losses = 0
     while losses < _LOSSES and not state.over():
         machine = Machine(tracker)
+        state.machines.add(machine)
         try:
             facts = machine.facts(builder.any_library())
             while (batch := _next(state, facts)) is not None:
@@ -167,14 +174,14 @@ def _crew_member(state: _State, builder: Builder, tracker: Tracker | None) -> No
                     _measure(state, builder, machine, facts, search, work)
                 except BaseException as error:
                     culprits = _give_back(state, search, work)
-                    if not isinstance(error, Lost):
+                    if not isinstance(error, LostError):
                         raise
                     for candidate in culprits:
                         _record_all(state, facts, search, work, candidate, "crashed", str(error))
                     raise
                 losses = 0
             return
-        except Lost as error:
+        except LostError as error:
             losses += 1
             with state.lock:
                 state.lost.append(str(error))
@@ -182,6 +189,7 @@ def _crew_member(state: _State, builder: Builder, tracker: Tracker | None) -> No
                 return
         finally:
             machine.close()
+            state.machines.discard(machine)
 
 
 def _servers_left(tracker: Tracker) -> int:
@@ -224,7 +232,11 @@ def _searches(state: _State, facts: Facts) -> list[tuple[str, str, str]]:
         keys.append(key)
         if key not in state.searches:
             hashed = sources(group)
-            known = [r for r in state.database.records if (r.processor, r.isa, r.group, r.sources) == (*key, hashed)]
+            known = [
+                r
+                for r in state.database.records
+                if (r.processor, r.isa, r.group, r.sources) == (*key, hashed)
+            ]
             state.searches[key] = Search(
                 isa, group, members, known, seed=state.seed, values=dict(state.values)
             )
@@ -325,7 +337,7 @@ def _record(
     }
     if isinstance(result, str):
         return Record(status="wrong", note=result[:2000], **fixed)
-    times = {
+    times: dict[str, Any] = {
         "seconds": float(f"{result.seconds:.4g}"),
         "baseline": float(f"{result.baseline:.4g}"),
         "ratio": round(result.ratio, 5),
@@ -337,6 +349,9 @@ def _record(
 def _say(state: _State, search: Search) -> None:
     left = max(0, round(state.deadline - time.monotonic()))
     with state.lock:
+        if time.monotonic() < state.said + _EVERY:
+            return
+        state.said = time.monotonic()
         now = search.best()
         tried, measured = search.tried, state.measured
     ratio = ""
@@ -346,14 +361,18 @@ def _say(state: _State, search: Search) -> None:
             product *= record.ratio or 1
         ratio = f", best {product ** (1 / len(now[1])):.3f} of the default"
     clock = f"{left // 60}:{left % 60:02d} left"
-    state.say(f"tune {search.group} {search.isa}: {tried} of {search.size} tried{ratio}; {measured} results, {clock}")
+    state.say(
+        f"tune {search.group} {search.isa}: {tried} of {search.size} tried{ratio}; {measured} results, {clock}"
+    )
 
 
 def _summary(state: _State) -> list[dict[str, Any]]:
     rows = []
     for (name, isa, group), search in state.searches.items():
         now = search.best()
-        seen = {r.shape: r for r in state.database.records if r.group == group and r.isa == isa and r.baseline}
+        seen = {
+            r.shape: r for r in state.database.records if r.group == group and r.isa == isa and r.baseline
+        }
         for workload in search.workloads:
             shape = next((s for s, w in search.shapes.items() if w == workload), "")
             record = None if now is None else now[1].get(shape)
@@ -377,4 +396,3 @@ def _summary(state: _State) -> list[dict[str, Any]]:
 
 def _changed(candidate: Mapping[str, int], default: Mapping[str, int]) -> dict[str, int]:
     return {name: value for name, value in candidate.items() if value != default[name]}
-

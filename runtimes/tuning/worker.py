@@ -55,7 +55,7 @@ class Here:
 
         module = tvm_ffi.load_module(str(path))
         self._kept.append(module)
-        return lambda name: module.get_function(f"isofold_{name}")  # type: ignore[no-any-return] # untyped
+        return lambda name: module.get_function(f"isofold_{name}")
 
     def put(self, array: NDArray[Any]) -> Any:
         import tvm_ffi
@@ -85,7 +85,7 @@ class There:
         self._session.upload(bytearray(path.read_bytes()), name)
         module = self._session.load_module(name)
         self._session.remove(name)  # mapped, so no longer needed
-        return lambda function: module[f"isofold_{function}"]  # type: ignore[no-any-return] # untyped
+        return lambda function: module[f"isofold_{function}"]
 
     def put(self, array: NDArray[Any]) -> Any:
         import tvm.runtime
@@ -105,7 +105,9 @@ class There:
 class Memory:
     """The arena of one workload, filled."""
 
-    def __init__(self, device: Device, fill: Callable[[str], Function], workload: Workload, isa: str, cache: int):
+    def __init__(
+        self, device: Device, fill: Callable[[str], Function], workload: Workload, isa: str, cache: int
+    ):
         self.device, self.workload = device, workload
         self.layers = workload.layers(cache)
         self.spec = device.put(np.array(workload.spec(isa, self.layers), np.int64))
@@ -133,6 +135,7 @@ class Worker:
     def __init__(self, device: Device) -> None:
         self.device = device
         self.memory: Memory | None = None
+        self.isa = ""
 
     def answer(self, question: dict[str, Any]) -> dict[str, Any]:
         """One question of the parent."""
@@ -196,7 +199,11 @@ def difference(
     """What is wrong with outputs, or None. exact: every bit must agree, else within TOLERANCE of the largest."""
     if exact:
         differing = int((wanted.view(np.uint32) != found.view(np.uint32)).sum())
-        return f"{differing} of {wanted.size} outputs differ from the defaults' on {where}" if differing else None
+        return (
+            f"{differing} of {wanted.size} outputs differ from the defaults' on {where}"
+            if differing
+            else None
+        )
     error = float(np.max(np.abs(wanted - found)) / max(float(np.max(np.abs(wanted))), 1e-30))
     return None if error <= TOLERANCE else f"outputs differ by {error:.1e} of the largest on {where}"
 

@@ -78,7 +78,17 @@ class Workload:
 
     def spec(self, isa: str, layers: int) -> list[int]:
         """The integers of `struct Spec` in harness.cc."""
-        whole = (self.bits, self.group_size, self.zero, self.gated, self.k, self.n, self.m, self.threads, layers)
+        whole = (
+            self.bits,
+            self.group_size,
+            self.zero,
+            self.gated,
+            self.k,
+            self.n,
+            self.m,
+            self.threads,
+            layers,
+        )
         return [int(isa[1:]), int(self.operator == "linear_float"), *map(int, whole)]
 
     def to_json(self) -> dict[str, Any]:
@@ -97,11 +107,11 @@ class Workload:
 def groups_of(workload: Workload, isa: str) -> list[str]:
     """The groups of kernels (`Kernel.group`) whose knobs this workload can tune."""
     if workload.operator == "linear_float":
-        return ["linear_float"]
+        return [f"linear_float{workload.bits}"]
     if workload.bits == 8:
         return [f"linear_{workload.mode}"]
     in_registers = workload.m <= DEFAULTS.resolve(DRIVER, "gemv_rows", isa)
-    groups = ["linear_gemv" if in_registers else f"linear_{workload.mode}"]
+    groups = [f"linear_gemv{workload.bits}" if in_registers else f"linear_{workload.mode}"]
     return groups + ([DRIVER] if workload.m >= 4 else [])
 
 

@@ -2,8 +2,9 @@
 
 TVM compiles the kernels to objects (`runtimes.kernels`), g++ the shim beside this file, and the linker makes
 one shared library that needs neither TVM nor Python. It is kept in the user's cache under a name made of a hash of
-all sources and the versions of both compilers, so that a change of any of them builds anew and nothing stale is
-ever loaded. A file is written beside its final name and renamed, under a lock: two processes build once.
+all sources, the versions of both compilers and the values of the kernels' knobs, so that a change of any of them
+builds anew and nothing stale is ever loaded. A file is written beside its final name and renamed, under a lock: two
+processes build once.
 
 Importing this module imports neither torch nor TVM; TVM is imported when something has to be built.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import platform
 import shlex
@@ -19,13 +21,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from importlib import import_module, metadata, util
 from pathlib import Path
 
 from ....compiler.errors import ToolchainError
+from ...kernels.knobs import Settings
+from ...tuning.selection import settings_for_build
 
 __all__ = ["Progress", "build", "cache_directory", "library_path", "require_tools"]
 
@@ -59,8 +63,8 @@ _LINK_FLAGS = ("-shared", "-Wl,-z,nodelete", "-Wl,--as-needed", "-Wl,--no-undefi
 
 
 def library_path(progress: Progress | None = None) -> Path:
-    """The op library: the file named by `ISOFOLD_OPS_LIBRARY`, else the one inside the installed package, else
-    the cached one, else built now.
+    """The op library: the file named by `ISOFOLD_OPS_LIBRARY`, else the one inside the installed package (unless
+    the kernels were tuned on this machine), else the cached one, else built now.
 
     Raises:
         ToolchainError: it has to be built, and g++ or TVM is missing or fails; or the named file is not there.
@@ -69,19 +73,28 @@ def library_path(progress: Progress | None = None) -> Path:
         if not Path(named).is_file():
             raise ToolchainError("There is no op library at this path", where=f"ISOFOLD_OPS_LIBRARY={named}")
         return Path(named)
-    if _PACKAGED.exists():
+    if _PACKAGED.exists() and settings_for_build() == settings_for_build(own=False):
         return _PACKAGED
     cached = _cached()
+    if cached is None and _PACKAGED.exists() and (_compiler_version() == "none" or not _has_tvm()):
+        return _PACKAGED  # tuned, but nothing to build with
     return cached if cached is not None else build(progress=progress)
 
 
-def build(out: Path | str | None = None, force: bool = False, progress: Progress | None = None) -> Path:
+def build(
+    out: Path | str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    settings: Mapping[str, Settings] | None = None,
+) -> Path:
     """Build the op library.
 
     Args:
         out: where to write it; None: the cache, where an up-to-date one is reused.
         force: build even if there is an up-to-date one.
         progress: told about each object; None: a progress bar on a terminal.
+        settings: values of the kernels' knobs by instruction set; None: the best ones for this processor that were
+            measured here or are shipped; with `out`, which others may run, the shipped ones.
 
     Returns:
         the library's path.
@@ -89,7 +102,9 @@ def build(out: Path | str | None = None, force: bool = False, progress: Progress
     Raises:
         ToolchainError: g++ or TVM is missing (says what to install), or one of them fails (with its output).
     """
-    path = cache_directory() / _file_name() if out is None else Path(out)
+    if settings is None:
+        settings = settings_for_build(own=out is None)
+    path = cache_directory() / _file_name(settings) if out is None else Path(out)
     if not force and path.exists() and out is None:
         return path
     compiler = require_tools()
@@ -100,10 +115,10 @@ def build(out: Path | str | None = None, force: bool = False, progress: Progress
                 return path  # another process built it while this one waited
             with tempfile.TemporaryDirectory(prefix=".build-", dir=path.parent) as scratch:
                 if progress is not None:
-                    made = _compile(Path(scratch), compiler, progress)
+                    made = _compile(Path(scratch), compiler, progress, settings)
                 else:
                     with _progress_bar() as bar:
-                        made = _compile(Path(scratch), compiler, bar)
+                        made = _compile(Path(scratch), compiler, bar, settings)
                 os.replace(made, path)
             if out is None:
                 _forget_old_builds(keep=8)
@@ -125,7 +140,7 @@ def cache_directory() -> Path:
 
 
 def _cached() -> Path | None:
-    exact = cache_directory() / _file_name()
+    exact = cache_directory() / _file_name(settings_for_build())
     if exact.exists():
         return exact
     if shutil.which(_compiler()) is None or not _has_tvm():
@@ -142,8 +157,13 @@ def _forget_old_builds(keep: int) -> None:
         path.unlink(missing_ok=True)
 
 
-def _file_name() -> str:
-    tools = hashlib.sha256("\0".join((_tvm_version(), _compiler_version())).encode()).hexdigest()
+def _text(settings: Mapping[str, Settings]) -> str:
+    return json.dumps({isa: chosen.to_json() for isa, chosen in sorted(settings.items())})
+
+
+def _file_name(settings: Mapping[str, Settings]) -> str:
+    facts = (_tvm_version(), _compiler_version(), _text(settings))
+    tools = hashlib.sha256("\0".join(facts).encode()).hexdigest()
     return f"libisofold_ops-{_source_hash()}-{tools[:8]}.so"
 
 
@@ -220,7 +240,8 @@ def _run(command: list[str], what: str) -> None:
         raise ToolchainError(f"{what} failed", where=shlex.join(command), got=f"\n{shown}")
 
 
-def _compile(scratch: Path, compiler: str, progress: Progress) -> Path:
+def _compile(scratch: Path, compiler: str, progress: Progress, settings: Mapping[str, Settings]) -> Path:
+    (scratch / "knobs.json").write_text(_text(settings))
     sources = sorted(_HERE.glob("*.cc"))
     groups = _compile_kernels(scratch, len(sources) + 1, progress)
     total = groups + len(sources) + 1
@@ -276,7 +297,13 @@ def _kernels_main(scratch: Path) -> None:
     (scratch / "hadamard_signs.h").write_text(
         import_module("...kernels.hadamard", __package__).signs_header()
     )
-    codegen.build_objects(kernels, scratch, lambda what, done, total: print(done, total, what, flush=True))
+    chosen = json.loads((scratch / "knobs.json").read_text())
+    codegen.build_objects(
+        kernels,
+        scratch,
+        lambda what, done, total: print(done, total, what, flush=True),
+        settings={isa: Settings(values) for isa, values in chosen.items()},
+    )
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from isofold.runtimes.onnx.oplib import build as module
 BUILD = "from isofold.runtimes.onnx.oplib import build as module\n"
 FAKE = """
 import os, time, sys
-def fake(scratch, compiler, progress):
+def fake(scratch, compiler, progress, settings):
     with open(os.environ["LOG"], "a") as log:
         log.write("built\\n")
     time.sleep(1)
@@ -71,7 +71,7 @@ def test_two_processes_build_once(tmp_path: Path) -> None:
 
 
 def test_a_failed_build_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(scratch: Path, compiler: str, progress: module.Progress) -> Path:
+    def broken(scratch: Path, compiler: str, progress: module.Progress, settings: object) -> Path:
         (scratch / "half.o").write_bytes(b"half")
         raise ToolchainError("Linking the op library failed", where="g++", got="no space")
 
