@@ -32,9 +32,9 @@ class Record:
         processor, host: where; isa: `v3` or `v4`; group: kernels; sources: hash of theirs (`knobs.sources`).
         workload, knobs: plain data of Workload and of the group's values.
         status: `ok`; `wrong` (outputs differ), `crashed` (it took its process with it), `failed` (did not compile).
-        seconds: median of a layer; baseline: that of the defaults in the same rounds.
-        ratio: median over the rounds of seconds / baseline; noise: its standard error, at least what the
-            defaults differ from themselves.
+        seconds: of a layer, lower quartile; baseline: that of the defaults in the same rounds; ratio: of the two.
+        noise: the ratio's standard deviation by bootstrap over the rounds, at least what the defaults differ from
+            themselves.
         rounds: how many; confirmed: measured again after it had looked best, which alone lets it be chosen.
         date: UTC, ISO 8601; note: what went wrong.
     """

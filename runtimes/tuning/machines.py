@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import socket
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ...compiler.errors import InputError, ToolchainError
 from .child import Child, LostError
@@ -19,6 +20,8 @@ __all__ = ["Comparison", "Facts", "Machine", "Tracker", "compared"]
 _WORKER = "isofold.runtimes.tuning.worker"
 _START, _TURNS = 120.0, 120.0
 """Seconds to wait for a machine (imports, a tracker's queue) and for one comparison."""
+
+_DRAWS, _QUANTILE = 200, 0.25
 
 
 @dataclass(frozen=True)
@@ -136,21 +139,29 @@ class Machine:
 
 
 def compared(answer: dict[str, Any]) -> list[Comparison | str]:
-    """Medians, ratios inside the rounds, and their noise, from a worker's answer.
+    """Times, ratios and their noise, from a worker's answer.
 
-    The noise of a ratio is the standard error of a median, 1.2533 sigma / sqrt(n) with sigma from the quartiles,
-    and at least what two copies of the defaults differ by.
+    A time is the lower quartile over the rounds: what else runs on a machine only ever adds, in bursts, while a minimum
+    would be one lucky round. All libraries see the same rounds, so that drifts cancel in the ratio. Its noise is its
+    standard deviation when whole rounds are drawn anew with replacement (bootstrap), and at least what two copies of the
+    defaults differ by.
     """
-    seconds = answer["seconds"]
-    base = [(a + b) / 2 for a, b in zip(seconds[0], seconds[1], strict=True)]
-    twins = statistics.median(a / b for a, b in zip(seconds[0], seconds[1], strict=True))
+    wrong = answer["wrong"]
+    good = [i for i, text in enumerate(wrong) if text is None]
+    times = np.array([answer["seconds"][i] for i in good])
+    rounds = times.shape[1]
+    drawn = np.random.default_rng(0).integers(0, rounds, (_DRAWS, rounds))
+    again = np.quantile(times[:, drawn], _QUANTILE, axis=2)  # [libraries, draws]
+    whole = np.quantile(times, _QUANTILE, axis=1)
+    base, bases = (whole[0] + whole[1]) / 2, (again[0] + again[1]) / 2
+    twins = abs(whole[0] - whole[1]) / base
     found: list[Comparison | str] = []
-    for wrong, times in zip(answer["wrong"][2:], seconds[2:], strict=True):
-        if wrong is not None:
-            found.append(wrong)
+    for i in range(2, len(wrong)):
+        text = wrong[i]
+        if text is not None:
+            found.append(text)
             continue
-        ratios = [t / b for t, b in zip(times, base, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        noise = max(1.2533 * (high - low) / 1.349 / len(ratios) ** 0.5, abs(twins - 1))
-        found.append(Comparison(statistics.median(times), statistics.median(base), middle, noise))
+        at = good.index(i)
+        noise = max(float(np.std(again[at] / bases)), float(twins))
+        found.append(Comparison(float(whole[at]), float(base), float(whole[at] / base), noise))
     return found

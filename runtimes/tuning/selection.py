@@ -1,7 +1,7 @@
 """From measurements to settings: which values of the knobs a build takes on a processor.
 
 For each group of kernels the candidate with the lowest geometric mean of time ratios over all measured workloads (1
-where it was not measured) is taken, if it was confirmed, is wrong nowhere, gains more than twice the noise, and
+where it was not measured) is taken, if it was confirmed, is wrong nowhere, gains more than SIGMAS times the noise, and
 makes no workload slower by more than LOSS. Imports neither torch nor TVM: it runs whenever the op library is looked up.
 """
 
@@ -21,6 +21,8 @@ __all__ = ["best", "chosen", "database_path", "settings_for_build", "shipped_rec
 
 LOSS = 1.02
 """A workload may become this much slower where others gain more."""
+SIGMAS = 3
+"""Many candidates are compared, and one in forty beats two standard errors by luck."""
 ISAS = ("v3", "v4")
 _SHIPPED = Path(__file__).resolve().parents[1] / "kernels" / "tuned.jsonl"
 
@@ -46,7 +48,7 @@ def best(records: Iterable[Record]) -> tuple[dict[str, int], dict[str, Record]] 
         gain = -sum(math.log(r.ratio or 1) for r in measured.values())
         noise = math.sqrt(sum((r.noise or 0) ** 2 for r in measured.values()))
         worst = max(r.ratio or 1 for r in measured.values())
-        if candidate in wrong or gain <= 2 * noise or worst > LOSS:
+        if candidate in wrong or gain <= SIGMAS * noise or worst > LOSS:
             continue
         if found is None or gain > found[0]:
             found = gain, measured

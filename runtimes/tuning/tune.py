@@ -28,7 +28,7 @@ __all__ = ["tune"]
 Say = Callable[[str], None]
 
 BATCH = 4
-ROUNDS, CONFIRMING_ROUNDS = 9, 31
+ROUNDS, CONFIRMING_ROUNDS = 15, 61
 _EVERY = 5.0
 """Seconds between two words on the progress."""
 _LOSSES = 3
@@ -113,7 +113,7 @@ def tune(
                 crew.append(thread)
                 thread.start()
             try:
-                _wait(crew)
+                _wait(state, crew)
             finally:
                 state.stop.set()
                 for machine in list(state.machines):
@@ -134,10 +134,11 @@ def tune(
     }
 
 
-def _wait(crew: Sequence[threading.Thread]) -> None:
+def _wait(state: _State, crew: Sequence[threading.Thread]) -> None:
+    """Until all work is done, or the time is up and no machine has work: some may still wait in a tracker's queue."""
     for thread in crew:
-        while thread.is_alive():  # a join without limit would not see Ctrl-C
-            thread.join(timeout=0.2)
+        while thread.is_alive() and not (state.over() and not state.running):
+            thread.join(timeout=0.2)  # a join without limit would not see Ctrl-C
 
 
 def _raise_first(state: _State) -> None:

@@ -1,0 +1,113 @@
+"""The database survives kills at any byte, resumes, merges, and says where it is damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from isofold.compiler.errors import InputError
+from isofold.runtimes.tuning.database import Database, read_records
+
+from .conftest import record
+
+
+def test_what_is_added_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "db.jsonl"
+    database = Database(path)
+    records = [record(), record(confirmed=False), record(status="wrong", note="2 outputs differ", ratio=None)]
+    assert database.add(records) == 3
+    assert database.add(records) == 0
+    assert Database(path).records == records
+    assert records[0] in Database(path)
+    assert all(json.loads(line)["v"] == 1 for line in path.read_text().splitlines())
+
+
+def test_every_cut_of_the_last_line_loses_only_that_line(tmp_path: Path) -> None:
+    path = tmp_path / "db.jsonl"
+    Database(path).add([record(), record(host="there", isa="v3")])
+    whole = path.read_bytes()
+    end = whole.index(b"\n") + 1
+    for cut in (end + 1, end + 40, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        database = Database(path)
+        assert database.records == [record()]
+        assert "last line was cut off and is ignored" in database.notes[0]
+        assert database.add([record(isa="v3")]) == 1
+        assert read_records(path) == ([record(), record(isa="v3")], None)
+    path.write_bytes(whole[: end - 5])
+    assert Database(path).records == []
+    Database(path).add([record()])
+    assert read_records(path) == ([record()], None)
+
+
+@pytest.mark.parametrize(
+    ("line", "got"),
+    [
+        ("not json", "Expecting value"),
+        ('{"v":1}', "missing:"),
+        ('{"v":7}', '{"v":7}'),
+        ("[]", "[]"),
+        (record().line().decode().strip().replace('"ok"', '"fine"'), "status: 'fine'"),
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path: Path, line: str, got: str) -> None:
+    path = tmp_path / "db.jsonl"
+    content = record().line().decode() + line + "\n" + record(isa="v3").line().decode()
+    path.write_text(content)
+    with pytest.raises(InputError) as error:
+        Database(path)
+    assert "The tuning database is damaged" in str(error.value)
+    assert f"{path}, line 2" in str(error.value)
+    assert got in str(error.value)
+    assert "move the file away" in str(error.value)
+    assert path.read_text() == content
+
+
+def test_merging_takes_what_is_new(tmp_path: Path) -> None:
+    ours, theirs = Database(tmp_path / "a.jsonl"), Database(tmp_path / "b.jsonl")
+    ours.add([record()])
+    theirs.add([record(date="2026-01-01T00:00:00+00:00"), record(processor="Other (3/4)")])
+    assert ours.merge(theirs.path) == 1
+    assert ours.merge(theirs.path) == 0
+    assert [r.processor for r in Database(ours.path).records] == ["Some CPU (1/2)", "Other (3/4)"]
+    with pytest.raises(InputError, match="cannot be read"):
+        ours.merge(tmp_path / "nowhere.jsonl")
+
+
+def test_a_place_that_cannot_be_written_is_an_error() -> None:
+    with pytest.raises(InputError, match=r"cannot be written[\s\S]*--database"):
+        Database(Path("/proc/nowhere/db.jsonl")).add([record()])
+
+
+def test_two_writers_killed_at_any_moment_leave_whole_lines(tmp_path: Path) -> None:
+    path = tmp_path / "db.jsonl"
+    code = f"""
+import sys
+sys.path[:0] = {sys.path!r}
+from pathlib import Path
+from dataclasses import replace
+from isofold.runtimes.tuning.database import Database, Record
+one = Record("p", "v4", "g", "s", {{"m": 1}}, {{"k": 1}}, "ok", "h", "d")
+database = Database(Path({str(path)!r}))
+for i in range(1000000):
+    database.add([replace(one, sources=f"{{sys.argv[1]}} {{i}}", note="x" * (i % 3000))])
+"""
+    for _ in range(2):
+        writers = [subprocess.Popen([sys.executable, "-c", code, name]) for name in "ab"]
+        deadline = time.monotonic() + 20
+        before = path.stat().st_size if path.exists() else 0
+        while (path.stat().st_size if path.exists() else 0) < before + 50000 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        for writer in writers:
+            os.kill(writer.pid, signal.SIGKILL)
+            writer.wait()
+    records, _ = read_records(path)
+    assert {r.sources[0] for r in records} == {"a", "b"}
+    assert len(records) > 20
