@@ -143,8 +143,8 @@ def compared(answer: dict[str, Any]) -> list[Comparison | str]:
 
     A time is the lower quartile over the rounds: what else runs on a machine only ever adds, in bursts, while a minimum
     would be one lucky round. All libraries see the same rounds, so that drifts cancel in the ratio. Its noise is its
-    standard deviation when whole rounds are drawn anew with replacement (bootstrap), and at least what two copies of the
-    defaults differ by.
+    standard deviation when whole rounds are drawn anew with replacement (bootstrap), and at least what two copies of
+    the defaults differ by.
     """
     wrong = answer["wrong"]
     good = [i for i, text in enumerate(wrong) if text is None]
