@@ -72,10 +72,6 @@ GEMV_ROWS = (8, 4, 3, 2, 1)
 STEPS = 8
 """Steps of 4 inputs that are unrolled: 32 inputs, the unit of Kp and the smallest group."""
 
-SCALES_AHEAD = 1024
-"""Scales ahead that kernels for few rows of 2 and 3 bits fetch: a fifth of the bytes at groups of 32, where this gains
-4 to 9 %, and nothing at larger groups (minima of 120 interleaved runs, Zen 4)."""
-
 _TILE = "u: const i32*, ldu: i64, w: const i8*, ldw: i64, inputs: i64"
 _GROUPS = ", group: i64, scale: const f16*, lds: i64"
 _ZERO = ", zero: const i8*, usum: const f32*, ldusum: i64"
@@ -103,6 +99,13 @@ def _stream_ahead() -> list[tuple[int, int]]:
     """(bytes ahead, cache level as in :func:`prefetch`) of what kernels for few rows fetch as they stream weights."""
     both = ((knob("stream_near"), 3), (knob("stream_far"), knob("stream_far_level")))
     return [(distance, level) for distance, level in both if distance]
+
+
+def _prefetch_scales(arrays: dict[str, Any], offset: Any) -> None:
+    """Prefetch scales and zero points that lie the knob's distance behind ``offset``."""
+    distance = knob("scales_ahead")
+    for name in sorted(arrays.keys() & {"scale", "zero"}) if distance else ():
+        prefetch(arrays[name], offset + distance, 3)
 
 
 class _Tile:
@@ -345,9 +348,8 @@ def _gemv(codec: Codec, mode: str, rows: int, isa: Isa, *arguments: Any) -> None
         blocks = bind(group // (4 * STEPS))
         with for_range(0, inputs // group) as g:
             tile.clear()
-            if codec.bits < 4 and vector == 0 and row0 == 0:
-                for name in sorted(arrays.keys() & {"scale", "zero"}):
-                    prefetch(arrays[name], g * 16 + SCALES_AHEAD, 3)
+            if vector == 0 and row0 == 0:
+                _prefetch_scales(arrays, g * 16)
             with for_range(0, blocks) as b:
                 run(g * blocks + b)
             merge()
@@ -420,6 +422,8 @@ def _gemv_wide(codec: Codec, mode: str, isa: Isa, *arguments: Any) -> None:
         blocks = bind(group // (4 * STEPS))
         with for_range(0, inputs // group) as g:
             clear()
+            for p in range(panels if vector == 0 else 0):
+                _prefetch_scales(arrays, arrays["lds"] * p + g * 16)
             with for_range(0, blocks) as b:
                 run(g * blocks + b)
             merge()

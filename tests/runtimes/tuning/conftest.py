@@ -14,7 +14,13 @@ from isofold.runtimes.tuning.workloads import Workload
 
 SMALL = Workload("linear", 4, 32, 256, 96, 1, cold=False)
 """A workload of a few microseconds."""
-FEW = {"stream_near": (2048,), "stream_far": (16384,), "stream_far_level": (2,), "gemv_panels": (1, 2)}
+FEW = {
+    "stream_near": (2048,),
+    "stream_far": (16384,),
+    "stream_far_level": (2,),
+    "scales_ahead": (0,),
+    "gemv_panels": (1, 2),
+}
 """Knobs of which only one moves, between two values."""
 
 
@@ -39,7 +45,13 @@ def record(**changes: Any) -> Record:
         "group": "linear_gemv4",
         "sources": sources("linear_gemv4"),
         "workload": SMALL.to_json(),
-        "knobs": {"stream_near": 0, "stream_far": 16384, "stream_far_level": 2, "gemv_panels": 4},
+        "knobs": {
+            "stream_near": 0,
+            "stream_far": 16384,
+            "stream_far_level": 2,
+            "scales_ahead": 0,
+            "gemv_panels": 4,
+        },
         "status": "ok",
         "host": "here",
         "date": "2026-11-23T00:00:00+00:00",

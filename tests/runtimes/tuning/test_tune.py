@@ -34,7 +34,8 @@ sys.path[:0] = {sys.path!r}
 from pathlib import Path
 from isofold.runtimes.tuning.tune import tune
 from isofold.runtimes.tuning.workloads import Workload
-few = {{"stream_near": (0, 2048), "stream_far": (16384,), "stream_far_level": (2,), "gemv_panels": (1, 2, 4)}}
+few = {{"stream_near": (0, 2048), "stream_far": (16384,), "stream_far_level": (2,)}}
+few |= {{"scales_ahead": (0,), "gemv_panels": (1, 2, 4)}}
 shapes = [Workload("linear", 4, 32, 256, 96, m, cold=False) for m in (1, 2)]
 tune(shapes, seconds=300, database=Path(sys.argv[1]), values=few)
 print("done")
@@ -140,7 +141,12 @@ def test_one_of_two_servers_is_killed_and_no_result_is_lost(tracker: int, tmp_pa
 
     path = tmp_path / "db.jsonl"
     address = f"127.0.0.1:{tracker}"
-    values = {"stream_near": (0, 2048), "stream_far": (16384,), "stream_far_level": (2,)}
+    values = {
+        "stream_near": (0, 2048),
+        "stream_far": (16384,),
+        "stream_far_level": (2,),
+        "scales_ahead": (0,),
+    }
     shapes = [Workload("linear", 4, 32, 256, 96, m, cold=False) for m in (1, 2)]
     with server(tracker) as first, server(tracker):
         deadline = time.monotonic() + 60
