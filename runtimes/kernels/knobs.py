@@ -111,8 +111,8 @@ KNOBS = (
         (0, 512, 1024, 2048),
         1024,
         "Scales and zero points ahead that kernels for few rows fetch into the first-level cache; 0: none. With 2 "
-        "and 3 bits they are a fifth of the bytes at groups of 32, where this gains 4 to 9 %, and nothing at larger groups "
-        "(minima of 120 interleaved runs, Zen 4).",
+        "and 3 bits they are a fifth of the bytes at groups of 32, where this gains 4 to 9 %, and nothing at larger "
+        "groups (minima of 120 interleaved runs, Zen 4).",
         {"v3/linear_gemv4": 0, "v4/linear_gemv4": 0},
     ),
     Knob(
