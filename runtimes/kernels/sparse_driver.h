@@ -42,7 +42,7 @@ enum {
   ISOFOLD_SPARSE_LOW = 14,         // non-zeros of an average word up to which places are looked up instead
   ISOFOLD_SPARSE_COLUMNS = 64,     // rows of activations of a block
   ISOFOLD_SPARSE_CHUNK = 2,        // words of a chunk of K: its transposed activations stay in the first-level cache
-  ISOFOLD_SPARSE_CHUNK8 = 6,
+  ISOFOLD_SPARSE_CHUNK8 = 12,
   ISOFOLD_SPARSE_TABLE = 256 * 8 + 2 * 256 * 4  // int32 of isofold_sparse_tables
 };
 
