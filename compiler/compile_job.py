@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,8 @@ def show_totals(report: Mapping[str, Any], written: str) -> None:
     show(f"operators {totals['operators_before']} → {totals['operators_after']}")
     if report.get("folds"):
         show(f"folds     {_folded(report)}")
+    if report.get("sparsity"):
+        show(f"sparsity  {_sparse(report['sparsity'])}")
     error = program_error(report)
     if error is not None:
         show(f"error     {error:.3g} of the largest output, worst of the lossy passes, on the example inputs")
@@ -160,6 +162,16 @@ def _predicted(model: Mapping[str, Any]) -> str:
             f"{worst['faster']} {format_microseconds(worst['faster_microseconds'])}"
         )
     return text
+
+
+def _sparse(rows: Sequence[Mapping[str, Any]]) -> str:
+    patterns = ", ".join(sorted({row["pattern"] for row in rows}))
+    dense, saved = (sum(row[name] for row in rows) for name in ("dense_bytes", "saved_bytes"))
+    gains = [row["predicted_speedup"] for row in rows]
+    return (
+        f"{len(rows)} linears skip zeros ({patterns}): {format_bytes(saved)} of {format_bytes(dense)} saved, "
+        f"predicted {min(gains):.2f} to {max(gains):.2f} times the dense speed"
+    )
 
 
 def _folded(report: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ _OWN_KEYS = frozenset(
     {
         *("isofold", "model", "recipe", "target", "environment", "seconds", "total_seconds", "totals"),
         *("passes", "layers", "refused", "blocks", "histograms", "profile"),
-        *("spaces", "folds", "hadamards"),
+        *("spaces", "folds", "hadamards", "sparsity"),
     }
 )
 """What the page shows in its own sections; other keys are facts of backends."""
@@ -66,6 +66,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         spaces=report.get("spaces"),
         folds=report.get("folds", []),
         hadamards=report.get("hadamards", []),
+        sparsity=report.get("sparsity", []),
         backend=_flat({key: held for key, held in report.items() if key not in _OWN_KEYS}),
         error=program_error(report),
     )

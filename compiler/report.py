@@ -10,6 +10,7 @@
     histograms     weights of the worst layers before and after
     spaces         channel spaces of the canonical program (`spaces.describe`), None for recipes that fold nothing
     folds          what each pass that folds transforms did, its error, and its refusals (see `fold_rows`)
+    sparsity       linears that skip the zeros of their weights (see `sparsity_rows`)
     hadamards      transforms that are computed at run time (see `online_hadamards`)
     cost_model     what a machine's rates predict (`predicted_times.predict_layers`), None without a machine
 
@@ -79,6 +80,7 @@ def build_report(
         "histograms": worst_histograms(captured, program, layers, WORST),
         "spaces": None if spaces is None else dict(spaces),
         "folds": fold_rows(records),
+        "sparsity": sparsity_rows(records),
         "hadamards": online_hadamards(program),
         "cost_model": predicted,
     }
@@ -123,6 +125,21 @@ def fold_rows(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             kept = {key: record[key] for key in ("pass", "guarantee", "error", "seconds", "applied")}
             rows.append({**kept, "refused": refused})
     return rows
+
+
+def sparsity_rows(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each linear that skips zeros, as `extract_sparsity` recorded it.
+
+    `{module, node, source, pattern, density, empty_rows, empty_columns, rows, break_even, predicted_speedup,
+    dense_bytes, sparse_bytes, saved_bytes}`: break_even is the density up to which it pays, at `rows` rows of activations. Linears
+    with zeros that stay dense are among the refusals, with the same facts in words.
+    """
+    return [
+        {key: held for key, held in entry.items() if key != "what"}
+        for record in records
+        if record["pass"] == "extract_sparsity"
+        for entry in record["applied"]
+    ]
 
 
 def online_hadamards(program: Program) -> list[dict[str, Any]]:

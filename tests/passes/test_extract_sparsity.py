@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import isofold
 from isofold.compiler.capture import capture
 from isofold.compiler.driver import run_steps
 from isofold.compiler.errors import RecipeError
+from isofold.compiler.html_report import render_html
 from isofold.compiler.passes import PassReport
 from isofold.compiler.program import Program
 from isofold.compiler.recipe import PRESETS, LayerRule, Prune, Recipe, Sparsity, WeightFormat, resolve
@@ -113,6 +115,17 @@ def test_an_artefact_runs_with_and_without_the_library(preset: str, tmp_path: Pa
         found = open_session(path, library=library).run(None, {"x": x.numpy()})[0]
         error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
         assert error < (1e-5 if preset == "sparse-float32" else 0.02)
+
+
+def test_the_report_lists_every_sparse_layer() -> None:
+    made = isofold.compile(sparse_block(), (random(1, 128, WIDTH),), recipe="sparse-int8")
+    rows = made.report["sparsity"]
+    assert len(rows) == 4
+    assert all(row["saved_bytes"] > 0.5 * row["dense_bytes"] for row in rows)
+    assert [row["operator"] for row in made.report["layers"]] == ["linear_sparse"] * 6
+    page = render_html(made.report)
+    assert "Zeros that are skipped" in page
+    assert page.count("unstructured") >= 4
 
 
 def test_what_does_not_pay_stays_dense_and_says_how_far_it_is() -> None:
