@@ -131,8 +131,8 @@ def sparsity_rows(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row for each linear that skips zeros, as `extract_sparsity` recorded it.
 
     `{module, node, source, pattern, density, empty_rows, empty_columns, rows, break_even, predicted_speedup,
-    dense_bytes, sparse_bytes, saved_bytes}`: break_even is the density up to which it pays, at `rows` rows of activations. Linears
-    with zeros that stay dense are among the refusals, with the same facts in words.
+    dense_bytes, sparse_bytes, saved_bytes}`: break_even is the density up to which it pays, at `rows` rows of
+    activations. Linears with zeros that stay dense are among the refusals, with the same facts in words.
     """
     return [
         {key: held for key, held in entry.items() if key != "what"}
