@@ -40,8 +40,8 @@ from linears import check, library
 from subjects import subject_folder
 
 SIZE = 4096
-CACHED = (512, 2048)
-"""(N, K) of the layer that stays in a core's second-level cache."""
+CACHED = (1024, 2048)
+"""(N, K) of the two layers that stay in the caches."""
 WITHIN = ">= 0.833"
 """Within 20 % of bytes / bandwidth."""
 

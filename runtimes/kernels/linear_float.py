@@ -5,10 +5,12 @@ bias, activation and residual are the work of ``epilogue_g_*`` of linear.py (wit
 owns the ragged edge in N.
 
 * Few rows (``float_gemv{bits}_{mode}_R``): a panel's 64-byte vector holds 4 (int4: 8, int2: 16) inputs of 16
-  features; each input is moved to the top of its 32-bit lane and back (two shifts, the second one extends the sign),
-  converted, and multiplied by the broadcast activation. 2 and 3 bits on v4: moved to the bottom, where a permutation
-  looks its value up (it reads 4 bits of the lane), one operation less. Weights are read once, 3-10 operations for each
-  16; the sum over a block of 32 inputs is scaled once. Registers: 4 chains of sums, R scaled sums, a few temporaries.
+  features. On v4, codes of 4 bits and fewer are shifted to the bottom of their 32-bit lane, where a permutation looks
+  their values up (it reads 4 bits of a lane): shift, permutation, multiply-add with the broadcast activation. Others
+  are moved to the top of the lane and back (the second shift extends the sign) and converted, an operation more and
+  1.7 times as long. The sum over a block of 32 inputs is scaled once; with one row, zero points are multiplied by the
+  sum of its activations instead of subtracted from each weight. Registers: 4 chains of sums, R scaled sums, a few
+  temporaries.
 * Many rows: ``float_unpack{bits}_{mode}`` dequantizes a chunk of two panels to ``[inputs, 32]`` float32 in
   the first-level cache, ``float_tile_R`` multiplies it by R rows: 2 R accumulators (16 for R = 8), 2 loads
   and R broadcasts for 2 R multiply-adds.
@@ -28,6 +30,7 @@ from tvm import tirx
 
 from .codegen import Isa, Kernel, T, bind, for_range, load, registers, store
 from .linear import ROWS, prefetch_stream
+from .math import reduce_lanes
 
 GEMV_ROWS = (4, 2, 1)
 """Rows of the kernels that dequantize in registers."""
@@ -64,7 +67,7 @@ def _values(isa: Isa, bits: int, fetch: Callable[[int], Any]) -> Iterator[tuple[
 
 def _value(isa: Isa, bits: int, word: Any, at: int) -> Any:
     """The codes whose lowest bit is bit ``at`` of each word, as float32x16."""
-    if bits < 4 and isa.vnni:
+    if bits < 8 and isa.vnni:
         index = word >> _splat(at, "int32") if at else word
         return T.call_llvm_pure_intrin("float32x16", "llvm.x86.avx512.permvar.sf.512", _table(bits), index)
     left = 32 - bits - at
@@ -115,6 +118,7 @@ def _gemv(bits: int, mode: str, rows: int, isa: Isa, *arguments: Any) -> None:
         clear()
     with for_range(begin, end) as block:
         zeros = None if zero is None else _zero_vector(bits, zero, block, per_group)
+        at_once = zeros is not None and grouped and rows == 1
         if grouped:
             clear()
 
@@ -124,13 +128,18 @@ def _gemv(bits: int, mode: str, rows: int, isa: Isa, *arguments: Any) -> None:
             return bind(T.reinterpret("int32x16", load(w, at, 64)))
 
         for k, value in _values(isa, bits, fetch):
-            weight = bind(value if zeros is None else value - zeros)
+            weight = bind(value if zeros is None or at_once else value - zeros)
             for r in range(rows):
                 activation = T.broadcast(load(x, ldx * r + (block - begin) * BLOCK + k, 1), 16)
                 i = (r * ways + k % ways) * 16
                 store(part, i, T.fma(activation, weight, load(part, i)))
         if grouped:
             scales = bind(_group_vector(scale, block, per_group))
+            if at_once:
+                inside = (block - begin) * BLOCK
+                halves = bind(load(x, inside) + load(x, inside + 16))
+                activations = T.broadcast(reduce_lanes(halves, lambda a, b: a + b), 16)
+                store(part, 0, load(part, 0) - activations * zeros)
             for r in range(rows):
                 store(total, r * 16, T.fma(merged(r), scales, load(total, r * 16)))
     for r in range(rows):

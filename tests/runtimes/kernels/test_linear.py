@@ -8,6 +8,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from isofold.compiler.dialect.packing import unpack_codes
 from isofold.runtimes.kernels.math import ACTIVATIONS
@@ -124,6 +126,35 @@ def test_no_saturation_at_the_extremes(
     for m in (1, 4, 11):
         case = random_case(rng, 32, 512, bits, group_size, zero=zero, extreme=True)
         check(library, isa, case, m, rng, extreme=True)
+
+
+@settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    isa=st.sampled_from(ISAS),
+    form=st.sampled_from([f for f in FORMATS if f[0] < 4]),
+    m=st.integers(1, 20),
+    n=st.integers(1, 70),
+    k=st.integers(1, 300),
+    flags=st.tuples(*[st.booleans()] * 6),
+    seed=st.integers(0, 1000),
+)
+def test_few_bits_at_any_shape(
+    library: ctypes.CDLL,
+    isa: str,
+    form: tuple[int, int],
+    m: int,
+    n: int,
+    k: int,
+    flags: tuple[bool, ...],
+    seed: int,
+) -> None:
+    zero, gated, bias, residual, static, extreme = flags
+    rng = np.random.default_rng(seed)
+    activation = ACTIVATIONS[seed % 5]
+    case = random_case(
+        rng, n, k, *form, zero=zero, activation=activation, gated=gated, bias=bias, extreme=extreme
+    )
+    check(library, isa, case, m, rng, residual=residual, static=static, extreme=extreme, cuts=(0.4,))
 
 
 @pytest.mark.parametrize("isa", ISAS)
