@@ -208,6 +208,9 @@ def test_pruning_keeps_the_largest_of_a_layer() -> None:
     keep = kept(weight, Prune(density=0.3))
     assert int(keep.sum()) == 369
     assert weight[keep].abs().min() >= weight[~keep].abs().max()
+    assert kept(torch.ones(10, 10), Prune(density=0.3)).flatten().nonzero().flatten().tolist() == list(
+        range(30)
+    )
 
 
 def test_a_tied_embedding_is_not_pruned() -> None:
