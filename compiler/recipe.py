@@ -60,13 +60,14 @@ GROUP_SIZES: dict[str, tuple[int, ...]] = {
 class WeightFormat(_Strict):
     """How a weight matrix is stored.
 
-    format: `int`, or codes of a table or of small floats (nf4, table4, e4m3, e5m2, mxfp4, mxfp6_e3m2, mxfp6_e2m3,
-    mxfp8_e4m3, mxfp8_e5m2, nvfp4), which meet float activations.
+    format: `int`; codes of a table or of small floats (nf4, table4, e4m3, e5m2, mxfp4, mxfp6_e3m2, mxfp6_e2m3,
+    mxfp8_e4m3, mxfp8_e5m2, nvfp4); or `codebook`, sums of vectors of 8 weights. All but `int` meet float activations.
     bits, symmetric: of `int`: width, and no zero points (at 2 and 3 bits they are in sixteenths of a code, and worth
     their byte a group). group_size: inputs that share a scale (0: the whole row, not at 2 and 3 bits; without it the
     format's own). range: how the scale is found, `absmax` (largest magnitude; what the MX specification says) or `mse`
     (least squared error over a grid). low_rank: rank of a thin part that stays float and makes up for the error of
-    rounding (0: none).
+    rounding (0: none). codebooks, code_bits: of `codebook`: how many vectors are summed, and the width of the
+    code that chooses each.
     """
 
     format: Literal[
@@ -81,12 +82,15 @@ class WeightFormat(_Strict):
         "mxfp8_e4m3",
         "mxfp8_e5m2",
         "nvfp4",
+        "codebook",
     ] = "int"
     bits: Literal[2, 3, 4, 8] = 8
     group_size: Literal[0, 16, 32, 64, 128] = 0
     symmetric: bool = True
     range: Literal["absmax", "mse"] = "mse"
     low_rank: int = Field(default=0, ge=0, le=256)
+    codebooks: int = Field(default=2, ge=1, le=8)
+    code_bits: Literal[8, 16] = 8
 
     @model_validator(mode="before")
     @classmethod
@@ -99,13 +103,19 @@ class WeightFormat(_Strict):
     @property
     def foreign_fields(self) -> tuple[str, ...]:
         """Fields that mean nothing in this format."""
-        return () if self.format == "int" else ("bits", "symmetric")
+        if self.format == "int":
+            return ("codebooks", "code_bits")
+        if self.format == "codebook":
+            return ("bits", "group_size", "symmetric", "range")
+        return ("bits", "symmetric", "codebooks", "code_bits")
 
     @model_validator(mode="after")
     def _fields_of_the_format(self) -> WeightFormat:
         foreign = [name for name in self.foreign_fields if name in self.model_fields_set]
         if foreign:
             raise ValueError(f"format {self.format} has no {' and no '.join(foreign)}")
+        if self.code_bits == 16 and self.codebooks > 2:
+            raise ValueError("codebooks of 65536 vectors (code_bits 16) are at most 2")
         sizes = GROUP_SIZES.get(self.format, (0, 32, 64, 128))
         if self.group_size not in sizes:
             allowed = ", ".join(map(str, sorted(sizes)))
@@ -447,6 +457,7 @@ PRESETS: dict[str, Recipe] = {
         Recipe(name="w4-nf4", weights=WeightFormat(format="nf4"), embeddings=EmbeddingFormat()),
         Recipe(name="w8-fp8", weights=WeightFormat(format="e4m3"), embeddings=EmbeddingFormat()),
         Recipe(name="w4-mxfp4", weights=WeightFormat(format="mxfp4"), embeddings=EmbeddingFormat()),
+        Recipe(name="w2-codebook", weights=WeightFormat(format="codebook"), embeddings=EmbeddingFormat()),
     )
 }
 """Named recipes. `w` is the width of weights, `a` that of activations (a16: float), `kv` that of keys and

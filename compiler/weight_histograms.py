@@ -20,6 +20,7 @@ from .dialect.packing import (
     unpack_groups,
     unpack_weight,
 )
+from .dialect.packing_codebook import unpack_codebook
 from .dialect.packing_coded import unpack_coded
 from .dialect.sparse_packing import unpack_sparse
 from .graph import argument
@@ -77,6 +78,11 @@ def decoded(program: Program, node: fx.Node) -> Tensor:
         return unpack_weight(weight, scale, None, n, k, 8, 0, 1.0, torch.float32)
     gated = argument(node, "gated")
     rows = weight.shape[0] * 16 if gated else n
+    if declared.name == "linear_codebook":
+        matrix = unpack_codebook(
+            weight, constant("codebooks"), scale, rows, argument(node, "k"), torch.float32
+        )
+        return torch.cat(split_gated(matrix, n)) if gated else matrix
     k, group_size, multiplier = (argument(node, name) for name in ("k", "group_size", "scale_multiplier"))
     if declared.name == "linear_coded":
         form = argument(node, "format")

@@ -97,7 +97,7 @@ def _with_constant(editor: Editor, node: fx.Node, user: fx.Node) -> tuple[fx.Nod
         bias = (old + sign * constant.double()).float().expand(given["n"])
         name = f"{node.name}_bias" if rows.bias is None else f"{editor.name_of(given['bias'])}_sum"
         return call_with(editor, node, before=user, bias=editor.constant(bias, name)), "constant in the bias"
-    scaled = _scaled(rows, constant, given["group_size"])
+    scaled = _scaled(rows, constant, given.get("group_size", 0))
     if isinstance(scaled, str):
         editor.refused(user, scaled)
         return None

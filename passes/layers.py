@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..compiler.dialect import dequantize_coded, dequantize_weight, quantize_dequantize
+from ..compiler.dialect import dequantize_codebook, dequantize_coded, dequantize_weight, quantize_dequantize
 from ..compiler.dialect.element_formats import element_format
 from ..compiler.dialect.packing import LANES, alignment, ceil_to, code_range, zeros_fit
+from ..compiler.dialect.packing_codebook import GROUP
 from ..compiler.dialect.packing_coded import scale_dtype
 from ..compiler.editor import Editor
 from ..compiler.errors import InputError, RecipeError
@@ -38,7 +39,7 @@ OPERATORS: dict[object, Kind] = {
     aten.conv_transpose2d.input: "convolutions",
     aten.convolution.default: "convolutions",
 }
-DEQUANTIZERS = (dequantize_weight.overload, dequantize_coded.overload)
+DEQUANTIZERS = (dequantize_weight.overload, dequantize_coded.overload, dequantize_codebook.overload)
 """What a quantized weight is read through before it is packed."""
 ATTENTIONS = (aten.scaled_dot_product_attention.default,)
 """Operators whose keys and values a recipe's `kv` is for."""
@@ -233,6 +234,10 @@ def packed_bytes(kind: Kind, sizes: tuple[int, ...], chosen: Any) -> int:
 
 
 def _coded_bytes(n: int, k: int, chosen: WeightFormat) -> int:
+    if chosen.format == "codebook":
+        code, count = chosen.code_bits // 8, chosen.codebooks
+        codes = ceil_to(n, LANES) * ceil_to(k, 32) // GROUP * count * code
+        return codes + count * 2**chosen.code_bits * GROUP * 2 + ceil_to(n, LANES) * 4
     form, group_size = element_format(chosen.format), chosen.group_size
     rows, columns = ceil_to(n, LANES), ceil_to(k, alignment(group_size))
     groups = columns // group_size if group_size else 1

@@ -17,12 +17,17 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from ..compiler.dialect import linear_coded, linear_packed, linear_packed_float
+from ..compiler.dialect import linear_codebook, linear_coded, linear_packed, linear_packed_float
 from ..compiler.dialect.packing import LANES, ceil_to, interleave_gated
 from ..compiler.editor import Editor
 from ..compiler.graph import argument
 
-LINEARS = (linear_packed.overload, linear_packed_float.overload, linear_coded.overload)
+LINEARS = (
+    linear_packed.overload,
+    linear_packed_float.overload,
+    linear_coded.overload,
+    linear_codebook.overload,
+)
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
@@ -54,7 +59,7 @@ def inputs(linear: fx.Node) -> tuple[object, ...]:
 def reads(linear: fx.Node) -> tuple[object, ...]:
     """What linears must agree on to be one: operator, input, and what its codes mean and how they lie along K."""
     given = arguments(linear)
-    layout = ("k", "bits", "group_size", "format", "table")
+    layout = ("k", "bits", "group_size", "format", "table", "codebooks")
     return (linear.target, *inputs(linear), *(given.get(name) for name in layout))
 
 
@@ -103,7 +108,7 @@ def read_rows(editor: Editor, linear: fx.Node) -> PackedRows | None:
         None if zero is None else zero.permute(0, 2, 1).flatten(0, 1),
         parts["wsum"],
         parts["bias"],
-        given["scale_multiplier"],
+        given.get("scale_multiplier", 1.0),
     )
     count = 2 * ceil_to(given["n"], LANES) if given["gated"] else given["n"]
     return rows.map(lambda t: t[:count])
@@ -160,11 +165,12 @@ def write_rows(editor: Editor, linears: Sequence[fx.Node], rows: PackedRows) -> 
         "wsum": whole.wsum,
         "bias": rows.bias,
     }
-    changes: dict[str, Any] = {"scale_multiplier": rows.multiplier}
+    known = arguments(linears[0])
+    changes: dict[str, Any] = {"scale_multiplier": rows.multiplier} if "scale_multiplier" in known else {}
     for name, tensor in tensors.items():
         held = [arguments(linear).get(name) for linear in linears]
         if tensor is None:
-            if name != "wsum" and name in arguments(linears[0]):
+            if name != "wsum" and name in known:
                 changes[name] = None
             continue
         names = [editor.name_of(node) for node in held if isinstance(node, fx.Node)]

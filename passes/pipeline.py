@@ -33,6 +33,7 @@ from .fuse_norms import fuse_norms
 from .fuse_quantizer_inputs import fuse_quantizer_inputs
 from .fuse_quantizers import fuse_quantizers
 from .layers import check_recipe
+from .pack_codebook_linears import pack_codebook_linears
 from .pack_coded_linears import pack_coded_linears
 from .pack_convolutions import pack_convolutions
 from .pack_embeddings import pack_embeddings
@@ -40,6 +41,7 @@ from .pack_linears import pack_linears
 from .prune_weights import prune_weights
 from .quantize_activations import quantize_activations
 from .quantize_cache import quantize_cache
+from .quantize_codebooks import quantize_codebooks
 from .quantize_coded import quantize_coded
 from .quantize_convolutions import quantize_convolutions
 from .quantize_embeddings import quantize_embeddings
@@ -63,8 +65,10 @@ def plan(program: Program, recipe: Recipe, calibration: Iterable[Any] | None = N
     if (weights or convolutions) and recipe.quantizes_activations:
         steps.append(Step(quantize_activations, {**options, "calibration": calibration}))
     coded = any(form.format in GROUP_SIZES for form in recipe.weight_formats)
+    codebooks = any(form.format == "codebook" for form in recipe.weight_formats)
     for wanted, quantize in (
         (coded, quantize_coded),
+        (codebooks, quantize_codebooks),
         (weights, quantize_weights),
         (embeddings, quantize_embeddings),
         (convolutions, quantize_convolutions),
@@ -75,6 +79,7 @@ def plan(program: Program, recipe: Recipe, calibration: Iterable[Any] | None = N
     for wanted, pack in (
         (weights, pack_linears),
         (coded, pack_coded_linears),
+        (codebooks, pack_codebook_linears),
         (embeddings, pack_embeddings),
         (convolutions, pack_convolutions),
     ):

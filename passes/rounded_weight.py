@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .code_ranges import quantize_codes
+from .codebooks import fit_codebooks
 from .layers import group_size_for
 from .ranges import QuantizedMatrix, dequantized, quantize_matrix
 
@@ -17,6 +18,8 @@ def rounded_weight(weight: Tensor, form: Any, *, storable: bool = True) -> Tenso
     form: the recipe's format of weights or convolutions. storable: as for `ranges.quantize_matrix`.
     """
     if getattr(form, "format", "int") != "int":
+        if form.format == "codebook":
+            return fit_codebooks(weight, form.codebooks, form.code_bits).dequantized()
         return quantize_codes(weight, form.format, form.group_size, form.range).dequantized()
     found = integer_codes(weight, form, storable=storable)
     return dequantized(found, group_size_for(tuple(weight.shape), form)).reshape(weight.shape)

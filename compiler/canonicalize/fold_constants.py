@@ -3,8 +3,9 @@
 Positions, ALiBi slopes, `1 + g`, weight norm (`g * v / |v|`), masks of static size: what depends on nothing
 but parameters and literals is the same in every run. Evaluated in float64 and rounded once to its own type.
 
-Side conditions: the operators are deterministic; the sizes are static; the result is not much larger than
-what it was computed from (an expanded table would only take memory). Parameters must not be trained after.
+Side conditions: the operators are deterministic and read no codes of compressed weights; the sizes are static;
+the result is not much larger than what it was computed from (an expanded table would only take memory). Parameters
+must not be trained after.
 Exactness: real.
 """
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from ..dialect.operator import operator_of
 from ..editor import Editor
 from ..graph import value
 from ..passes import Guarantee, define_pass
@@ -60,11 +62,18 @@ def _is_constant(node: fx.Node, known: dict[fx.Node, bool]) -> bool:
         return False
     if torch.Tag.nondeterministic_seeded in node.target.tags or node.target._schema.is_mutable:
         return False
+    if operator_of(node.target) is not None and any(not _is_float(s) for s in node.all_input_nodes):
+        return False  # codes of a weight: they are decoded where they are read
     fakes = [fake for fake in pytree.tree_leaves(value(node)) if fake is not None]
     static = all(
         isinstance(fake, Tensor) and all(isinstance(size, int) for size in fake.shape) for fake in fakes
     )
     return static and bool(fakes) and all(known[source] for source in node.all_input_nodes)
+
+
+def _is_float(node: fx.Node) -> bool:
+    fake = value(node)
+    return isinstance(fake, Tensor) and fake.is_floating_point()
 
 
 def _sources(node: fx.Node) -> set[fx.Node]:

@@ -5,11 +5,13 @@ Importing this package registers every operator. `OPERATORS` maps names to their
 
 from .attention import attention
 from .conv_packed import conv_packed
+from .dequantize_codebook import dequantize_codebook
 from .dequantize_coded import dequantize_coded
 from .dequantize_weight import dequantize_weight
 from .embedding_packed import embedding_packed
 from .gated import gated
 from .hadamard import hadamard
+from .linear_codebook import linear_codebook
 from .linear_coded import linear_coded
 from .linear_packed import linear_packed
 from .linear_packed_float import linear_packed_float
@@ -32,11 +34,13 @@ __all__ = [
     "Operator",
     "attention",
     "conv_packed",
+    "dequantize_codebook",
     "dequantize_coded",
     "dequantize_weight",
     "embedding_packed",
     "gated",
     "hadamard",
+    "linear_codebook",
     "linear_coded",
     "linear_packed",
     "linear_packed_float",

@@ -279,6 +279,32 @@ def _sparse_weight(body: Body, call: Call, rows: int, k: int) -> ir.Value:
     return matrix if height == rows else body.slice(matrix, 0, rows, 0)
 
 
+def _codebook_vectors(
+    body: Body, call: Call, codes: ir.Value, rows: int, groups: int, count: int
+) -> ir.Value:
+    """Sums of the vectors that codes `[rows, groups, count]` choose: `[rows, 8 groups]`."""
+    index = body.cast(codes, ir.DataType.INT32)
+    total = None
+    for m in range(count):
+        chosen = body("Gather", index, body.constant(np.array(m, dtype=np.int64)), axis=2)
+        book = body("Gather", call["codebooks"], body.constant(np.array(m, dtype=np.int64)), axis=0)
+        part = body("Gather", body.floats(book), chosen, axis=0)
+        total = part if total is None else body("Add", total, part)
+    assert total is not None
+    return body.reshape(total, rows, groups * 8)
+
+
+def _codebook_weight(body: Body, call: Call, rows: int, k: int) -> ir.Value:
+    """The decoded matrix float32 `[rows, k]` of `linear_codebook`."""
+    blocks, groups, lanes, count = (call.size("weight", axis) for axis in range(4))
+    codes = body.reshape(body.transpose(call["weight"], 0, 2, 1, 3), blocks * lanes, groups, count)
+    scale = body.reshape(call["scale"], blocks * lanes, 1)
+    matrix = body("Mul", _codebook_vectors(body, call, codes, blocks * lanes, groups, count), scale)
+    if groups * 8 != k:
+        matrix = body.slice(matrix, 0, k, 1)
+    return matrix if blocks * lanes == rows else body.slice(matrix, 0, rows, 0)
+
+
 def _linear(body: Body, x: ir.Value, matrix: ir.Value, bias: ir.Value | None) -> ir.Value:
     y = body("MatMul", x, body.transpose(matrix, 1, 0))
     return y if bias is None else body("Add", y, bias)
@@ -363,6 +389,19 @@ def linear_packed_float(call: Call, body: Body) -> Results:
 def linear_coded(call: Call, body: Body) -> Results:
     """`linear_coded`."""
     return (_packed_linear(body, call, call["x"], _coded_weight),)
+
+
+def linear_codebook(call: Call, body: Body) -> Results:
+    """`linear_codebook`."""
+    return (_packed_linear(body, call, call["x"], _codebook_weight),)
+
+
+def dequantize_codebook(call: Call, body: Body) -> Results:
+    """`dequantize_codebook`."""
+    sizes = (call.size("codes", axis) for axis in range(3))
+    vectors = _codebook_vectors(body, call, call["codes"], *sizes)
+    matrix = body("Mul", vectors, body("Unsqueeze", call["scale"], body.ints(1)))
+    return (body.slice(matrix, 0, call.attributes["k"], 1),)
 
 
 def dequantize_coded(call: Call, body: Body) -> Results:
@@ -570,11 +609,13 @@ BODIES: dict[str, Builder] = {
     for function in (
         attention,
         conv_packed,
+        dequantize_codebook,
         dequantize_coded,
         dequantize_weight,
         embedding_packed,
         gated,
         hadamard,
+        linear_codebook,
         linear_coded,
         linear_packed,
         linear_packed_float,

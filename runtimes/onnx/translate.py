@@ -70,6 +70,7 @@ def _op_schema(operator: Operator) -> onnx.defs.OpSchema:
         "tensor(float)",
         "tensor(float16)",
         "tensor(uint8)",
+        "tensor(uint16)",
         "tensor(int8)",
         "tensor(int32)",
         "tensor(int64)",

@@ -95,8 +95,8 @@ BAD: list[tuple[Any, str]] = [
     ({"weights": {"format": "nf5"}}, r"weights.format: .*'nf4'.*got 'nf5'"),
     ({"weights": {"format": "nf4", "bits": 4}}, r"weights: .*format nf4 has no bits"),
     (
-        {"weights": {"format": "mxfp4", "symmetric": False, "bits": 4}},
-        r"format mxfp4 has no bits and no symmetric",
+        {"weights": {"format": "mxfp4", "symmetric": False, "codebooks": 2}},
+        r"format mxfp4 has no symmetric and no codebooks",
     ),
     (
         {"weights": {"format": "nvfp4", "group_size": 32}},
@@ -118,6 +118,9 @@ BAD: list[tuple[Any, str]] = [
         },
         r"activations.mode must be float \(layers.0: e4m3\)",
     ),
+    ({"weights": {"bits": 4, "code_bits": 16}}, r"format int has no code_bits"),
+    ({"weights": {"format": "codebook", "range": "mse"}}, r"format codebook has no range"),
+    ({"weights": {"format": "codebook", "code_bits": 16, "codebooks": 3}}, r"are at most 2"),
     ({"fold": {"rotation": "qr"}}, r"fold.rotation: .*'hadamard'.*got 'qr'"),
     ({"fold": {"scale": "smooth", "shift": "os"}}, r"fold.scale: [\s\S]*fold.shift: .*got 'os'"),
     ({"fold": {"rotations": "womi"}}, r"fold.rotations: no such field \(did you mean 'rotation'"),

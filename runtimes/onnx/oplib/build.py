@@ -45,6 +45,7 @@ _MODULES = (
     "linear",
     "linear_float",
     "coded",
+    "codebook",
     "norm",
     "attention",
     "rotary",

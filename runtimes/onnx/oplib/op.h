@@ -18,6 +18,8 @@
 
 #include "coded_driver.h"
 
+#include "codebook_driver.h"
+
 #include "hadamard_driver.h"
 
 #include "sparse_driver.h"
@@ -266,6 +268,7 @@ void define_packed_linear_float(Op*);
 void define_coded_linear(Op*);
 void define_sparse_linear(Op*);
 void define_sparse_linear_float(Op*);
+void define_codebook_linear(Op*);
 void define_packed_embedding(Op*);
 void define_packed_conv(Op*);
 void define_norm(Op*);

@@ -40,6 +40,7 @@ enum OrtElementType {
   ORT_FLOAT = 1,
   ORT_UINT8 = 2,
   ORT_INT8 = 3,
+  ORT_UINT16 = 4,
   ORT_INT32 = 6,
   ORT_INT64 = 7,
   ORT_BOOL = 9,

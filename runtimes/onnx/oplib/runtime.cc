@@ -24,6 +24,7 @@ const char* type_name(OrtElementType type) {
   switch (int(type)) {
     case ORT_FLOAT: return "float32";
     case ORT_UINT8: return "uint8";
+    case ORT_UINT16: return "uint16";
     case ORT_INT8: return "int8";
     case ORT_INT32: return "int32";
     case ORT_INT64: return "int64";
@@ -202,6 +203,7 @@ void (*const definitions[])(Op*) = {
     define_packed_conv,         define_norm,          define_norm_quantize,       define_attention,
     define_rotary,              define_gated,         define_hadamard,            define_coded_linear,
     define_sparse_linear,       define_sparse_linear_float, define_quantize_packed_linear,
+    define_codebook_linear,
 };
 constexpr size_t op_count = sizeof definitions / sizeof definitions[0];
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from isofold.compiler.dialect import OPERATORS, operator_of, packing
 from isofold.compiler.dialect.element_formats import FORMATS
+from isofold.compiler.dialect.packing_codebook import CodebookMatrix, pack_codebook
 from isofold.compiler.dialect.packing_coded import CodedMatrix, pack_coded
 from isofold.compiler.dialect.quantization import levels
 from isofold.compiler.dialect.sparse_packing import pack_sparse
@@ -75,6 +76,23 @@ def coded_arguments(name: str, group_size: int, gated: bool = False) -> tuple[An
     p = pack_coded(coded_matrix(name, 32 if gated else 5, 40, group_size))
     tail = (5, 40, name, group_size, p.scale_multiplier, "silu", gated)
     return (randn(2, 3, 40), p.weight, p.scale, p.table, None, randn(2, 3, 5), *tail)
+
+
+def codebook_matrix(n: int, k: int, count: int, bits: int) -> CodebookMatrix:
+    codes = torch.randint(0, 2**bits, (n, -(-k // 8), count), generator=generator(), dtype=torch.int32)
+    books = randn(count, 2**bits, 8).half().float()
+    return CodebookMatrix(codes.to(torch.uint8 if bits == 8 else torch.uint16), books, randn(n).abs(), k)
+
+
+def codebook_arguments(count: int, bits: int, gated: bool = False) -> tuple[Any, ...]:
+    p = pack_codebook(codebook_matrix(32 if gated else 5, 43, count, bits))
+    tail = (5, 43, p.layout, "silu", gated)
+    return (randn(2, 3, 43), p.weight, p.codebooks, p.scale, None, randn(2, 3, 5), *tail)
+
+
+def dequantize_codebook_arguments(count: int, bits: int) -> tuple[Any, ...]:
+    m = codebook_matrix(5, 43, count, bits)
+    return (m.codes, m.codebooks, m.scale, 43)
 
 
 def dequantize_coded_arguments(name: str, group_size: int) -> tuple[Any, ...]:
@@ -166,6 +184,10 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         ),
     ],
     "conv_packed": [conv_arguments],
+    "dequantize_codebook": [
+        lambda: dequantize_codebook_arguments(2, 8),
+        lambda: dequantize_codebook_arguments(1, 16),
+    ],
     "dequantize_coded": [
         lambda: dequantize_coded_arguments("table4", 32),
         lambda: dequantize_coded_arguments("e4m3", 0),
@@ -178,6 +200,11 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         lambda: (randn(2, 3, 48), [12, 4], False),
         lambda: (randn(3, 40), [8], True),
         lambda: (randn(2, 5), [], False),
+    ],
+    "linear_codebook": [
+        lambda: codebook_arguments(2, 8),
+        lambda: codebook_arguments(3, 8, gated=True),
+        lambda: codebook_arguments(1, 16),
     ],
     "linear_coded": [
         lambda: coded_arguments("nf4", 64),
@@ -262,10 +289,12 @@ def floats_of(given: tuple[Any, ...]) -> list[int]:
     "name",
     [
         "attention",
+        "dequantize_codebook",
         "dequantize_coded",
         "dequantize_weight",
         "gated",
         "hadamard",
+        "linear_codebook",
         "linear_coded",
         "linear_packed_float",
         "linear_sparse_float",

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from isofold.runtimes import kernels
-from isofold.runtimes.kernels import coded, hadamard, linear, linear_float, quantize, sparse
+from isofold.runtimes.kernels import codebook, coded, hadamard, linear, linear_float, quantize, sparse
 from isofold.runtimes.kernels.codegen import build_objects
 
 FOLDER = Path(kernels.__file__).parent
@@ -23,6 +23,7 @@ SOURCE = """
 #include "linear_driver.h"
 #include "linear_float_driver.h"
 #include "coded_driver.h"
+#include "codebook_driver.h"
 #include "hadamard_driver.h"
 #include "sparse_driver.h"
 static const struct isofold_kernels* pick(int isa) { return isa == 3 ? &isofold_kernels_v3 : &isofold_kernels_v4; }
@@ -59,6 +60,13 @@ void test_sparse_prepare(int isa, const struct isofold_sparse* s, const struct i
 void test_sparse_run(int isa, const struct isofold_linear* l, const struct isofold_sparse* s,
                      const struct isofold_sparse_call* c, int64_t a, int64_t b) {
   isofold_sparse_run(pick(isa), (enum isofold_isa)isa, l, s, c, a, b);
+}
+void test_codebook_run(int isa, struct isofold_codebook* l, const struct isofold_linear_float_call* c, int64_t a,
+                       int64_t b) {
+  isofold_codebook_run(pick(isa), l, c, a, b);
+}
+void test_codebook_expand(int isa, const struct isofold_codebook* l, const uint16_t* stored, float* out) {
+  isofold_codebook_expand(pick(isa), l, stored, out);
 }
 int test_core(int64_t order) { return isofold_hadamard_find(order); }
 void test_expand(int position, int transpose, float* matrix) {
@@ -157,6 +165,17 @@ class Coded(ctypes.Structure):
     ]
 
 
+class Codebook(ctypes.Structure):
+    """struct isofold_codebook."""
+
+    _fields_ = [
+        ("linear", Linear),
+        ("books", ctypes.c_void_p),
+        ("total", ctypes.c_int64),
+        ("code_bits", ctypes.c_int32),
+    ]
+
+
 def address(array: Any) -> int:
     """Where a contiguous numpy array or torch tensor lies; 0 for None."""
     if array is None:
@@ -172,7 +191,7 @@ def address(array: Any) -> int:
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """All kernels for both instruction sets, and the test entry points above."""
     folder = tmp_path_factory.mktemp("kernels")
-    modules = (quantize, linear, linear_float, coded, hadamard, sparse)
+    modules = (quantize, linear, linear_float, coded, codebook, hadamard, sparse)
     objects = build_objects([k for module in modules for k in module.KERNELS], folder)
     (folder / "hadamard_signs.h").write_text(hadamard.signs_header())
     (folder / "test.c").write_text(SOURCE)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from isofold.compiler.dialect import packing
 from isofold.compiler.dialect.element_formats import FORMATS
+from isofold.compiler.dialect.packing_codebook import CodebookMatrix, pack_codebook
 from isofold.compiler.dialect.packing_coded import CodedMatrix, pack_coded
 from isofold.compiler.dialect.sparse_packing import pack_sparse
 
@@ -46,6 +47,7 @@ def cases() -> Iterator[Case]:
     yield from _linears()
     yield from _coded()
     yield from _sparse()
+    yield from _codebooks()
     yield from _embeddings()
     yield from _convolutions()
     yield from _norms()
@@ -240,6 +242,40 @@ def _sparse() -> Iterator[Case]:
                 **common,
             },
         )
+
+
+def _codebooks() -> Iterator[Case]:
+    for index, (count, bits) in enumerate(((1, 8), (2, 8), (5, 8), (1, 16))):
+        random = _Random(index)
+        n, k, gated = 37, (70, 96, 131)[index % 3], index == 1
+        rows = 2 * packing.ceil_to(n, 16) if gated else n
+        codes = random.integers(0, 2**bits, rows, -(-k // 8), count).to(torch.int32)
+        matrix = CodebookMatrix(
+            codes.to(torch.uint8 if bits == 8 else torch.uint16),
+            random.normal(count, 2**bits, 8).half().float(),
+            random.normal(rows).abs() + 0.1,
+            k,
+        )
+        stored = pack_codebook(matrix)
+        yield (
+            "linear_codebook",
+            stored.layout,
+            {
+                "x": random.normal(2, 3, k),
+                "weight": stored.weight,
+                "codebooks": stored.codebooks,
+                "scale": stored.scale,
+                "bias": random.normal(rows) if index % 2 else None,
+                "residual": random.normal(2, 3, n) if index > 1 else None,
+                "n": n,
+                "k": k,
+                "format": stored.layout,
+                "activation": ("none", "silu", "relu", "gelu")[index],
+                "gated": gated,
+            },
+        )
+        kept = {"codes": matrix.codes, "codebooks": matrix.codebooks, "scale": matrix.scale, "k": k}
+        yield "dequantize_codebook", stored.layout, kept
 
 
 def _embeddings() -> Iterator[Case]:

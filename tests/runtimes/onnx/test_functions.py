@@ -15,9 +15,9 @@ from .single import model_of, run
 
 CASES = list(cases())
 IDS = [f"{name}-{what}" for name, what, _ in CASES]
-CONSTANT = ("weight", "scale", "zero", "wsum", "bias", "codes", "table", "multiplier")
+CONSTANT = ("weight", "scale", "zero", "wsum", "bias", "codes", "table", "multiplier", "codebooks")
 SPARSE = ("mask", "values", "offsets")
-NOT_IN_LIBRARY = ("quantize_dequantize", "dequantize_weight", "dequantize_coded")
+NOT_IN_LIBRARY = ("quantize_dequantize", "dequantize_weight", "dequantize_coded", "dequantize_codebook")
 
 
 def assert_close(name: str, arguments: dict[str, Any], got: list[np.ndarray]) -> None:

@@ -45,6 +45,7 @@ def test_uncompressed_models_equal_pytorch_at_other_sizes(name: str, tmp_path: P
         ("llama", "w4-nf4"),
         ("bert", "w8-fp8"),
         ("llama", "w4-mxfp4"),
+        ("llama", "w2-codebook"),
     ],
 )
 def test_compressed_models_agree_with_and_without_the_library(
