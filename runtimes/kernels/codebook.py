@@ -3,10 +3,10 @@
 Identity: ``t[m, n] = scale[n] sum_g sum_j x[m, 8 g + j] sum_i C_i[code[n, g, i], j]``; the tile for many rows and the
 epilogue are those of linear_float.py. Layout: compiler/dialect/packing_codebook.py.
 
-* Few rows (``codebook_gemv{b}_{count}_R``): a vector of 8 weights is one load, at the address that its code says.
-  Vectors of the codebooks are added, and one multiply-add with 8 activations goes to a row's own accumulator of 8
-  lanes; lanes are summed once per panel. Kernels take one or two codebooks of the M; the driver calls them until all
-  are done.
+* Few rows (``codebook_gemv{b}_{all,some}{count}_R``): a vector of 8 weights is one load, at the address that its code
+  says. Vectors of the codebooks are added, and one multiply-add with 8 activations goes to a row's own accumulator of 8
+  lanes; lanes are summed once per panel. Kernels take one or two codebooks: all there are, or some of the M, and then
+  the driver calls them until all are done.
 * Many rows (``codebook_unpack{b}_{count}``): the same vectors of 16 rows and 16 inputs, transposed in registers.
 
 8-bit codebooks are read as float32 (``codebook_expand``: 8 KiB each, two of them in the first-level cache), 16-bit
@@ -17,14 +17,15 @@ as many loads either way, one of a table's entry or one of a vector for each cod
 M 2^b floats for every group, 1 MiB at K = 4096 and 2x8, read anew for every panel unless all panels are cut into
 chunks of K, and 256 KiB for each group at 1x16. With more rows of x a vector is decoded once for all, a table is not.
 
-The bound of the 2x8 GEMV: 8 weights are 2 bytes, and take two loads of codes, two of vectors, two shifts of indices,
-an add (its load folded) and a multiply-add: 4 loads and 7 operations, on Zen 4 (3 loads, 6 operations a cycle) 1.33
-cycles, 1.5 bytes a cycle and core. Arithmetic is the limit.
+The bound of the 2x8 GEMV: 8 weights are 2 bytes. They take two shifts and two masks of indices (8 bytes of codes are
+one load), two loads of vectors (one folded into the add) and a multiply-add: 7 operations, on Zen 4 with its 6 a cycle
+1.2 cycles, 1.7 bytes a cycle and core. Arithmetic is the limit.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 from typing import Any
 
 from tvm import tirx
@@ -46,28 +47,46 @@ def _splat(value: float, lanes: int = GROUP) -> Any:
 
 
 class _Books:
-    """``count`` of the M codebooks from the m-th on: the vector that a row's codes of one group stand for."""
+    """``count`` of the M codebooks from the m-th on: the vector that a row's codes of one group stand for.
 
-    def __init__(self, bits: int, count: int, w: Any, books: Any, m: Any, total: Any) -> None:
-        self.count, self.w, self.books, self.m, self.total = count, w, books, m, total
-        self.size = 1 << bits
+    whole: these are all M, so that codes lie side by side and are fetched 8 bytes at a time.
+    """
+
+    def __init__(self, bits: int, count: int, whole: bool, w: Any, books: Any, m: Any, total: Any) -> None:
+        self.bits, self.count, self.whole, self.w, self.books = bits, count, whole, w, books
+        self.m: Any = 0 if whole else m
+        self.total: Any = count if whole else total
+        self.words: dict[int, Any] = {}
+        self.group: Any = None
+
+    def _code(self, group: Any, row: int, i: int) -> Any:
+        if not self.whole:
+            return T.cast(load(self.w, (group * 16 + row) * self.total + self.m + i, 1), "int64")
+        per_word = 64 // self.bits
+        word, place = divmod(row * self.count + i, per_word)
+        if group is not self.group:
+            self.group, self.words = group, {}
+        if word not in self.words:
+            codes = load(self.w, group * (16 * self.count) + word * per_word, per_word)
+            self.words[word] = bind(T.reinterpret("int64", codes))
+        shifted = self.words[word] >> T.int64(self.bits * place) if place else self.words[word]
+        return shifted & T.int64((1 << self.bits) - 1)
 
     def vector(self, group: Any, row: int) -> Any:
         """float32x8."""
-        at = bind((group * 16 + row) * self.total + self.m)
         found = None
         for i in range(self.count):
-            code = T.cast(load(self.w, at + i, 1), "int64")
-            part = load(self.books, ((self.m + i) * self.size + code) * GROUP, GROUP)
+            code = self._code(group, row, i)
+            part = load(self.books, (((self.m + i) << self.bits) + code) * GROUP, GROUP)
             part = part if str(part.ty.dtype).startswith("float32") else T.cast(part, "float32x8")
             found = part if found is None else found + part
         return bind(found)
 
 
-def _gemv(bits: int, count: int, rows: int, isa: Isa, *arguments: Any) -> None:
+def _gemv(bits: int, count: int, whole: bool, rows: int, isa: Isa, *arguments: Any) -> None:
     """t[r, 0:16] += the panel's dot products with row r over blocks begin..end; x points at input ``32 * begin``."""
     x, ldx, w, books, m, total, scale, begin, end, t, ldt = arguments
-    source = _Books(bits, count, w, books, m, total)
+    source = _Books(bits, count, whole, w, books, m, total)
     width = 2 if bits == 16 else 1
     accumulators = 16 if isa.registers == 32 else 8
     together = accumulators // rows
@@ -78,13 +97,14 @@ def _gemv(bits: int, count: int, rows: int, isa: Isa, *arguments: Any) -> None:
         with for_range(begin, end) as block:
             if first == 0:
                 for ahead in range(0, BLOCK // GROUP * 16 * width * count, 64):
-                    prefetch_stream(w, block * (BLOCK // GROUP * 16) * total + ahead // width)
+                    prefetch_stream(w, block * (BLOCK // GROUP * 16) * source.total + ahead // width)
             for g in range(BLOCK // GROUP):
+                group = bind(block * (BLOCK // GROUP) + g)
                 inputs = [
                     bind(load(x, ldx * r + (block - begin) * BLOCK + g * GROUP, GROUP)) for r in range(rows)
                 ]
                 for row in range(together):
-                    weights = source.vector(block * (BLOCK // GROUP) + g, first + row)
+                    weights = source.vector(group, first + row)
                     for r in range(rows):
                         i = (row * rows + r) * GROUP
                         store(acc, i, T.fma(weights, inputs[r], load(acc, i, GROUP)), GROUP)
@@ -98,7 +118,7 @@ def _gemv(bits: int, count: int, rows: int, isa: Isa, *arguments: Any) -> None:
 def _unpack(bits: int, count: int, isa: Isa, *arguments: Any) -> None:
     """out[k, 0:16] = decoded weights of one panel over blocks begin..end, or added to it; rows 32 floats apart."""
     w, books, m, total, scale, begin, end, accumulate, out = arguments
-    source = _Books(bits, count, w, books, m, total)
+    source = _Books(bits, count, False, w, books, m, total)
     scales = bind(load(scale, 0))
     pair = registers(16, "float32", 16)
     with for_range(begin * 2, end * 2) as half:
@@ -127,10 +147,11 @@ def _kernels() -> list[Kernel]:
     for bits, code, entry in ((8, "u8", "f32"), (16, "u16", "f16")):
         panel = f"w: const {code}*, books: const {entry}*, m: i64, total: i64, scale: const f32*, begin: i64, end: i64"
         for count in COUNTS:
-            for rows in GEMV_ROWS:
+            for whole, rows in product((True, False), GEMV_ROWS):
                 signature = f"x: const f32*, ldx: i64, {panel}, t: f32*, ldt: i64"
-                emit = partial(_gemv, bits, count, rows)
-                kernels.append(Kernel(f"codebook_gemv{bits}_{count}_{rows}", signature, emit, "codebook"))
+                emit = partial(_gemv, bits, count, whole, rows)
+                name = f"codebook_gemv{bits}_{'all' if whole else 'some'}{count}_{rows}"
+                kernels.append(Kernel(name, signature, emit, "codebook"))
             signature = f"{panel}, accumulate: i32, out: f32*"
             emit = partial(_unpack, bits, count)
             kernels.append(Kernel(f"codebook_unpack{bits}_{count}", signature, emit, "codebook"))

@@ -31,21 +31,24 @@ static inline void isofold_codebook_gemv(const struct isofold_kernels* k, const 
   const float* scale = (const float*)l->scale + 16 * panel;
   int64_t at = panel * (l->kp / 8) * 16 * c->total;
   int r = rows == 4 ? 0 : rows == 2 ? 1 : 2;
+#define ISOFOLD_CODEBOOK_ROWS(B, S) \
+  {k->codebook_gemv##B##_##S##_4, k->codebook_gemv##B##_##S##_2, k->codebook_gemv##B##_##S##_1}
 #define ISOFOLD_CODEBOOK(B) \
-  {{k->codebook_gemv##B##_1_4, k->codebook_gemv##B##_1_2, k->codebook_gemv##B##_1_1}, \
-   {k->codebook_gemv##B##_2_4, k->codebook_gemv##B##_2_2, k->codebook_gemv##B##_2_1}}
-  void (*const narrow[2][3])(const float*, int64_t, const uint8_t*, const float*, int64_t, int64_t, const float*, int64_t,
+  {ISOFOLD_CODEBOOK_ROWS(B, some1), ISOFOLD_CODEBOOK_ROWS(B, some2), ISOFOLD_CODEBOOK_ROWS(B, all1), \
+   ISOFOLD_CODEBOOK_ROWS(B, all2)}
+  void (*const narrow[4][3])(const float*, int64_t, const uint8_t*, const float*, int64_t, int64_t, const float*, int64_t,
                              int64_t, float*, int64_t) = ISOFOLD_CODEBOOK(8);
-  void (*const wide[2][3])(const float*, int64_t, const uint16_t*, const uint16_t*, int64_t, int64_t, const float*,
+  void (*const wide[4][3])(const float*, int64_t, const uint16_t*, const uint16_t*, int64_t, int64_t, const float*,
                            int64_t, int64_t, float*, int64_t) = ISOFOLD_CODEBOOK(16);
 #undef ISOFOLD_CODEBOOK
+#undef ISOFOLD_CODEBOOK_ROWS
   for (int64_t m = 0; m < c->total; m += 2) {
-    int two = c->total - m >= 2;
+    int which = (c->total - m >= 2) + (c->total <= 2 ? 2 : 0);
     if (c->code_bits == 8)
-      narrow[two][r](x, ldx, (const uint8_t*)l->weight + at, (const float*)c->books, m, c->total, scale, begin, end, t,
+      narrow[which][r](x, ldx, (const uint8_t*)l->weight + at, (const float*)c->books, m, c->total, scale, begin, end, t,
                      32);
     else
-      wide[two][r](x, ldx, (const uint16_t*)l->weight + at, (const uint16_t*)c->books, m, c->total, scale, begin, end, t,
+      wide[which][r](x, ldx, (const uint16_t*)l->weight + at, (const uint16_t*)c->books, m, c->total, scale, begin, end, t,
                    32);
   }
 }
