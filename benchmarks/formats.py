@@ -63,6 +63,11 @@ def _integers(bits: int, group: int, zero: bool = False, floating: bool = False)
     return Kind(name, "isofold", bits, group, 0, floating, shared_quantizer=True, zero=zero)
 
 
+def _coded(name: str, bits: int, group: int) -> Kind:
+    """Codes of a table or of small floats, or codebooks; their activations are float."""
+    return Kind(name, "isofold", bits, group, 0, True, format=name)
+
+
 INT4 = {group: _integers(4, group) for group in (32, 64, 128)}
 INT4_FLOAT = _integers(4, 32, floating=True)
 FORMATS = [
@@ -74,6 +79,15 @@ FORMATS = [
     Format(INT4_FLOAT),
     Format(_integers(3, 32, zero=True, floating=True), INT4_FLOAT),
     Format(_integers(2, 32, zero=True, floating=True), INT4_FLOAT),
+    Format(_coded("nf4", 4, 64), INT4_FLOAT, WITHIN),
+    Format(_coded("mxfp4", 4, 32), INT4_FLOAT),
+    Format(_coded("nvfp4", 4, 16), INT4_FLOAT),
+    Format(_coded("mxfp6_e2m3", 6, 32), INT4_FLOAT),
+    Format(_coded("e4m3", 8, 0), INT4_FLOAT),
+    Format(_coded("e5m2", 8, 0), INT4_FLOAT),
+    Format(_coded("2x8", 2, 8), INT4_FLOAT, WITHIN),
+    Format(_coded("1x8", 1, 8), INT4_FLOAT),
+    Format(_coded("1x16", 2, 8), INT4_FLOAT),
 ]
 
 

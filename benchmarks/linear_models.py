@@ -34,6 +34,8 @@ class Kind:
     float_activations: bool = False
     shared_quantizer: bool = False
     zero: bool = False
+    format: str = ""
+    """Of linear_coded, or codebooks such as 2x8; empty: integers."""
 
     @property
     def ours(self) -> bool:
@@ -93,8 +95,32 @@ def zero_points(kind: Kind, n: int, k: int, layer: int) -> NDArray[np.float32] |
     return np.roll(drawn.astype(np.float32), layer, 0)
 
 
+def coded_matrix(kind: Kind, n: int, k: int, layer: int) -> Any:
+    """The CodedMatrix or CodebookMatrix of a layer: about normal weights, random vectors."""
+    import torch
+
+    from isofold.compiler.dialect.packing_codebook import CodebookMatrix
+    from isofold.compiler.dialect.packing_coded import CodedMatrix
+    from isofold.passes.code_ranges import quantize_codes
+
+    generator = torch.Generator().manual_seed(SEED)
+    if not kind.format[0].isdigit():
+        rows = torch.randn(512, k, generator=generator) / k**0.5
+        drawn = quantize_codes(rows.repeat(-(-n // 512), 1)[:n], kind.format, kind.group, "absmax")
+        rolled = (t.roll(layer, 0) for t in (drawn.codes, drawn.scale))
+        return CodedMatrix(*rolled, drawn.multiplier, drawn.table, kind.format, kind.group)
+    count, bits = (int(word) for word in kind.format.split("x"))
+    codes = torch.randint(0, 2**bits, (n, k // 8, count), generator=generator, dtype=torch.int32)
+    books = torch.randn(count, 2**bits, 8, generator=generator).half().float()
+    dtype = torch.uint8 if bits == 8 else torch.uint16
+    return CodebookMatrix(codes.roll(layer, 0).to(dtype), books, torch.full((n,), k**-0.5), k)
+
+
 def reference(x: NDArray[np.float32], kind: Kind, n: int, k: int, layer: int) -> NDArray[np.float64]:
     """x times the dequantized weight of a layer, in float64."""
+    if kind.format:
+        decoded: NDArray[np.float64] = coded_matrix(kind, n, k, layer).dequantized().double().numpy()
+        return x.astype(np.float64) @ decoded.T
     codes, scales = codes_and_scales(n, k, kind.bits, kind.group, layer)
     points = zero_points(kind, n, k, layer)
     centred = codes if points is None else codes - np.repeat(points, kind.group, axis=1)
@@ -103,9 +129,34 @@ def reference(x: NDArray[np.float32], kind: Kind, n: int, k: int, layer: int) ->
     return result
 
 
+def _coded_node(
+    kind: Kind, data: ExternalData, n: int, k: int, layer: int, source: str, target: str
+) -> onnx.NodeProto:
+    from isofold.compiler.dialect.packing_codebook import CodebookMatrix, pack_codebook
+    from isofold.compiler.dialect.packing_coded import pack_coded
+
+    matrix = coded_matrix(kind, n, k, layer)
+    common: dict[str, Any] = {"n": n, "k": k, "format": kind.format, "activation": "none", "gated": 0}
+    if isinstance(matrix, CodebookMatrix):
+        stored = pack_codebook(matrix)
+        tensors = {"weight": stored.weight, "codebooks": stored.codebooks, "scale": stored.scale}
+        operator = "CodebookLinear"
+    else:
+        packed = pack_coded(matrix)
+        tensors = {"weight": packed.weight, "scale": packed.scale}
+        tensors |= {} if packed.table is None else {"table": packed.table}
+        common |= {"group_size": packed.group_size, "scale_multiplier": packed.scale_multiplier}
+        operator = "CodedLinear"
+    inputs = [data.add(f"{name}{layer}", tensor.numpy()) for name, tensor in tensors.items()]
+    return helper.make_node(operator, [source, *inputs], [target], domain="ai.isofold", **common)
+
+
 def _isofold_nodes(
     kind: Kind, data: ExternalData, n: int, k: int, layer: int, source: str, target: str
 ) -> Iterator[onnx.NodeProto]:
+    if kind.format:
+        yield _coded_node(kind, data, n, k, layer, source, target)
+        return
     import torch
 
     from isofold.compiler.dialect import packing
