@@ -40,7 +40,7 @@ from linears import check, library
 from subjects import subject_folder
 
 SIZE = 4096
-CACHED = (1024, 2048)
+CACHED = (1024, 4096)
 """(N, K) of the two layers that stay in the caches."""
 WITHIN = ">= 0.833"
 """Within 20 % of bytes / bandwidth."""
