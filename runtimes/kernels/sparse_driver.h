@@ -42,7 +42,8 @@ enum {
   ISOFOLD_SPARSE_LOW = 14,         // non-zeros of an average word up to which places are looked up instead
   ISOFOLD_SPARSE_COLUMNS = 64,     // rows of activations of a block
   ISOFOLD_SPARSE_CHUNK = 2,        // words of a chunk of K: its transposed activations stay in the first-level cache
-  ISOFOLD_SPARSE_CHUNK8 = 12,
+  ISOFOLD_SPARSE_CHUNK8 = 6,
+  ISOFOLD_SPARSE_WHOLE8 = 12,      // words up to which there is one chunk (fewer loads and stores of sums)
   ISOFOLD_SPARSE_TABLE = 256 * 8 + 2 * 256 * 4  // int32 of isofold_sparse_tables
 };
 
@@ -167,7 +168,7 @@ static inline void isofold_sparse_expect(const struct isofold_sparse* s, int64_t
 static inline void isofold_sparse_run(const struct isofold_kernels* k, enum isofold_isa isa,
                                       const struct isofold_linear* l, const struct isofold_sparse* s,
                                       const struct isofold_sparse_call* c, int64_t begin, int64_t end) {
-  enum { LIST = (ISOFOLD_SPARSE_CHUNK8 + 1) * 64, BLOCKS = 8 };
+  enum { LIST = (ISOFOLD_SPARSE_WHOLE8 + 1) * 64, BLOCKS = 8 };
   ISOFOLD_ALIGNED float t[64 * 32];  // int32 where quantized, like acc
   ISOFOLD_ALIGNED float acc[BLOCKS * 32 * 64];
   ISOFOLD_ALIGNED uint16_t list[32 * LIST];
@@ -209,9 +210,10 @@ static inline void isofold_sparse_run(const struct isofold_kernels* k, enum isof
       for (int64_t m0 = 0; m0 < c->m; m0 += 64 * BLOCKS) {
         int64_t blocks = isofold_min(BLOCKS, isofold_ceildiv(c->m - m0, 64)), at[32], counts[32];
         for (int64_t r = 0; r < last - first; ++r) at[r] = s->offsets[first + r];
+        int64_t chunk = s->words <= ISOFOLD_SPARSE_WHOLE8 ? s->words : ISOFOLD_SPARSE_CHUNK8;
         memset(acc, 0, (size_t)blocks * 32 * 64 * sizeof(float));
-        for (int64_t w = 0; w < s->words; w += ISOFOLD_SPARSE_CHUNK8) {
-          int64_t words = isofold_min(ISOFOLD_SPARSE_CHUNK8, s->words - w);
+        for (int64_t w = 0; w < s->words; w += chunk) {
+          int64_t words = isofold_min(chunk, s->words - w);
           (s->expands ? k->sparse8_list : k->sparse8_list_plain)(s->mask + first * s->words + w, s->words, words,
                                                                 last - first, list, LIST, counts);
           for (int64_t i = 0; i < blocks; ++i)
