@@ -401,18 +401,22 @@ def tune_command(
     if isa not in (None, "v3", "v4"):
         raise InputError("There is no such instruction set", where=f"--isa {isa}", expected="v3 | v4")
     with _session(as_json=as_json, quiet=quiet) as say:
-        result = tune_named(
-            subject,
-            time=time or ("0" if merge else "10m"),
-            recipe=recipe,
-            threads=threads,
-            rpc=rpc,
-            key=key,
-            database=database,
-            merge=merge or (),
-            isa=isa,
-            progress=say,
-        )
+        try:
+            result = tune_named(
+                subject,
+                time=time or ("0" if merge else "10m"),
+                recipe=recipe,
+                threads=threads,
+                rpc=rpc,
+                key=key,
+                database=database,
+                merge=merge or (),
+                isa=isa,
+                progress=say,
+            )
+        except KeyboardInterrupt:
+            typer.echo("what was measured is kept; the same command goes on from there", err=True)
+            raise
     if as_json:
         _print_json(result)
     else:

@@ -58,6 +58,7 @@ class Knob:
         default: without settings; `defaults` has exceptions by instruction set or "instruction set/group".
         exact: outputs keep every bit (the order of sums does not change).
         driver: read by the C drivers, as a member of `struct isofold_kernels`.
+        needs: a knob of the same groups without which (at 0) this one changes nothing.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Knob:
     defaults: Mapping[str, int] = field(default_factory=dict)
     exact: bool = True
     driver: bool = False
+    needs: str | None = None
 
     def default_of(self, isa: str, group: str) -> int:
         """The default for a group on an instruction set."""
@@ -104,6 +106,7 @@ KNOBS = (
         (1, 2, 3),
         2,
         "Level of the far one as LLVM counts: 3 the first-level cache, 2 the second, 1 the last.",
+        needs="stream_far",
     ),
     Knob(
         "scales_ahead",

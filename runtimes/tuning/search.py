@@ -14,6 +14,7 @@ import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from ..kernels.knobs import knobs_of
 from .database import Record
@@ -62,6 +63,7 @@ class Search:
         limits = values or {}
         self.space = {knob.name: tuple(limits.get(knob.name, knob.values)) for knob in knobs}
         self.default = {knob.name: knob.default_of(isa, group) for knob in knobs}
+        self._needs = {knob.name: knob.needs for knob in knobs if knob.needs is not None}
         self.exact = all(knob.exact for knob in knobs)
         self._random = random.Random(f"{seed} {isa} {group}")
         self._records: list[Record] = []
@@ -85,7 +87,7 @@ class Search:
     @property
     def size(self) -> int:
         """Candidates in the whole space, the default left out."""
-        return math.prod(len(values) for values in self.space.values()) - 1
+        return len(self._everything) - 1
 
     @property
     def tried(self) -> int:
@@ -181,21 +183,34 @@ class Search:
             json.loads(k) for (k, c), seen in self._seen.items() if not c and len(seen) < len(self.shapes)
         ]
         order = [*begun, *neighbours[:half], *crossed[:1], *wide[:1], *neighbours[half:], *crossed, *wide]
-        if self.size <= 4096:  # so that a search ends when everything was tried
-            everything = [
-                dict(zip(self.space, values, strict=True))
-                for values in itertools.product(*self.space.values())
-            ]
-            self._random.shuffle(everything)
-            order += everything
+        every = [
+            dict(zip(self.space, chosen, strict=True)) for chosen in itertools.product(*self.space.values())
+        ]
+        self._random.shuffle(every)
+        order += every  # so that a search ends when everything was tried
         found: dict[str, Candidate] = {}
-        for candidate in order:
+        allowed = (c for c in order if all(c[name] in values for name, values in self.space.items()))
+        for proposed in allowed:
+            candidate = self._normal(proposed)
             key = _key(candidate)
             if self._is_new(key, candidate):
                 found.setdefault(key, candidate)
             if len(found) == count:
                 break
         return list(found.values())
+
+    @cached_property
+    def _everything(self) -> list[Candidate]:
+        every = (
+            self._normal(dict(zip(self.space, values, strict=True)))
+            for values in itertools.product(*self.space.values())
+        )
+        return list({_key(candidate): candidate for candidate in (self.default, *every)}.values())
+
+    def _normal(self, candidate: Candidate) -> Candidate:
+        """Knobs that change nothing at their defaults: of several equal candidates one."""
+        idle = {name: self.default[name] for name, other in self._needs.items() if not candidate[other]}
+        return {**candidate, **idle}
 
     def _is_new(self, key: str, candidate: Candidate) -> bool:
         whole = len(self._seen.get((key, False), {})) == len(self.shapes)

@@ -123,6 +123,10 @@ def tune(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     _raise_first(state)
+    if not state.searches and not state.measured:
+        found.notes.append(
+            f"{seconds:.0f} s are too short to compile the first candidates; what was compiled is kept"
+        )
     return {
         "database": str(found.path),
         "processors": sorted({name for name, _, _ in state.searches}),

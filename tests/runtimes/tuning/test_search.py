@@ -22,7 +22,7 @@ def times(knobs: dict[str, int]) -> float:
         - 0.04 * (knobs["stream_near"] == 0)
         - 0.03 * math.log2(knobs["gemv_panels"])
         + 0.01 * abs(13 if knobs["stream_far"] == 0 else math.log2(knobs["stream_far"]) - 13)
-        + 0.02 * (knobs["stream_far_level"] != 2)
+        + 0.02 * (knobs["stream_far_level"] != 2 and knobs["stream_far"] != 0)
     )
 
 
@@ -65,6 +65,15 @@ def test_it_finds_the_best_in_a_tenth_of_the_space_and_confirms_it() -> None:
     assert knobs["stream_near"] == 0
     assert all(r.confirmed for r in measured.values())
     assert chosen(records, CPU, "v4").to_json() == {"linear_gemv4": knobs}
+
+
+def test_candidates_that_differ_in_nothing_are_one() -> None:
+    search = Search("v4", "linear_gemv4", [SMALL], [])
+    assert search.size == 4 * (1 + 4 * 3) * 4 * 3 - 1
+    values = {"stream_far": (0,), "stream_far_level": (1, 2, 3), "stream_near": (0,), "gemv_panels": (2,)}
+    batch = Search("v4", "linear_gemv4", [SMALL], [], values={**values, "scales_ahead": (0,)}).next(9)
+    assert batch is not None
+    assert [c["stream_far_level"] for c in batch.candidates] == [2]
 
 
 def test_noise_alone_moves_nothing() -> None:

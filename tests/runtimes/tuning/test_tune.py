@@ -253,6 +253,39 @@ def test_a_models_own_linears_are_tuned(tmp_path: Path) -> None:
     assert result["library"] is None
 
 
+def test_an_artefacts_linears_are_found_with_their_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from isofold.runtimes.tuning.subjects import workloads_of_artefact
+
+    monkeypatch.delenv("ISOFOLD_CACHE")  # the op library that all tests use
+    for recipe, names in {
+        "w8a8": {"linear w8 64x96 m6 t2", "linear w8 96x64 m6 t2"},
+        "w4a16": {"linear_float w4g32 64x96 m6 t2", "linear_float w4g32 96x64 m6 t2"},
+    }.items():
+        folder = tmp_path / recipe
+        isofold.compile(
+            Net(), (torch.randn(2, 3, 64),), recipe=recipe, output=folder, verify=False, measure=False
+        )
+        assert {w.name for w in workloads_of_artefact(folder, 2)} == names
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
+    path = tmp_path / "db.jsonl"
+    words = ["isofold", "tune", "--time", "5m", "--threads", "1", "--database", str(path)]
+    running = subprocess.Popen([sys.executable, "-m", *words], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 100
+    while not (path.exists() and path.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "what was measured is kept" in said
+    assert "Traceback" not in said
+    assert read_records(path)[1] is None
+    assert read_records(path)[0]
+
+
 def test_a_model_without_quantized_linears_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no packed linear to tune"):
         isofold.tune(Net(), (torch.randn(3, 64),), recipe="float32", time=1, database=tmp_path / "db.jsonl")
