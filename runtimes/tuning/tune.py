@@ -28,7 +28,7 @@ __all__ = ["tune"]
 Say = Callable[[str], None]
 
 BATCH = 4
-ROUNDS, CONFIRMING_ROUNDS = 15, 61
+ROUNDS, CONFIRMING_ROUNDS = 31, 201
 _EVERY = 5.0
 """Seconds between two words on the progress."""
 _LOSSES = 3
