@@ -59,12 +59,16 @@ def _file_name(threads: int) -> str:
 
 
 def linear_formats() -> dict[str, Recipe]:
-    """One recipe for each way that presets store and read linears, by its text."""
+    """One recipe for each way that presets store and read linears, by its text.
+
+    Not those with sparsity: what a zero saves depends on how many there are, which `passes.extract_sparsity` knows.
+    """
     found: dict[str, Recipe] = {}
     for preset in PRESETS.values():
         plain = preset.model_copy(
             update={"fold": None, "kv": None, "embeddings": None, "convolutions": None, "layers": []}
         )
-        if plain.activations.mode != "static":
+        chosen_by_rates = plain.weights is not None and plain.weights.format == "auto"
+        if plain.activations.mode != "static" and not chosen_by_rates and plain.sparsity is None:
             found.setdefault(json.dumps(plain.model_dump(mode="json", exclude={"name"})), plain)
     return found

@@ -61,13 +61,15 @@ class WeightFormat(_Strict):
     """How a weight matrix is stored.
 
     format: `int`; codes of a table or of small floats (nf4, table4, e4m3, e5m2, mxfp4, mxfp6_e3m2, mxfp6_e2m3,
-    mxfp8_e4m3, mxfp8_e5m2, nvfp4); or `codebook`, sums of vectors of 8 weights. All but `int` meet float activations.
+    mxfp8_e4m3, mxfp8_e5m2, nvfp4); `codebook`, sums of vectors of 8 weights; or `auto`. All but `int` and `auto` meet
+    float activations.
     bits, symmetric: of `int`: width, and no zero points (at 2 and 3 bits they are in sixteenths of a code, and worth
     their byte a group). group_size: inputs that share a scale (0: the whole row, not at 2 and 3 bits; without it the
     format's own). range: how the scale is found, `absmax` (largest magnitude; what the MX specification says) or `mse`
     (least squared error over a grid). low_rank: rank of a thin part that stays float and makes up for the error of
     rounding (0: none). codebooks, code_bits: of `codebook`: how many vectors are summed, and the width of the
-    code that chooses each.
+    code that chooses each. max_error: of `auto`, which takes the format that the cost model says is fastest here
+    among those whose rounding moves the weight by at most that share of its norm.
     """
 
     format: Literal[
@@ -83,6 +85,7 @@ class WeightFormat(_Strict):
         "mxfp8_e5m2",
         "nvfp4",
         "codebook",
+        "auto",
     ] = "int"
     bits: Literal[2, 3, 4, 8] = 8
     group_size: Literal[0, 16, 32, 64, 128] = 0
@@ -91,6 +94,7 @@ class WeightFormat(_Strict):
     low_rank: int = Field(default=0, ge=0, le=256)
     codebooks: int = Field(default=2, ge=1, le=8)
     code_bits: Literal[8, 16] = 8
+    max_error: float = Field(default=0.1, gt=0)
 
     @model_validator(mode="before")
     @classmethod
@@ -104,10 +108,12 @@ class WeightFormat(_Strict):
     def foreign_fields(self) -> tuple[str, ...]:
         """Fields that mean nothing in this format."""
         if self.format == "int":
-            return ("codebooks", "code_bits")
+            return ("codebooks", "code_bits", "max_error")
         if self.format == "codebook":
-            return ("bits", "group_size", "symmetric", "range")
-        return ("bits", "symmetric", "codebooks", "code_bits")
+            return ("bits", "group_size", "symmetric", "range", "max_error")
+        if self.format == "auto":
+            return ("bits", "group_size", "symmetric", "range", "low_rank", "codebooks", "code_bits")
+        return ("bits", "symmetric", "codebooks", "code_bits", "max_error")
 
     @model_validator(mode="after")
     def _fields_of_the_format(self) -> WeightFormat:
@@ -319,7 +325,7 @@ class Recipe(_Strict):
         wrong = [
             f"{where}: {weights.format}"
             for where, weights, activations in chosen
-            if weights is not None and weights.format != "int" and activations.mode != "float"
+            if weights is not None and weights.format not in ("int", "auto") and activations.mode != "float"
         ]
         if wrong:
             raise ValueError(
@@ -403,6 +409,7 @@ class Recipe(_Strict):
 Kind = Literal["weights", "activations", "embeddings", "convolutions", "kv", "sparsity", "prune"]
 _Model = TypeVar("_Model", bound=BaseModel)
 
+_AUTO = WeightFormat(format="auto")
 _W8 = WeightFormat(bits=8)
 _W4 = WeightFormat(bits=4, group_size=32)
 _W3 = WeightFormat(bits=3, group_size=32, symmetric=False)
@@ -458,10 +465,13 @@ PRESETS: dict[str, Recipe] = {
         Recipe(name="w8-fp8", weights=WeightFormat(format="e4m3"), embeddings=EmbeddingFormat()),
         Recipe(name="w4-mxfp4", weights=WeightFormat(format="mxfp4"), embeddings=EmbeddingFormat()),
         Recipe(name="w2-codebook", weights=WeightFormat(format="codebook"), embeddings=EmbeddingFormat()),
+        _preset("auto-a8", _AUTO, _DYNAMIC),
+        Recipe(name="auto-a16", weights=_AUTO, embeddings=EmbeddingFormat()),
     )
 }
 """Named recipes. `w` is the width of weights, `a` that of activations (a16: float), `kv` that of keys and
-values; `smooth` (scales and shifts), `rotate` and `learned` name the transforms that are folded in first."""
+values; `smooth` (scales and shifts), `rotate` and `learned` name the transforms that are folded in first; `auto`
+chooses a width for each layer by the cost model."""
 
 
 def resolve(recipe: Recipe | str | os.PathLike[str] | dict[str, Any]) -> Recipe:

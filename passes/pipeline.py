@@ -21,8 +21,10 @@ from typing import Any
 
 from ..compiler.canonicalize import canonicalize
 from ..compiler.driver import Step
+from ..compiler.machine import known_machine
 from ..compiler.program import Program
 from ..compiler.recipe import GROUP_SIZES, Recipe
+from .choose_formats import choose_formats, resolve_formats
 from .extract_sparsity import extract_sparsity
 from .fold_transforms import fold_steps
 from .fuse_attention import fuse_attention
@@ -51,6 +53,11 @@ from .split_low_rank import split_low_rank
 
 def plan(program: Program, recipe: Recipe, calibration: Iterable[Any] | None = None) -> list[Step]:
     """The steps of `recipe` for `program`; calibration batches as in `calibrate.calibrate`."""
+    if any(form.format == "auto" for form in recipe.weight_formats):
+        machine, _ = known_machine()
+        recipe, choices = resolve_formats(canonicalize(program).program, recipe, machine)
+        first, *others = plan(program, recipe, calibration)
+        return [first, Step(choose_formats, {"choices": choices}), *others]
     options = {"recipe": recipe}
     if recipe.fold is not None and calibration is not None:
         calibration = list(calibration)
