@@ -54,6 +54,15 @@ def needed_groups(workload: Workload) -> set[str]:
     return {f"linear_{workload.mode}", "linear_gemv4", "linear_end", *packed}
 
 
+_HASHING = threading.Lock()
+
+
+def hashed_sources(group: str) -> str:
+    """`knobs.sources`, one thread at a time: the parser of Python 3.11 fails when several threads are in it."""
+    with _HASHING:
+        return sources(group)
+
+
 class Builder:
     """Compiles candidates with a few worker processes. Thread-safe; close it at the end.
 
@@ -120,7 +129,7 @@ class Builder:
             return error.text()
 
     def _object(self, isa: str, group: str, settings: Settings) -> Path:
-        facts = json.dumps([sources(group), isa, group, settings.to_json()])
+        facts = json.dumps([hashed_sources(group), isa, group, settings.to_json()])
         path = self._objects / f"{hashlib.sha256(facts.encode()).hexdigest()[:20]}.o"
         if not path.exists():
             self._ask(do="object", isa=isa, group=group, settings=settings.to_json(), path=str(path))

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...compiler.errors import InputError, IsofoldError
-from ..kernels.knobs import sources
-from .candidates import Builder, forget_old_objects
+from .candidates import Builder, forget_old_objects, hashed_sources
 from .child import LostError
 from .database import Database, Record
 from .machines import Comparison, Facts, Machine, Tracker
@@ -236,7 +235,7 @@ def _searches(state: _State, facts: Facts) -> list[tuple[str, str, str]]:
         key = (facts.processor, isa, group)
         keys.append(key)
         if key not in state.searches:
-            hashed = sources(group)
+            hashed = hashed_sources(group)
             known = [
                 r
                 for r in state.database.records
@@ -332,7 +331,7 @@ def _record(
         "processor": facts.processor,
         "isa": search.isa,
         "group": search.group,
-        "sources": sources(search.group),
+        "sources": hashed_sources(search.group),
         "workload": workload.to_json(),
         "knobs": candidate,
         "host": facts.host,
