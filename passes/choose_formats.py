@@ -76,11 +76,15 @@ def resolve_formats(program: Program, recipe: Recipe, machine: Machine) -> tuple
             groups.setdefault(layer.path, []).append(layer)
     everything = [layer for group in groups.values() for layer in group]
     check_finite(editor, everything)
+    sizes = [tuple(int(size) for size in layer.weight.meta["val"].shape) for layer in everything]
+    working_sets = {
+        form: sum(packed_bytes("weights", shape, form) for shape in sizes) for form in (*INTEGERS, *CODES)
+    }
     choices = []
     for path, group in groups.items():
         integer = recipe.format_for(path, "activations").mode != "float"
         forms = INTEGERS if integer else (*INTEGERS, *CODES)
-        candidates = [_candidate(editor, group, everything, form, integer, machine) for form in forms]
+        candidates = [_candidate(editor, group, form, integer, machine, working_sets[form]) for form in forms]
         choices.append(_choose(path, candidates, recipe.format_for(path, "weights").max_error))
     # A path is a glob here: what it has of a glob's characters is meant literally.
     rules = [LayerRule(match=glob.escape(c.path), weights=c.chosen.form) for c in choices]
@@ -113,11 +117,9 @@ def _choose(path: str, candidates: Sequence[Candidate], max_error: float) -> Cho
 
 
 def _candidate(
-    editor: Editor, group: Sequence[Layer], everything: Sequence[Layer], form: WeightFormat, integer: bool,
-    machine: Machine,
+    editor: Editor, group: Sequence[Layer], form: WeightFormat, integer: bool, machine: Machine, working_set: int
 ) -> Candidate:  # fmt: skip
     errors, size, seconds = [0.0], 0, 0.0
-    working_set = sum(packed_bytes("weights", _sizes(layer), form) for layer in everything)
     for layer in group:
         weight = editor.tensor(layer.weight)
         assert weight is not None
@@ -132,10 +134,6 @@ def _candidate(
         norm = float(weight.norm())
         errors.append(float((weight - rounded_weight(weight, form)).norm()) / norm if norm else 0.0)
     return Candidate(form, max(errors), size, seconds)
-
-
-def _sizes(layer: Layer) -> tuple[int, ...]:
-    return tuple(int(size) for size in layer.weight.meta["val"].shape)
 
 
 def _kind(form: WeightFormat, integer: bool) -> str:

@@ -28,10 +28,11 @@ from importlib import import_module, metadata, util
 from pathlib import Path
 
 from ....compiler.errors import ToolchainError
+from ....compiler.processor import cache_folder
 from ...kernels.knobs import Settings
 from ...tuning.selection import settings_for_build
 
-__all__ = ["Progress", "build", "cache_directory", "library_path", "require_tools"]
+__all__ = ["Progress", "build", "library_path", "require_tools"]
 
 Progress = Callable[[str, int, int], None]
 """Called as `progress(what, done, total)`."""
@@ -105,13 +106,13 @@ def build(
     """
     if settings is None:
         settings = settings_for_build(own=out is None)
-    path = cache_directory() / _file_name(settings) if out is None else Path(out)
+    path = cache_folder() / _file_name(settings) if out is None else Path(out)
     if not force and path.exists() and out is None:
         return path
     compiler = require_tools()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(cache_directory() / "build.lock") if out is None else nullcontext():
+        with _locked(cache_folder() / "build.lock") if out is None else nullcontext():
             if not force and path.exists() and out is None:
                 return path  # another process built it while this one waited
             with tempfile.TemporaryDirectory(prefix=".build-", dir=path.parent) as scratch:
@@ -133,27 +134,20 @@ def build(
     return path
 
 
-def cache_directory() -> Path:
-    """`ISOFOLD_CACHE`, else `XDG_CACHE_HOME`/isofold, else ~/.cache/isofold."""
-    if chosen := os.environ.get("ISOFOLD_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "isofold"
-
-
 def _cached() -> Path | None:
-    exact = cache_directory() / _file_name(settings_for_build())
+    exact = cache_folder() / _file_name(settings_for_build())
     if exact.exists():
         return exact
     if shutil.which(_compiler()) is None or not _has_tvm():
         # Without the tools the second half of the name is unknown; the sources are what must match.
-        matches = sorted(cache_directory().glob(f"libisofold_ops-{_source_hash()}-*.so"))
+        matches = sorted(cache_folder().glob(f"libisofold_ops-{_source_hash()}-*.so"))
         return matches[0] if matches else None
     return None
 
 
 def _forget_old_builds(keep: int) -> None:
     """Remove all but the newest builds; a process that has loaded one keeps its mapping."""
-    builds = sorted(cache_directory().glob("libisofold_ops-*.so"), key=lambda p: p.stat().st_mtime)
+    builds = sorted(cache_folder().glob("libisofold_ops-*.so"), key=lambda p: p.stat().st_mtime)
     for path in builds[:-keep]:
         path.unlink(missing_ok=True)
 

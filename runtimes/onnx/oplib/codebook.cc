@@ -64,22 +64,9 @@ OrtStatus* compute_codebook(void* memory, Context& c) {
     isofold_codebook_expand(kernels, &codebook, books.as<uint16_t>(), static_cast<float*>(scratch.data));
     codebook.books = scratch.data;
   }
-  int64_t tasks = isofold_linear_float_tasks(&l, call.m);
-  double rows = double(isofold_linear_row_block(&l, call.m));
-  rows = rows < double(call.m) ? rows : double(call.m);
-  // A task decodes 32 rows of weights (about 15 a nanosecond and codebook) and does 64 operations a row and input (60).
-  double decode = 32.0 * double(l.kp) * double(total) / 15, work = rows * double(l.kp) * 64 / 60;
-  return c.parallel(tasks, decode > work ? decode : work, [&](int64_t begin, int64_t end) {
+  return parallel_float_linear(c, l, call.m, 15.0 / double(total), [&](int64_t begin, int64_t end) {
     isofold_codebook_run(kernels, &codebook, &call, begin, end);
   });
-}
-
-OrtStatus* infer_codebook(Inference& f) {
-  SymbolicShape shape = f.input(0);
-  int64_t n = f.integer("n", 0);
-  if (!shape.known || n <= 0) return nullptr;
-  shape.set(shape.rank - 1, n);
-  return f.output(0, shape);
 }
 
 }  // namespace
@@ -98,7 +85,7 @@ void define_codebook_linear(Op* op) {
   op->kernel_size = sizeof(CodebookKernel);
   op->create = create_codebook;
   op->compute = compute_codebook;
-  op->infer = infer_codebook;
+  op->infer = infer_linear;
 }
 
 }  // namespace isofold

@@ -109,22 +109,9 @@ OrtStatus* compute_coded(void* memory, Context& c) {
   if (table.present) coded.table = table.f32();
   isofold_linear_float_call call = {x.f32(), residual.f32(), y, shape.rows(), kernel.k};
   if (call.m == 0) return nullptr;
-  int64_t tasks = isofold_linear_float_tasks(&l, call.m);
-  double rows = double(isofold_linear_row_block(&l, call.m));
-  rows = rows < double(call.m) ? rows : double(call.m);
-  // A task decodes 32 rows of weights (about 20 a nanosecond) and does 64 operations a row and input (about 60).
-  double decode = 32.0 * double(l.kp) / 20, work = rows * double(l.kp) * 64 / 60;
-  return c.parallel(tasks, decode > work ? decode : work, [&](int64_t begin, int64_t end) {
+  return parallel_float_linear(c, l, call.m, 20, [&](int64_t begin, int64_t end) {
     isofold_coded_run(kernels, &coded, &call, begin, end);
   });
-}
-
-OrtStatus* infer_coded(Inference& f) {
-  SymbolicShape shape = f.input(0);
-  int64_t n = f.integer("n", 0);
-  if (!shape.known || n <= 0) return nullptr;
-  shape.set(shape.rank - 1, n);
-  return f.output(0, shape);
 }
 
 }  // namespace
@@ -143,7 +130,7 @@ void define_coded_linear(Op* op) {
   op->kernel_size = sizeof(CodedKernel);
   op->create = create_coded;
   op->compute = compute_coded;
-  op->infer = infer_coded;
+  op->infer = infer_linear;
 }
 
 }  // namespace isofold

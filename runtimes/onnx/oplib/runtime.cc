@@ -480,6 +480,14 @@ bool Inference::has_input(size_t index) const {
   return index < count;
 }
 
+OrtStatus* infer_linear(Inference& f) {
+  SymbolicShape shape = f.input(0);
+  int64_t n = f.integer("n", 0);
+  if (!shape.known || n <= 0) return nullptr;
+  shape.set(shape.rank - 1, n);
+  return f.output(0, shape);
+}
+
 SymbolicShape Inference::input(size_t index) const {
   SymbolicShape result;
   if (!has_input(index)) return result;

@@ -129,14 +129,6 @@ OrtStatus* compute_sparse_float(void* memory, Context& c) {
   return run_sparse(c, l, s, &call);
 }
 
-OrtStatus* infer_sparse(Inference& f) {
-  SymbolicShape shape = f.input(0);
-  int64_t n = f.integer("n", 0);
-  if (!shape.known || n <= 0) return nullptr;
-  shape.set(shape.rank - 1, n);
-  return f.output(0, shape);
-}
-
 void define(Op* op, const char* name) {
   isofold_sparse_tables(table);
   op->name = name;
@@ -144,7 +136,7 @@ void define(Op* op, const char* name) {
   op->outputs[0] = {"y", ORT_FLOAT};
   op->kernel_size = sizeof(SparseKernel);
   op->create = create_sparse;
-  op->infer = infer_sparse;
+  op->infer = infer_linear;
 }
 
 }  // namespace

@@ -65,7 +65,7 @@ def test_the_library_in_the_package_yields_to_a_tuned_one(
     monkeypatch.delenv("ISOFOLD_OPS_LIBRARY", raising=False)
     assert build.library_path() == packaged
     own(record(processor=processor()))
-    tuned = build.cache_directory() / build._file_name(selection.settings_for_build())
+    tuned = build.cache_folder() / build._file_name(selection.settings_for_build())
     tuned.write_bytes(b"tuned")
     try:
         assert build.library_path() == tuned
