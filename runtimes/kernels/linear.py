@@ -111,17 +111,19 @@ def _prefetch_scales(arrays: dict[str, Any], offset: Any) -> None:
 class _Tile:
     """Accumulators of one sub-tile and how they are advanced by one step of 4 inputs.
 
-    Vector v of row r is ``acc[(r * vectors + v) * lanes]``; ``flush`` moves 16-bit sums (v3, small weights) to int32.
+    Vector v of row r is the sum of ``acc[((chain * rows + r) * vectors + v) * lanes]`` over the chains, which steps take in
+    turn; ``end`` moves 16-bit sums (v3, small weights) to int32.
     """
 
-    def __init__(self, isa: Isa, rows: int, vectors: int, small: bool) -> None:
+    def __init__(self, isa: Isa, rows: int, vectors: int, small: bool, chains: int = 1) -> None:
         self.isa, self.rows, self.vectors, self.lanes = isa, rows, vectors, lanes(isa)
         self.small = small and not isa.vnni
-        self.acc = registers(rows * vectors, "int32", self.lanes)
+        self.chains = chains if isa.vnni else 1
+        self.acc = registers(self.chains * rows * vectors, "int32", self.lanes)
         self.partial = registers(rows * vectors, "int16", 16) if self.small else None
 
     def clear(self) -> None:
-        for i in range(self.rows * self.vectors):
+        for i in range(self.chains * self.rows * self.vectors):
             store(self.acc, i * self.lanes, _splat(0, "int32", self.lanes), self.lanes)
 
     def begin(self) -> None:
@@ -130,7 +132,7 @@ class _Tile:
             for i in range(self.rows * self.vectors):
                 store(self.partial, i * 16, _splat(0, "int16", 16), 16)
 
-    def step(self, words: list[Any], weights: list[Any]) -> None:
+    def step(self, words: list[Any], weights: list[Any], chain: int = 0) -> None:
         """Add the products of one 32-bit word of activations per row with every weight vector."""
         n = self.lanes
         split = not self.isa.vnni and not self.small
@@ -139,7 +141,7 @@ class _Tile:
             u = bind(T.broadcast(word, n))
             odd_even = split_activation(u) if split else None
             for v, weight in enumerate(weights):
-                i = (r * self.vectors + v) * n
+                i = ((chain * self.rows + r) * self.vectors + v) * n
                 if self.isa.vnni:
                     store(self.acc, i, vpdpbusd(load(self.acc, i, n), u, weight), n)
                 elif self.partial is not None:
@@ -158,7 +160,9 @@ class _Tile:
                 store(self.acc, i * 8, load(self.acc, i * 8, 8) + widened, 8)
 
     def value(self, row: int, vector: int) -> Any:
-        return load(self.acc, (row * self.vectors + vector) * self.lanes, self.lanes)
+        at = range(row * self.vectors + vector, self.chains * self.rows * self.vectors, self.rows * self.vectors)
+        first, *others = (load(self.acc, i * self.lanes, self.lanes) for i in at)
+        return sum(others, first)
 
 
 def _sub_tiles(isa: Isa, rows: int, panels: int) -> list[tuple[int, int, int, int]]:
@@ -250,7 +254,7 @@ def _tile(mode: str, rows: int, panels: int, small: bool, isa: Isa, *arguments: 
         with when(accumulate == T.int32(0)):
             _clear(t, ldt, rows, panels, "float32")
     for row0, r_count, vector0, v_count in _sub_tiles(isa, rows, panels):
-        tile = _Tile(isa, r_count, v_count, small)
+        tile = _Tile(isa, r_count, v_count, small, 1 if mode == "pc" else knob("tile_chains"))
         window = _Window(t, ldt, row0, r_count, vector0, v_count, n)
 
         def run(block: Any, row0: int = row0, vector0: int = vector0, tile: _Tile = tile) -> None:
@@ -265,7 +269,8 @@ def _tile(mode: str, rows: int, panels: int, small: bool, isa: Isa, *arguments: 
                     weights.append(bind(load(w, at + inside * 4, 4 * n)))
                     if rows <= 2 and inside == 0:  # nothing but streaming: fetch this panel's own future
                         prefetch_stream(w, at)
-                tile.step([load(u, ldu * (row0 + r) + step, 1) for r in range(tile.rows)], weights)
+                words = [load(u, ldu * (row0 + r) + step, 1) for r in range(tile.rows)]
+                tile.step(words, weights, k % tile.chains)
                 if rows > 2 and row0 == 0 and vector0 == 0 and k in (2, 6):
                     prefetch(ahead, block * stride + (64 if k == 6 else 0), knob("tile_ahead_level"))
             tile.end()
