@@ -155,6 +155,15 @@ def memory() -> dict[str, int]:
     return found
 
 
+def timed(engine: Any, clock: Callable[[], float]) -> float:
+    """Seconds of one run; a probe takes its own."""
+    if isinstance(engine, Probe):
+        return engine.measure()
+    start = clock()
+    engine.run()
+    return clock() - start
+
+
 def serve(answers: Any) -> None:
     """Read the specification and then commands until ``quit`` or the end of the input."""
     spec = json.loads(sys.stdin.readline())
@@ -173,14 +182,11 @@ def serve(answers: Any) -> None:
         if command["do"] == "quit":
             return
         if command["do"] == "time":
-            seconds = []
-            for _ in range(command["n"]):
-                if isinstance(engine, Probe):
-                    seconds.append(engine.measure())
-                    continue
-                start = clock()
-                engine.run()
-                seconds.append(clock() - start)
+            resumed = time.perf_counter()
+            timed(engine, clock)
+            while time.perf_counter() < resumed + command["warm"]:
+                timed(engine, clock)
+            seconds = [timed(engine, clock) for _ in range(command["n"])]
             answer({"seconds": seconds})
         elif command["do"] == "outputs":
             np.savez(command["file"], *engine.outputs())

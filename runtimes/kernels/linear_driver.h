@@ -54,7 +54,8 @@ struct isofold_linear_call {
 
 enum {
   ISOFOLD_ROW_BLOCK = 128,    // rows of a task: 16 tiles of 8
-  ISOFOLD_UNPACK = 4096       // most inputs unpacked at a time (knob unpack_inputs, knobs.py)
+  ISOFOLD_UNPACK = 4096,      // most inputs unpacked at a time (knob unpack_inputs, knobs.py)
+  ISOFOLD_BEGIN = 32768       // bytes of weights asked for at the start of a call on few rows
 };
 
 static inline void isofold_prefetch_read(const void* p) { __builtin_prefetch(p, 0, 3); }
@@ -192,6 +193,16 @@ static inline void isofold_linear_select(struct isofold_linear_block* b) {
 #undef ISOFOLD_EPILOGUES
   b->epilogue_pc = pc[l->gated != 0][l->activation];
   b->epilogue_g = g[l->gated != 0][l->activation];
+}
+
+// Asks for what a call on one row reads first, while its activations are still being quantized: then nothing else is
+// on the way from memory.
+static inline void isofold_linear_begin(const struct isofold_linear* l) {
+  int64_t panels = isofold_linear_panels(l), bytes = isofold_min(ISOFOLD_BEGIN, panels * 2 * l->bits * l->kp);
+  const char* w = (const char*)l->weight;
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(w + at, 0, 2);
+  int64_t scales = isofold_min(ISOFOLD_BEGIN / 8, panels * isofold_linear_groups(l) * (l->group_size ? 32 : 64));
+  for (int64_t at = 0; at < scales; at += 64) isofold_prefetch_read((const char*)l->scale + at);
 }
 
 // Rows the kernels that unpack in registers take at once.

@@ -253,6 +253,7 @@ OrtStatus* compute_quantize_linear(void* memory, Context& c) {
   if (bytes && !scratch.data) return out_of_memory(c.api, c.op->name, bytes);
   auto* u = static_cast<uint8_t*>(scratch.data);
   float* params = per_tensor ? nullptr : reinterpret_cast<float*>(u + codes);
+  if (m == 1) isofold_linear_begin(&l);
   ISOFOLD_TRY(quantize_rows(c, kernel.quantizer, rows, l.kp, u, params));
   isofold_linear_call call = {u, per_tensor ? rows.pair.f32() : params, residual.f32(), y, m, per_tensor, nullptr};
   return run_linear(c, l, &call);
