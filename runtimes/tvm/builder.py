@@ -11,6 +11,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 from tvm import relax, te, tirx
@@ -19,7 +20,7 @@ from tvm.te import create_prim_func
 
 from ...compiler.errors import UnsupportedError
 from ...compiler.graph import value
-from .symbols import Size, size_of, symbols_of, to_tir, variable_name
+from .symbols import Size, is_polynomial, size_of, symbols_of, to_tir, variable_name
 
 Expr = Any
 Value = Any
@@ -43,7 +44,9 @@ DTYPES: dict[torch.dtype, str] = {
 def dtype_name(dtype: torch.dtype) -> str:
     """TVM's name of a torch dtype. Raises UnsupportedError."""
     if dtype not in DTYPES:
-        raise UnsupportedError("TVM has no such element type", expected=", ".join(DTYPES.values()), got=str(dtype))
+        raise UnsupportedError(
+            "TVM has no such element type", expected=", ".join(DTYPES.values()), got=str(dtype)
+        )
     return DTYPES[dtype]
 
 
@@ -63,23 +66,35 @@ def sizes(node: fx.Node) -> list[Size]:
 class Kernel:
     """One kernel while it is described: its inputs as TE tensors, and sizes in its own variables."""
 
-    def __init__(self, builder: Builder) -> None:
-        self.builder = builder
-        self.variables: dict[str, Any] = {}
+    def __init__(self, result: Sequence[Size] | None) -> None:
+        self.result = result
+        """Shape of the node's value, where it is one tensor."""
+        self.variables: dict[str, tuple[Any, Any]] = {}
         self.inputs: list[fx.Node] = []
         self.tensors: list[te.Tensor] = []
         self.tables: list[te.Tensor] = []
         self.table_values: list[Expr] = []
 
     def size(self, size: Any) -> Expr:
-        """A size (int, SymInt, sympy) as an int64 expression of this kernel."""
-        found = size_of(size)
-        return found if isinstance(found, int) else to_tir(found, self._variable)
+        """A size (int, SymInt, sympy) as an int64 expression of this kernel.
 
-    def _variable(self, name: str) -> Any:
+        Divisions, remainders and the like are computed outside: index arithmetic with them is slow, and TVM takes
+        minutes to simplify it.
+        """
+        found = size_of(size)
+        if isinstance(found, int):
+            return found
+        return to_tir(found, self._symbol) if is_polynomial(found) else self._variable(found)
+
+    def _symbol(self, name: str) -> Any:
+        return self._variable(sympy.Symbol(name, integer=True))
+
+    def _variable(self, size: sympy.Expr) -> Any:
+        name = str(size)
         if name not in self.variables:
-            self.variables[name] = tirx.Var(variable_name(name), "int64")
-        return self.variables[name]
+            label = variable_name(name) if size.is_symbol else f"size{len(self.variables)}"
+            self.variables[name] = (size, tirx.Var(label, "int64"))
+        return self.variables[name][1]
 
     def shape(self, node: fx.Node) -> list[Expr]:
         """The shape of a node's value in this kernel's variables."""
@@ -102,20 +117,36 @@ class Kernel:
         self.table_values.append(relax.const(values.detach().cpu().numpy(), dtype_name(values.dtype)))
         return made
 
-    def at(self, tensor: te.Tensor, indices: Sequence[Expr]) -> Expr:
-        """The element that broadcasting to `indices` reads: aligned at the last dimension, sizes of 1 repeated."""
-        own = list(indices)[len(indices) - len(tensor.shape) :]
-        return tensor(*[0 if _is_one(size) else index for size, index in zip(tensor.shape, own, strict=True)])
+    def at(self, tensor: te.Tensor, indices: Sequence[Expr], like: Sequence[Size] | None = None) -> Expr:
+        """The element that broadcasting to `indices` reads: aligned at the last dimension, sizes of 1 repeated.
 
-    def free_variables(self) -> list[tuple[str, Any]]:
+        like: the sizes that the indices run over, where a size of the tensor may turn out to be 1 (an expression that
+        torch did not simplify): its index then stops at the last element.
+        """
+        rank = len(tensor.shape)
+        own = list(indices)[len(indices) - rank :]
+        places = []
+        for position, (size, index) in enumerate(zip(tensor.shape, own, strict=True)):
+            if _is_one(size):
+                places.append(0)
+            elif like is not None and not self._same(tensor, position, like[len(like) - rank + position]):
+                places.append(tirx.min(index, size - 1))
+            else:
+                places.append(index)
+        return tensor(*places)
+
+    def _same(self, tensor: te.Tensor, position: int, wanted: Size) -> bool:
+        """Whether a dimension of an input certainly has this size."""
+        for node, known in zip(self.inputs, self.tensors, strict=True):
+            if known.same_as(tensor):
+                own = sizes(node)[position]
+                return str(own) == str(wanted) or sympy.expand(sympy.sympify(own) - wanted) == 0
+        return True
+
+    def free_variables(self) -> list[tuple[Size, Any]]:
         """Variables that no input has as a dimension: they come as arguments, in the order of their names."""
-        bound = {
-            str(size)
-            for node in self.inputs
-            for size in sizes(node)
-            if not isinstance(size, int) and size.is_symbol
-        }
-        return sorted((name, var) for name, var in self.variables.items() if name not in bound)
+        bound = {str(size) for node in self.inputs for size in sizes(node)}
+        return [self.variables[name] for name in sorted(self.variables) if name not in bound]
 
 
 def _is_one(size: Any) -> bool:
@@ -181,14 +212,14 @@ class Builder:
         results: Sequence[Tensor] | None = None,
     ) -> Value:
         """Emit the kernel whose results `describe` returns; `results` are their fakes where not the node's own."""
-        k = Kernel(self)
+        k = Kernel(sizes(node) if isinstance(value(node), Tensor) else None)
         made = describe(k)
         outputs = [made] if isinstance(made, te.Tensor) else list(made)
         free = k.free_variables()
         function = create_prim_func([*k.tensors, *k.tables, *(var for _, var in free), *outputs], "int64")
         function = function.without_attr("global_symbol")
         place = self.bb.add_func(function, name or short_name(node))
-        arguments = [*(self[n] for n in k.inputs), *k.table_values, *(self._symbol(n) for n, _ in free)]
+        arguments = [*(self[n] for n in k.inputs), *k.table_values, *(self.size(size) for size, _ in free)]
         fakes = list(results) if results is not None else [fake(node)]
         types = [self.type_of(f) for f in fakes]
         call = relax.call_tir(place, arguments, types[0] if isinstance(made, te.Tensor) else types)

@@ -20,6 +20,7 @@ from tvm import IRModule, relax, te, tirx
 
 from ...compiler.errors import IsofoldError, UnsupportedError
 from ...compiler.graph import place_of, value
+from ...compiler.interface import input_names
 from ...compiler.program import Program
 from .builder import GETITEM, Builder, arguments, depends_on_symbols, dtype_name, fake
 from .rules import RULES
@@ -32,14 +33,16 @@ MAIN, PREPARE = "main", "prepare"
 class Lowered:
     """A Relax module and what its functions take.
 
-    weights: names of tensors of the program, the arguments of `main` behind the inputs. prepare: those that `prepare`
-    takes; it returns `prepared` tensors, the last arguments of `main`. fallbacks: what runs in a way known to be slow.
+    parameters: the program's tensors that the functions take → the name of the argument, the same in both functions and
+    in the file of weights. weights: those that `main` takes behind the inputs. prepare: those that `prepare` takes; it
+    returns `prepared` tensors, the last arguments of `main`. fallbacks: what runs in a way known to be slow.
     """
 
     module: IRModule
     weights: list[str]
     prepare: list[str]
     prepared: int
+    parameters: dict[str, str]
     fallbacks: dict[str, list[str]] = field(default_factory=dict)
 
 
@@ -58,7 +61,14 @@ def lower(program: Program) -> Lowered:
     _emit_main(b, program, constant, roots, weights, problems)
     if problems:
         raise _unsupported(problems)
-    return Lowered(bb.finalize(), weights, prepare if roots else [], len(roots), dict(b.fallbacks))
+    prepare = prepare if roots else []
+    parameters = parameter_names([*weights, *prepare], input_names(program))
+    return Lowered(bb.finalize(), weights, prepare, len(roots), parameters, dict(b.fallbacks))
+
+
+def parameter_names(tensors: list[str], inputs: list[str]) -> dict[str, str]:
+    """Names of arguments for tensors: theirs, where no input has it."""
+    return {name: f"{name}_weight" if name in inputs else name for name in tensors}
 
 
 def _check(program: Program) -> None:
@@ -74,7 +84,9 @@ def _check(program: Program) -> None:
     if missing:
         raise UnsupportedError(
             "The program has operators that are not lowered to TVM",
-            where="; ".join(f"{name} at {places[0]} ({len(places)} uses)" for name, places in missing.items()),
+            where="; ".join(
+                f"{name} at {places[0]} ({len(places)} uses)" for name, places in missing.items()
+            ),
             hint="replace the operator in the model, or decompose it into ATen operators that are",
         )
 
@@ -127,12 +139,12 @@ def _weight_order(program: Program, constant: set[fx.Node]) -> tuple[list[str], 
     return list(main), list(prepare)
 
 
-def _weight_variables(b: Builder, program: Program, names: list[str]) -> dict[str, relax.Var]:
+def _weight_variables(program: Program, names: list[str]) -> dict[str, relax.Var]:
     made = {}
-    for position, name in enumerate(names):
+    for name, argument in parameter_names(names, input_names(program)).items():
         tensor = program.tensors[name]
         kind = relax.TensorType([int(s) for s in tensor.shape], dtype_name(tensor.dtype))
-        made[name] = relax.Var(f"w{position}_{variable_name(name)}", kind)
+        made[name] = relax.Var(argument, kind)
     return made
 
 
@@ -147,7 +159,7 @@ def _emit_prepare(
     problems: list[tuple[fx.Node, IsofoldError]],
 ) -> None:  # fmt: skip
     needed = _needed(roots)
-    variables = _weight_variables(b, program, names)
+    variables = _weight_variables(program, names)
     with b.bb.function(PREPARE, list(variables.values())):
         with b.bb.dataflow():
             _bind_weights(b, program, variables)
@@ -178,7 +190,7 @@ def _emit_main(
 ) -> None:  # fmt: skip
     b.values.clear()
     inputs = _input_variables(b, program)
-    variables = _weight_variables(b, program, names)
+    variables = _weight_variables(program, names)
     prepared = [relax.Var(f"prepared{i}", b.type_of(root)) for i, root in enumerate(roots)]
     parameters = [*inputs, *variables.values(), *prepared]
     with b.bb.function(MAIN, parameters, attrs={"num_input": len(inputs)}):
@@ -207,10 +219,14 @@ def _result(b: Builder, node: fx.Node) -> Any:
         made = b.values[node]
         if node.op == "call_function":
             return made
-        return b.kernel(node, lambda k: te.compute(k.shape(node), lambda *i: k.tensor(node)(*i), name="y"), "copy")
+        return b.kernel(
+            node, lambda k: te.compute(k.shape(node), lambda *i: k.tensor(node)(*i), name="y"), "copy"
+        )
     size = size_of(found)
     scalar = torch.empty((), dtype=torch.int64, device="meta")
-    return b.kernel(node, lambda k: te.compute((), lambda *i: _as_int64(k.size(size)), name="y"), "size", [scalar])
+    return b.kernel(
+        node, lambda k: te.compute((), lambda *i: _as_int64(k.size(size)), name="y"), "size", [scalar]
+    )
 
 
 def _as_int64(size: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from tvm import IRModule
-from tvm.s_tir import Schedule
 from tvm.tirx import PrimFunc
 
 

@@ -37,6 +37,12 @@ def symbols_of(size: Size) -> set[str]:
     return set() if isinstance(size, int) else {str(symbol) for symbol in size.free_symbols}
 
 
+def is_polynomial(size: sympy.Expr) -> bool:
+    """Whether a size is made of sums and products of symbols and whole numbers alone."""
+    parts = sympy.preorder_traversal(size)
+    return all(isinstance(part, (sympy.Add, sympy.Mul, sympy.Symbol, sympy.Integer)) for part in parts)
+
+
 def to_tir(size: Size, symbol: Callable[[str], Expr]) -> Expr:
     """A size as an int64 TIR expression. `symbol` gives what a name stands for."""
     if isinstance(size, int):

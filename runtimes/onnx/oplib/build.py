@@ -83,13 +83,13 @@ def library_path(progress: Progress | None = None) -> Path:
     return cached if cached is not None else build(progress=progress)
 
 
-def archive_path(progress: Progress | None = None) -> Path:
+def archive_path(progress: Progress | None = None, force: bool = False) -> Path:
     """The objects of the op library in one archive, for hosts that link them in; built now where there is none.
 
     Raises ToolchainError as `library_path` does.
     """
     path = (cache_folder() / _file_name(settings_for_build())).with_suffix(".a")
-    if not path.exists():
+    if force or not path.exists():
         build(force=True, progress=progress)
     return path
 
@@ -270,7 +270,10 @@ def _compile(scratch: Path, compiler: str, progress: Progress, settings: Mapping
     objects = sorted(map(str, scratch.glob("*_v3.o"))) + sorted(map(str, scratch.glob("*_v4.o")))
     link = [*objects, *shims, *_LINK_FLAGS, f"-Wl,--version-script={exports}", "-o", str(library)]
     _run([*prefix, *link], "Linking the op library")
-    _run(["ar", "rcsD", str(library.with_suffix(".a")), *objects, *shims], "Collecting the op library's objects")
+    _run(
+        ["ar", "rcsD", str(library.with_suffix(".a")), *objects, *shims],
+        "Collecting the op library's objects",
+    )
     progress(library.name, total, total)
     return library
 

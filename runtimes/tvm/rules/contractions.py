@@ -115,5 +115,3 @@ def _baddbmm(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
 @rule(aten.outer.default)
 def _outer(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
     return b.elements(node, [a["self"], a["vec2"]], lambda k, x, y: lambda i, j: x(i) * y(j))
-
-

@@ -31,7 +31,9 @@ def _convolution(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
     if a.get("transposed"):
         output_padding = _spread(a["output_padding"], rank)
         padding = _spread(a["padding"], rank)
-        return transposed(b, node, source, weight, bias, stride, padding, output_padding, a["groups"], dilation)
+        return transposed(
+            b, node, source, weight, bias, stride, padding, output_padding, a["groups"], dilation
+        )
     if isinstance(a["padding"], str):
         kernel = [int(s) for s in sizes(weight)[2:]]
         total = [d * (s - 1) if a["padding"] == "same" else 0 for d, s in zip(dilation, kernel, strict=True)]
@@ -48,7 +50,9 @@ def convolution(
     """y[n, o, p] = sum_{c, q} x[n, g C + c, p stride + q dilation - padding] w[o, c, q] (+ bias[o])."""
     unbatched = fake(source).dim() == fake(weight).dim() - 1
     if unbatched:
-        raise UnsupportedError("A convolution needs a batch dimension", got=f"an input of rank {fake(source).dim()}")
+        raise UnsupportedError(
+            "A convolution needs a batch dimension", got=f"an input of rank {fake(source).dim()}"
+        )
     dtype = dtype_name(fake(node).dtype)
 
     def describe(k: Kernel) -> te.Tensor:
@@ -94,7 +98,9 @@ def convolution(
 def _conv_transpose(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
     rank = fake(a["weight"]).dim() - 2
     spread = [_spread(a[name], rank) for name in ("stride", "padding", "output_padding")]
-    return transposed(b, node, a["input"], a["weight"], a["bias"], *spread, a["groups"], _spread(a["dilation"], rank))
+    return transposed(
+        b, node, a["input"], a["weight"], a["bias"], *spread, a["groups"], _spread(a["dilation"], rank)
+    )
 
 
 def transposed(
@@ -107,7 +113,9 @@ def transposed(
     of them (dilation 1): nothing is multiplied by an inserted zero.
     """
     if any(d != 1 for d in dilation):
-        raise UnsupportedError("A transposed convolution is lowered without dilation", got=f"dilation {list(dilation)}")
+        raise UnsupportedError(
+            "A transposed convolution is lowered without dilation", got=f"dilation {list(dilation)}"
+        )
     del output_padding  # part of the result's size
     dtype = dtype_name(fake(node).dtype)
     kernel = [int(s) for s in sizes(weight)[2:]]
@@ -169,7 +177,11 @@ def _pool(
             return reduce_(tirx.if_then_else(inside, found, constant(outside, dtype)), axis=window)
 
         y = te.compute(k.shape(node), element, name="pool")
-        return y if scale is None else te.compute(k.shape(node), lambda *i: y(*i) * constant(scale, dtype), name="y")
+        return (
+            y
+            if scale is None
+            else te.compute(k.shape(node), lambda *i: y(*i) * constant(scale, dtype), name="y")
+        )
 
     return b.kernel(node, body)
 

@@ -86,7 +86,9 @@ def _eye(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
 
     def describe(k: Kernel) -> te.Tensor:
         return te.compute(
-            k.shape(node), lambda i, j: tirx.Select(i == j, constant(1, dtype), constant(0, dtype)), name="y"
+            k.shape(node),
+            lambda i, j: tirx.Select(tirx.EQ(i, j), constant(1, dtype), constant(0, dtype)),
+            name="y",
         )
 
     return b.kernel(node, describe)

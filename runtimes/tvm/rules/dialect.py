@@ -97,10 +97,16 @@ def _library_rule(operator: Operator) -> Callable[[Builder, fx.Node, dict[str, A
         found = value(node)
         several = isinstance(found, (tuple, list))
         fakes = list(found) if several else [found]
-        wrong = [f.dtype for f in (*fakes, fake(inputs[0])) if f.dtype in (torch.float16, torch.bfloat16, torch.float64)]
+        wrong = [
+            f.dtype
+            for f in (*fakes, fake(inputs[0]))
+            if f.dtype in (torch.float16, torch.bfloat16, torch.float64)
+        ]
         if wrong:
             raise UnsupportedError(
-                "The op library computes in float32", got=str(wrong[0]), hint="convert the model with .float()"
+                "The op library computes in float32",
+                got=str(wrong[0]),
+                hint="convert the model with .float()",
             )
         wanted = [True] * len(fakes)
         if operator.name in OPTIONAL_RESULTS:

@@ -10,7 +10,7 @@ from tvm import te, tirx
 
 from ....compiler.errors import UnsupportedError
 from ..builder import Builder, Kernel, dtype_name, fake, sizes
-from .pointwise import cast, constant
+from .pointwise import cast, constant, equal
 from .registry import aten, rule
 
 Expr = Any
@@ -66,7 +66,9 @@ def _boolean(indices: list[Any]) -> bool:
 def _index(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
     source, indices = a["self"], list(a["indices"])
     if _boolean(indices):
-        raise UnsupportedError("Indexing with a mask has a size that depends on values", hint="use where, or multiply")
+        raise UnsupportedError(
+            "Indexing with a mask has a size that depends on values", hint="use where, or multiply"
+        )
     rank = fake(source).dim()
     own, broadcast, place = _layout(indices, rank)
 
@@ -77,7 +79,9 @@ def _index(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
         def element(*i: Expr) -> Expr:
             shared = i[place : place + broadcast]
             rest = [*i[:place], *i[place + broadcast :]]
-            return x(*(wrapped(k.at(ids[d], shared), x.shape[d]) if d in ids else rest.pop(0) for d in range(rank)))
+            return x(
+                *(wrapped(k.at(ids[d], shared), x.shape[d]) if d in ids else rest.pop(0) for d in range(rank))
+            )
 
         return te.compute(k.shape(node), element, name="y")
 
@@ -93,10 +97,14 @@ def _index_put(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
         own = [d for d, index in enumerate(indices) if index is not None]
         if len(own) == 1 and own[0] == 0 and fake(values).dim() == 0 and not a["accumulate"]:
             return _masked_put(b, node, source, indices[0], values)
-        raise UnsupportedError("Writing through a mask is lowered for one mask over the first dimensions and one value")
+        raise UnsupportedError(
+            "Writing through a mask is lowered for one mask over the first dimensions and one value"
+        )
     own, broadcast, place = _layout(indices, rank)
     if broadcast > 1:
-        raise UnsupportedError("index_put is lowered for indices of one dimension", got=f"{broadcast} dimensions")
+        raise UnsupportedError(
+            "index_put is lowered for indices of one dimension", got=f"{broadcast} dimensions"
+        )
 
     def describe(k: Kernel) -> te.Tensor:
         x, v = k.tensor(source), k.tensor(values)
@@ -107,7 +115,7 @@ def _index_put(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
         def hit(i: tuple[Expr, ...]) -> Expr:
             found: Expr = None
             for d in own:
-                same = wrapped(k.at(ids[d], (axis.var,)), x.shape[d]) == i[d]
+                same = equal(wrapped(k.at(ids[d], (axis.var,)), x.shape[d]), i[d])
                 found = same if found is None else tirx.And(found, same)
             return found
 
@@ -118,12 +126,16 @@ def _index_put(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
         if a["accumulate"]:
             zero = constant(0, dtype)
             added = te.compute(
-                x.shape, lambda *i: te.sum(tirx.Select(hit(i), value_at(i, axis.var), zero), axis=axis), name="added"
+                x.shape,
+                lambda *i: te.sum(tirx.Select(hit(i), value_at(i, axis.var), zero), axis=axis),
+                name="added",
             )
             return te.compute(x.shape, lambda *i: x(*i) + added(*i), name="y")
         nowhere = tirx.IntImm("int64", -1)
         last = te.compute(
-            x.shape, lambda *i: te.max(tirx.Select(hit(i), axis.var.astype("int64"), nowhere), axis=axis), name="last"
+            x.shape,
+            lambda *i: te.max(tirx.Select(hit(i), axis.var.astype("int64"), nowhere), axis=axis),
+            name="last",
         )
         return te.compute(
             x.shape,
@@ -157,7 +169,9 @@ def _slice_scatter(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
 
         def element(*i: Expr) -> Expr:
             away = i[dim] - first
-            inside = tirx.And(tirx.And(away >= 0, away < length * step), tirx.floormod(away, step) == 0)
+            inside = tirx.And(
+                tirx.And(away >= 0, away < length * step), equal(tirx.floormod(away, step), 0)
+            )
             own = p(*(tirx.floordiv(away, step) if d == dim else at for d, at in enumerate(i)))
             return tirx.if_then_else(inside, own, x(*i))
 
@@ -177,7 +191,7 @@ def _select_scatter(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
         place = clamped_start(k, a["index"], sizes(source)[dim])
 
         def element(*i: Expr) -> Expr:
-            return tirx.Select(i[dim] == place, p(*i[:dim], *i[dim + 1 :]), x(*i))
+            return tirx.Select(equal(i[dim], place), p(*i[:dim], *i[dim + 1 :]), x(*i))
 
         return te.compute(k.shape(node), element, name="y")
 

@@ -18,7 +18,9 @@ from .registry import aten, rule
 Expr = Any
 
 
-def _moments(k: Kernel, x: te.Tensor, shape: list[Expr], dims: list[int], dtype: str) -> tuple[Any, Any, list[Expr]]:
+def _moments(
+    k: Kernel, x: te.Tensor, shape: list[Expr], dims: list[int], dtype: str
+) -> tuple[Any, Any, list[Expr]]:
     kept = [tirx.IntImm("int64", 1) if d in dims else s for d, s in enumerate(shape)]
     number = count(shape, dims, dtype)
     total = reduced(k, shape, dims, True, lambda *i: x(*i), kept, te.sum, "total")
@@ -44,7 +46,12 @@ def _group_norm(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
         v = k.tensor(bias) if bias is not None else None
         groups = a["num_groups"] if "num_groups" in a else shape[1]
         inner = tirx.floordiv(shape[1], groups) if "num_groups" in a else tirx.IntImm("int64", 1)
-        split = [shape[0], tirx.IntImm("int64", groups) if isinstance(groups, int) else groups, inner, *shape[2:]]
+        split = [
+            shape[0],
+            tirx.IntImm("int64", groups) if isinstance(groups, int) else groups,
+            inner,
+            *shape[2:],
+        ]
         dims = list(range(2, len(split)))
         grouped = te.compute(split, lambda n, g, c, *i: x(n, g * inner + c, *i), name="grouped")
         mean, variance, _ = _moments(k, grouped, split, dims, dtype)

@@ -34,20 +34,25 @@ def constant(value: Any, dtype: str) -> Expr:
     return tirx.const(float(value), dtype)
 
 
+def equal(x: Expr, number: Any) -> Expr:
+    """Whether an expression is a number (an int or another expression)."""
+    return tirx.EQ(x, constant(number, str(x.ty.dtype)) if isinstance(number, (int, float)) else number)
+
+
 def cast(x: Expr, dtype: str) -> Expr:
     """`x` as torch converts it: to bool means "not zero"."""
     own = str(x.ty.dtype)
     if own == dtype:
         return x
     if dtype == "bool":
-        return x != constant(0, own)
+        return tirx.NE(x, constant(0, own))
     return x.astype(dtype)
 
 
 def read(k: Kernel, operand: Any, indices: tuple[Expr, ...], dtype: str) -> Expr:
     """An operand (tensor node, number or size) at broadcast indices, in a type."""
     if isinstance(operand, fx.Node):
-        return cast(k.at(k.tensor(operand), indices), dtype)
+        return cast(k.at(k.tensor(operand), indices, k.result), dtype)
     if isinstance(operand, sympy.Expr):
         return cast(k.size(operand), dtype)
     return constant(operand, dtype)
@@ -55,7 +60,9 @@ def read(k: Kernel, operand: Any, indices: tuple[Expr, ...], dtype: str) -> Expr
 
 def common_dtype(*operands: Any) -> torch.dtype:
     """The type torch computes in."""
-    values = [fake(o) if isinstance(o, fx.Node) else (1 if isinstance(o, sympy.Expr) else o) for o in operands]
+    values = [
+        fake(o) if isinstance(o, fx.Node) else (1 if isinstance(o, sympy.Expr) else o) for o in operands
+    ]
     result = values[0]
     if len(values) == 1:
         return result.dtype if isinstance(result, torch.Tensor) else torch.get_default_dtype()
@@ -96,14 +103,18 @@ def _gelu(x: Expr, approximate: str = "none") -> Expr:
     one, half = constant(1, str(x.ty.dtype)), constant(0.5, str(x.ty.dtype))
     if approximate == "none":
         return x * half * (one + tirx.erf(x * constant(math.sqrt(0.5), str(x.ty.dtype))))
-    inner = constant(math.sqrt(2 / math.pi), str(x.ty.dtype)) * (x + constant(0.044715, str(x.ty.dtype)) * x * x * x)
+    inner = constant(math.sqrt(2 / math.pi), str(x.ty.dtype)) * (
+        x + constant(0.044715, str(x.ty.dtype)) * x * x * x
+    )
     return x * half * (one + tirx.tanh(inner))
 
 
 def _sign(x: Expr) -> Expr:
     dtype = str(x.ty.dtype)
     zero, one = constant(0, dtype), constant(1, dtype)
-    return tirx.Select(x > zero, one, tirx.Select(x < zero, constant(-1, dtype), x if "float" in dtype else zero))
+    return tirx.Select(
+        x > zero, one, tirx.Select(x < zero, constant(-1, dtype), x if "float" in dtype else zero)
+    )
 
 
 def _not(x: Expr) -> Expr:
@@ -136,7 +147,9 @@ _UNARY: dict[Any, Unary] = {
     aten.sigmoid.default: sigmoid,
     aten.erf.default: tirx.erf,
     aten.relu.default: lambda x: tirx.max(x, constant(0, str(x.ty.dtype))),
-    aten.relu6.default: lambda x: tirx.min(tirx.max(x, constant(0, str(x.ty.dtype))), constant(6, str(x.ty.dtype))),
+    aten.relu6.default: lambda x: tirx.min(
+        tirx.max(x, constant(0, str(x.ty.dtype))), constant(6, str(x.ty.dtype))
+    ),
     aten.silu.default: _float32_or(fast.silu, lambda x: x * tirx.sigmoid(x)),
     aten.floor.default: tirx.floor,
     aten.ceil.default: tirx.ceil,
@@ -159,7 +172,11 @@ def _make_unary(target: Any, function: Unary) -> None:
             return b[a["self"]]
         # torch computes sin and the like of integers in the result's type.
         dtype = own if result == torch.bool or not result.is_floating_point else result
-        if result == torch.bool and target in (aten.isnan.default, aten.isinf.default) and not own.is_floating_point:
+        if (
+            result == torch.bool
+            and target in (aten.isnan.default, aten.isinf.default)
+            and not own.is_floating_point
+        ):
             return pointwise(b, node, [a["self"]], dtype_name(own), lambda x: constant(0, "bool"))
         return pointwise(b, node, [a["self"]], dtype_name(dtype), function)
 
@@ -288,7 +305,7 @@ def _bits(both: Binary, bitwise: Binary) -> Binary:
 
 _and = _bits(tirx.And, tirx.bitwise_and)
 _or = _bits(tirx.Or, tirx.bitwise_or)
-_xor = _bits(lambda x, y: x.astype("int8") != y.astype("int8"), tirx.bitwise_xor)
+_xor = _bits(lambda x, y: tirx.NE(x.astype("int8"), y.astype("int8")), tirx.bitwise_xor)
 
 _BINARY: dict[str, Binary] = {
     "mul": lambda x, y: tirx.And(x, y) if str(x.ty.dtype) == "bool" else x * y,
@@ -298,8 +315,8 @@ _BINARY: dict[str, Binary] = {
     "fmod": lambda x, y: tirx.fmod(x, y) if "float" in str(x.ty.dtype) else tirx.truncmod(x, y),
     "floor_divide": _floor_div,
     "atan2": lambda x, y: tirx.atan2(x, y),
-    "eq": lambda x, y: x == y,
-    "ne": lambda x, y: x != y,
+    "eq": tirx.EQ,
+    "ne": tirx.NE,
     "lt": lambda x, y: x < y,
     "le": lambda x, y: x <= y,
     "gt": lambda x, y: x > y,
@@ -320,7 +337,11 @@ def _overloads(name: str) -> list[Any]:
     """The functional overloads of an operator that compute element by element."""
     packet = getattr(aten, name, None)
     names = packet.overloads() if packet is not None else []
-    return [getattr(packet, o) for o in names if "out" not in o and ("Tensor" in o or "Scalar" in o or o == "default")]
+    return [
+        getattr(packet, o)
+        for o in names
+        if "out" not in o and ("Tensor" in o or "Scalar" in o or o == "default")
+    ]
 
 
 def _make_binary(name: str, function: Binary) -> None:
@@ -329,7 +350,9 @@ def _make_binary(name: str, function: Binary) -> None:
         x, y = list(a.values())[:2]
         dtype = "bool" if name.startswith("logical") else dtype_name(common_dtype(x, y))
         if name in ("eq", "ne") and dtype == "bool":
-            return pointwise(b, node, [x, y], dtype, lambda p, q: function(p.astype("int8"), q.astype("int8")))
+            return pointwise(
+                b, node, [x, y], dtype, lambda p, q: function(p.astype("int8"), q.astype("int8"))
+            )
         return pointwise(b, node, [x, y], dtype, function)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 from tvm import relax, te, tirx
-from tvm.script import tirx as T  # noqa: N812 - the name TVM's script uses
+from tvm.script import tirx as T
 
 from ....compiler.errors import UnsupportedError
 from ....compiler.graph import value
@@ -88,7 +88,9 @@ def _reduction(
             return total
         number = count(shape, dims, wide)
         return te.compute(
-            out, lambda *i: cast(after(total(*i), number) if after is not None else total(*i), result), name="y"
+            out,
+            lambda *i: cast(after(total(*i), number) if after is not None else total(*i), result),
+            name="y",
         )
 
     return b.kernel(node, describe)
@@ -101,7 +103,9 @@ def _sum(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
 
 @rule(aten.mean.dim, aten.mean.default)
 def _mean(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
-    return _reduction(b, node, a["self"], a.get("dim"), a.get("keepdim", False), te.sum, after=lambda t, n: t / n)
+    return _reduction(
+        b, node, a["self"], a.get("dim"), a.get("keepdim", False), te.sum, after=lambda t, n: t / n
+    )
 
 
 @rule(aten.amax.default)
@@ -134,11 +138,11 @@ def _truth(b: Builder, node: fx.Node, a: dict[str, Any], combine: Callable[..., 
     own = dtype_name(fake(a["self"]).dtype)
     return _reduction(
         b, node, a["self"], a.get("dim"), a.get("keepdim", False), combine, dtype=own if own == "int8" else "int8",
-        before=None if own == "bool" else lambda v: tirx.Select(v != constant(0, "int8"), constant(1, "int8"),
+        before=None if own == "bool" else lambda v: tirx.Select(tirx.NE(v, constant(0, "int8")), constant(1, "int8"),
                                                                  constant(0, "int8")),
     ) if own in ("bool", "int8") else _reduction(
         b, node, a["self"], a.get("dim"), a.get("keepdim", False), combine, dtype=own,
-        before=lambda v: tirx.Select(v != constant(0, own), constant(1, own), constant(0, own)),
+        before=lambda v: tirx.Select(tirx.NE(v, constant(0, own)), constant(1, own), constant(0, own)),
     )  # fmt: skip
 
 
@@ -169,7 +173,7 @@ def _with_index(
 
         def join(one: Any, two: Any) -> Any:
             better = one[1] > two[1] if largest else one[1] < two[1]
-            first = tirx.Or(better, tirx.And(one[1] == two[1], one[0] < two[0]))
+            first = tirx.Or(better, tirx.And(tirx.EQ(one[1], two[1]), one[0] < two[0]))
             return tirx.Select(first, one[0], two[0]), tirx.Select(first, one[1], two[1])
 
         def neutral(index: Any, type_: Any) -> Any:
@@ -227,11 +231,19 @@ def _norm(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
     if order not in (1, 2, 2.0, 1.0, float("inf")):
         raise UnsupportedError("This norm is not lowered", expected="ord 1 | 2 | inf", got=str(order))
     if order == 2:
-        return _reduction(b, node, a["self"], a["dim"], a["keepdim"], te.sum, lambda v: v * v, lambda t, n: tirx.sqrt(t))
+        return _reduction(
+            b, node, a["self"], a["dim"], a["keepdim"], te.sum, lambda v: v * v, lambda t, n: tirx.sqrt(t)
+        )
     return _reduction(b, node, a["self"], a["dim"], a["keepdim"], te.sum if order == 1 else te.max, tirx.abs)
 
 
-@rule(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default, aten.logsumexp.default)
+@rule(
+    aten.softmax.int,
+    aten._softmax.default,
+    aten.log_softmax.int,
+    aten._log_softmax.default,
+    aten.logsumexp.default,
+)
 def _softmax(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
     source = a["self"]
     rank = fake(source).dim()
@@ -253,7 +265,9 @@ def _softmax(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
         if only_sum:
             expand = lambda i: i if a["keepdim"] else _insert(i, dims, rank)  # noqa: E731
             return te.compute(
-                k.shape(node), lambda *i: tirx.log(total(*own(expand(i)))) + largest(*own(expand(i))), name="y"
+                k.shape(node),
+                lambda *i: tirx.log(total(*own(expand(i)))) + largest(*own(expand(i))),
+                name="y",
             )
         if logarithm:
             return te.compute(
@@ -315,4 +329,3 @@ def _isfinite(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
     if not fake(a["self"]).dtype.is_floating_point:
         return b.elements(node, [], lambda k: lambda *i: constant(1, "bool"))
     return b.elements(node, [a["self"]], lambda k, x: lambda *i: tirx.isfinite(x(*i)))
-

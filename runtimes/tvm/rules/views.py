@@ -17,7 +17,7 @@ from tvm import te, tirx
 from ....compiler.errors import UnsupportedError
 from ....compiler.graph import value
 from ..builder import Builder, Kernel, fake, sizes
-from .pointwise import constant, dtype_name
+from .pointwise import constant, dtype_name, equal
 from .registry import aten, rule
 
 Expr = Any
@@ -36,7 +36,7 @@ def _reshape(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
 def _expand(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
     if [str(s) for s in sizes(a["self"])] == [str(s) for s in sizes(node)]:
         return b[a["self"]]
-    return b.elements(node, [a["self"]], lambda k, x: lambda *i: k.at(x, i))
+    return b.elements(node, [a["self"]], lambda k, x: lambda *i: k.at(x, i, k.result))
 
 
 @rule(aten.permute.default, aten.transpose.int, aten.t.default, aten.movedim.int, aten.movedim.intlist,
@@ -168,7 +168,9 @@ def _unbind(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
 @rule(aten.cat.default)
 def _cat(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
     dim = a["dim"] % fake(node).dim()
-    parts = [p for p in a["tensors"] if not (fake(p).dim() == 1 and fake(p).shape[0] == 0 and fake(node).dim() > 1)]
+    parts = [
+        p for p in a["tensors"] if not (fake(p).dim() == 1 and fake(p).shape[0] == 0 and fake(node).dim() > 1)
+    ]
     return _joined(b, node, parts, dim)
 
 
@@ -206,7 +208,7 @@ def _stack(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
             own = (*i[:dim], *i[dim + 1 :])
             result = tensors[-1](*own)
             for position in range(len(tensors) - 2, -1, -1):
-                result = tirx.Select(i[dim] == position, tensors[position](*own), result)
+                result = tirx.Select(equal(i[dim], position), tensors[position](*own), result)
             return result
 
         return te.compute(k.shape(node), element, name="y")
@@ -219,19 +221,26 @@ def _stack(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
 def _pad(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
     source, widths = a["self"], a.get("pad", a.get("padding"))
     name = str(node.target)
-    mode = a.get("mode", "reflect" if "reflection" in name else "replicate" if "replication" in name else "constant")
+    mode = a.get(
+        "mode", "reflect" if "reflection" in name else "replicate" if "replication" in name else "constant"
+    )
     fill = a.get("value")
     rank, padded = fake(source).dim(), len(widths) // 2
     dtype = dtype_name(fake(node).dtype)
     if mode not in ("constant", "reflect", "replicate"):
-        raise UnsupportedError("This padding is not lowered", expected="constant | reflect | replicate", got=repr(mode))
+        raise UnsupportedError(
+            "This padding is not lowered", expected="constant | reflect | replicate", got=repr(mode)
+        )
 
     def body(k: Kernel, x: te.Tensor) -> Callable[..., Expr]:
         before = {rank - 1 - p: k.size(widths[2 * p]) for p in range(padded)}
         untouched = {rank - 1 - p for p in range(padded) if widths[2 * p] == 0 and widths[2 * p + 1] == 0}
 
         def element(*i: Expr) -> Expr:
-            at = [index - before[d] if d in before and d not in untouched else index for d, index in enumerate(i)]
+            at = [
+                index - before[d] if d in before and d not in untouched else index
+                for d, index in enumerate(i)
+            ]
             inside: Expr = None
             for d in range(rank):
                 if d not in before or d in untouched:
@@ -349,7 +358,7 @@ def _diff(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
             if first is None:
                 return read_at(1) - read_at(0)
             own = first(*(0 if d == dim else at for d, at in enumerate(i))).astype(dtype)
-            return read_at(0) - tirx.if_then_else(i[dim] == 0, own, read_at(-1))
+            return read_at(0) - tirx.if_then_else(equal(i[dim], 0), own, read_at(-1))
 
         return te.compute(k.shape(node), element, name="y")
 
@@ -396,5 +405,3 @@ def _pixel_shuffle(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
         return element
 
     return b.elements(node, [a["self"]], body)
-
-
