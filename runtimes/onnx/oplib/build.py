@@ -47,6 +47,7 @@ _MODULES = (
     "linear_float",
     "coded",
     "codebook",
+    "dense",
     "norm",
     "attention",
     "rotary",
