@@ -1,7 +1,7 @@
 """Running an executable with TVM's runtime alone: no compiler, no torch, not even the `tvm` package.
 
-Needed are `tvm_ffi` and `libtvm_runtime.so`. `tvm_ffi` imports torch where it is installed, which takes seconds, so that it
-is told there is none unless torch is loaded already.
+Needed are `tvm_ffi` and `libtvm_runtime.so`. `tvm_ffi` imports torch where it is installed, which takes seconds, so
+that it is told there is none unless torch is loaded already.
 """
 
 from __future__ import annotations

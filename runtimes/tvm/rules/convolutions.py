@@ -109,8 +109,8 @@ def transposed(
 ) -> Any:  # fmt: skip
     """y[n, o, p] = sum of x[n, c, i] w[c, o, q] over i stride + q dilation - padding = p.
 
-    Of the positions q of the kernel only every stride-th meets an input, so that the sum runs over ceil(kernel / stride)
-    of them (dilation 1): nothing is multiplied by an inserted zero.
+    Of the positions q of the kernel only every stride-th meets an input, so that the sum runs over ceil(kernel /
+    stride) of them (dilation 1): nothing is multiplied by an inserted zero.
     """
     if any(d != 1 for d in dilation):
         raise UnsupportedError(
