@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -139,6 +139,12 @@ class Executor:
                 got=f"{first_line(error)} (inputs: {shapes})",
                 hint="sizes must lie in the ranges that the model was captured with, ids inside their tables",
             ) from error
+
+    def bound(self, arrays: Sequence[np.ndarray]) -> Callable[[], Any]:
+        """A run on these arrays and nothing else: inputs are bound, results stay TVM's."""
+        self._use_threads(self.threads)
+        given = [self._tensor(aligned(array)) for array in arrays]
+        return lambda: self._main(*given)
 
     def watch(self, instrument: Any) -> None:
         """Call `instrument(function, name, before, result, *arguments)` around every call of the virtual machine."""

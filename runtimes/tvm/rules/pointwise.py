@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
 from tvm import te, tirx
