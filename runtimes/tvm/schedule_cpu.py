@@ -54,7 +54,7 @@ def schedule_function(function: PrimFunc, target: Any, shape: Shape | None = Non
     sch = Schedule(function)
     inline(sch)
     sch, said = _whole(sch, shape) or _by_nests(sch, shape)
-    lowered = to_loops(with_fast_math(sch.mod["main"]), target)
+    lowered = to_loops(with_fast_math(sch.mod["main"]), target, shape.lanes, shape.chains)
     return lowered.with_attr({SCHEDULED: True, ATTRIBUTE: said})
 
 
