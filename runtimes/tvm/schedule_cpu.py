@@ -14,6 +14,7 @@ from tvm import IRModule
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import ScheduleError
 from tvm.tirx import PrimFunc
+from tvm_ffi import structural_hash
 
 from .schedule_lower import to_loops
 from .schedule_math import with_fast_math
@@ -27,14 +28,25 @@ SCHEDULED = "tirx.is_scheduled"
 def schedule_cpu(mod: IRModule, target: Any, database: Mapping[str, Shape] | None = None) -> IRModule:
     """Schedule every kernel of the module that is not scheduled yet.
 
-    database: tuned shapes by `function_key`.
+    database: shapes by `function_key`, where tuning found better ones than the default (`tune_cpu.tuned_shapes`).
     """
     made = {}
     for name, function in mod.functions.items():
-        if isinstance(function, PrimFunc) and not (function.attrs and SCHEDULED in function.attrs):
-            function = schedule_function(function, target)
+        if schedulable(function):
+            shape = database.get(function_key(function)) if database else None
+            function = schedule_function(function, target, shape)
         made[name] = function
     return IRModule(made, attrs=mod.attrs, global_infos=mod.global_infos)
+
+
+def schedulable(function: Any) -> bool:
+    """Whether it is a kernel that nobody has scheduled."""
+    return isinstance(function, PrimFunc) and not (function.attrs and SCHEDULED in function.attrs)
+
+
+def function_key(function: PrimFunc) -> str:
+    """What tuning knows a kernel by: its structure, not its name."""
+    return f"schedule_{structural_hash(function, map_free_vars=True) & 0xFFFFFFFFFFFFFFFF:016x}"
 
 
 def schedule_report(mod: IRModule) -> dict[str, str]:
@@ -54,7 +66,7 @@ def schedule_function(function: PrimFunc, target: Any, shape: Shape | None = Non
     sch = Schedule(function)
     inline(sch)
     sch, said = _whole(sch, shape) or _by_nests(sch, shape)
-    lowered = to_loops(with_fast_math(sch.mod["main"]), target)
+    lowered = to_loops(with_fast_math(sch.mod["main"]), target, shape.lanes, shape.chains)
     return lowered.with_attr({SCHEDULED: True, ATTRIBUTE: said})
 
 

@@ -22,6 +22,7 @@ from tvm.s_tir import SBlock, SBlockRealize
 
 from .schedule_join import join_rows
 from .schedule_nests import substitute, variables
+from .schedule_sums import vector_sums
 
 Stmt = Any
 Expr = Any
@@ -52,13 +53,13 @@ class _End:
         return str(self.rest), str(self.bound), self.size
 
 
-def to_loops(function: tirx.PrimFunc, target: Any) -> tirx.PrimFunc:
+def to_loops(function: tirx.PrimFunc, target: Any, lanes: int, chains: int) -> tirx.PrimFunc:
     """A scheduled function without blocks (but one around all of it), its tiles free of conditions and its loops over the
     same rows joined."""
     with target:
         module = tvm.ir.transform.Sequential([make() for make in _TO_LOOPS])(tvm.IRModule({"main": function}))
     lowered = module["main"]
-    body = join_rows(lowered.body)
+    body = vector_sums(join_rows(lowered.body), lanes, chains)
     peeled = lowered.with_body(_peel(body, _bound(body)))
     unique = s_tir.transform.ConvertSSA()(tvm.IRModule({"main": peeled}))["main"]
     root = SBlock([], [], [], "root", unique.body)

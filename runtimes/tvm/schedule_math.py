@@ -33,10 +33,10 @@ def _erf(x: Expr) -> Expr:
 
 
 _FUNCTIONS: dict[str, Callable[[Expr], Expr]] = {
-    "tirx.exp": fast.exp,
-    "tirx.tanh": fast.tanh,
-    "tirx.sigmoid": fast.sigmoid,
-    "tirx.erf": _erf,
+    "exp": fast.exp,
+    "tanh": fast.tanh,
+    "sigmoid": fast.sigmoid,
+    "erf": _erf,
 }
 
 
@@ -44,8 +44,7 @@ def with_fast_math(function: tirx.PrimFunc) -> tirx.PrimFunc:
     """The function with polynomials for what LLVM has no vector form of."""
 
     def replaced(call: Any) -> Any:
-        name = getattr(call.op, "name", None)
-        polynomial = _FUNCTIONS.get(name) if name else None
+        polynomial = _FUNCTIONS.get(str(getattr(call.op, "name", "")).rpartition(".")[2])
         if polynomial is None or str(call.ty.dtype) != "float32":
             return call
         return polynomial(call.args[0])

@@ -136,7 +136,7 @@ def has_call(stmt: Any, names: tuple[str, ...]) -> bool:
 
     def look(call: Any) -> None:
         nonlocal found
-        found = found or getattr(call.op, "name", "") in names
+        found = found or str(getattr(call.op, "name", "")).rpartition(".")[2] in names
 
     structural_walk(stmt, (ir.Call, look))
     return found

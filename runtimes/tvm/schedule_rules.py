@@ -39,13 +39,36 @@ class Shape:
         return Shape() if wide else Shape(lanes=8, rows=6, columns=16)
 
 
+ENOUGH = 8
+"""Iterations that are shared out well."""
+
+
 def share(sch: Schedule, loops: Sequence[Any], size: int) -> None:
-    """The fused loops in parallel, where the nest is large enough."""
-    if not loops:
+    """Outer loops in parallel, where the nest is large enough.
+
+    Loops are fused only over extents that are known, but for the outermost of them: indices divided by unknown extents
+    are more than TVM's region analysis can take, and cost a division.
+    """
+    wide = [loop for loop in loops if _extent(sch, loop) != 1]
+    if not wide or size <= SMALL:
         return
-    fused = sch.fuse(*loops) if len(loops) > 1 else loops[0]
-    if size > SMALL:
-        sch.parallel(fused)
+    run, count = [wide[0]], _extent(sch, wide[0])
+    for loop in wide[1:]:
+        extent = _extent(sch, loop)
+        if extent is not None:
+            run, count = [*run, loop], None if count is None else count * extent
+        elif count is not None and count < ENOUGH:
+            run, count = [loop], None
+        else:
+            break
+    sch.parallel(_fused(sch, run, loops))
+
+
+def _fused(sch: Schedule, run: list[Any], loops: Sequence[Any]) -> Any:
+    """The loops of the run as one; those of one iteration that lie between them go with them."""
+    first, last = loops.index(run[0]), loops.index(run[-1])
+    together = list(loops[first : last + 1])
+    return sch.fuse(*together) if len(together) > 1 else together[0]
 
 
 def vectors(sch: Schedule, axis: Axis, lanes: int) -> tuple[Any | None, Any]:
@@ -114,6 +137,8 @@ class Elementwise:
     def _is_flat(nest: Nest) -> bool:
         """All accesses are at the block's own indices, so that the nest is one loop over memory."""
         own = [a.var for a in nest.axes]
+        if any(a.extent is None for a in nest.axes[1:]):
+            return False
         for access in (*loads(nest.stmt), *stores(nest.stmt)):
             if len(access.indices) != len(own):
                 return False
@@ -124,6 +149,21 @@ class Elementwise:
                 if extent is not None and str(size) != str(extent) and not str(size).endswith(f"({extent})"):
                     return False
         return True
+
+
+class Padding:
+    """A copy with a border: the border is filled first, then the inside is a copy without conditions."""
+
+    name = "padding"
+
+    def apply(self, sch: Schedule, nest: Nest, shape: Shape) -> str | None:
+        if nest.reduced or not nest.regular or not nest.axes or not has_call(nest.stmt, ("if_then_else",)):
+            return None
+        fill = sch.decompose_padding(nest.block, nest.axes[0].loop)
+        for block in (fill, nest.block):
+            if Elementwise().apply(sch, Nest(sch, block), shape) is None:
+                return None
+        return "the border filled first"
 
 
 class Contraction:
@@ -271,54 +311,50 @@ class Packed:
 
 
 class RowReduction:
-    """Each result from a row of neighbours: a vector of partial sums runs over the row, and is summed at its end."""
+    """Each result from a row of neighbours: rows in parallel; `schedule_sums` makes the sum of a row one of vectors."""
 
     name = "row reduction"
 
     def apply(self, sch: Schedule, nest: Nest, shape: Shape) -> str | None:
-        if not nest.reduced or not nest.regular:
+        if not nest.reduced or not nest.regular or not _along_rows(nest, shape):
             return None
+        first = nest.reduced[0].loop
+        ordered = [a.loop for a in (*nest.spatial, *nest.reduced)]
+        if len(ordered) > 1:
+            sch.reorder(*ordered)
         size = nest.size()
-        last = nest.reduced[-1]
-        steps = [step for _, step in nest.strides(last)]
-        if 1 not in steps or (last.extent is not None and last.extent < 2 * shape.lanes):
-            return None
-        if len(nest.stmt.writes) > 1:
-            return None
-        partial = partial_sums(sch, nest, shape)
-        if partial is None:
-            return None
-        for block in (partial, nest.block):
-            loops = sch.get_loops(block)
-            if nest.spatial:
-                share(sch, loops[: len(nest.spatial)], size)
+        if not nest.spatial and size > SMALL:
+            return _parallel_sum(sch, nest)
+        share(sch, [a.loop for a in nest.spatial], size)
+        sch.decompose_reduction(nest.block, first)
         return "neighbours are summed into lanes"
 
 
-def partial_sums(sch: Schedule, nest: Nest, shape: Shape) -> Any | None:
-    """Split the last reduction into lanes (vectorized) and give each its own sum; the new block."""
+def _along_rows(nest: Nest, shape: Shape) -> bool:
     last = nest.reduced[-1]
-    if last.extent is not None and last.extent < 2 * shape.lanes:
-        return None
-    lanes = shape.lanes * shape.chains
-    if last.extent is not None and last.extent < 4 * lanes:
-        lanes = shape.lanes
-    _, inner = sch.split(last.loop, factors=[None, lanes])
-    block = sch.rfactor(inner, len(nest.spatial))
-    loops = sch.get_loops(block)
-    place = len(nest.spatial)
-    # The lanes are the first loop behind those of rows, or the last one, by the version: find them by their extent.
-    found = [l for l in loops[place:] if str(sch.get(l).extent) in (str(lanes), f"T.int64({lanes})")]
-    if not found:
-        return None
-    lane = found[-1]
-    others = [l for l in loops[place:] if not sch.get(l).same_as(sch.get(lane))]
-    sch.reorder(*loops[:place], *others, lane)
-    sch.vectorize(lane)
-    if others:
-        start = sch.decompose_reduction(block, others[0])
-        sch.vectorize(sch.get_loops(start)[-1])
-    return block
+    long = last.extent is None or last.extent >= 2 * shape.lanes
+    return long and len(nest.stmt.writes) == 1 and 1 in [step for _, step in nest.strides(last)]
+
+
+PARTS = 64
+"""Parts of a sum over everything, which threads share."""
+
+
+def _parallel_sum(sch: Schedule, nest: Nest) -> str | None:
+    """One result from everything: the outermost loop that is long enough is cut into parts with sums of their own."""
+    outer = next((a for a in nest.reduced[:-1] if a.extent is None or a.extent >= 8), None)
+    if outer is None:
+        known = nest.reduced[-1].extent
+        if known is None or known % PARTS:
+            return None
+        above, _ = sch.split(nest.reduced[-1].loop, factors=[PARTS, None])
+        partial = sch.rfactor(above, 0)
+    else:
+        partial = sch.rfactor(outer.loop, 0)
+    loops = sch.get_loops(partial)
+    sch.parallel(loops[0])
+    sch.decompose_reduction(partial, loops[1])
+    return "parts are summed by threads, neighbours into lanes"
 
 
 class Plain:
@@ -335,10 +371,12 @@ class Plain:
             loops.append(axis.loop)
         if nest.regular:
             share(sch, loops, nest.size())
-        return "no vectors: " + ("its reduction has several results" if nest.reduced else "irregular loops")
+        return "no vectors: " + (
+            "its sums are short or have several results" if nest.reduced else "irregular loops"
+        )
 
 
-NEST_RULES = (Elementwise(), Contraction(), Packed(), RowReduction(), Plain())
+NEST_RULES = (Padding(), Elementwise(), Contraction(), Packed(), RowReduction(), Plain())
 """In the order in which they are tried on each nest."""
 
 
@@ -358,17 +396,16 @@ class Rows:
         work = max(n.size() for n in found)
         if work > SMALL and found[-1].size(found[-1].axes[:lead]) < 4:
             return None
-        if any(n.reduced and 1 not in [step for _, step in n.strides(n.reduced[-1])] for n in found):
+        if any(n.reduced and (not _along_rows(n, shape) or _reuses(n)) for n in found):
             return None
         for n in found:
-            blocks = [n.block]
-            if n.reduced:
-                if not _all_spatial_lead(n, lead):
-                    return None
-                partial = partial_sums(sch, n, shape) if len(n.stmt.writes) == 1 else None
-                blocks = [n.block] if partial is None else [partial, n.block]
-            for block in blocks:
-                self._rows(sch, block, lead, work, None if n.reduced else shape)
+            if not n.reduced:
+                self._rows(sch, n.block, lead, work, shape)
+                continue
+            if not all(not a.reduces for a in n.axes[:lead]):
+                return None
+            self._rows(sch, n.block, lead, work, None)
+            sch.decompose_reduction(n.block, n.reduced[0].loop)
         return f"{len(found)} steps over the same rows"
 
     @staticmethod
@@ -381,9 +418,7 @@ class Rows:
                 _, lanes = sch.split(lanes, factors=[None, shape.lanes])
             if extent != 1:
                 sch.vectorize(lanes)
-        fused = sch.fuse(*loops[:lead]) if lead > 1 else loops[0]
-        if work > SMALL:
-            sch.parallel(fused)
+        share(sch, loops[:lead], work)
 
     @staticmethod
     def _same_rows(found: list[Nest], lead: int) -> bool:
@@ -391,8 +426,12 @@ class Rows:
         return all(e == extents[0] for e in extents)
 
 
-def _all_spatial_lead(nest: Nest, lead: int) -> bool:
-    return all(not a.reduces for a in nest.axes[:lead])
+def _reuses(nest: Nest) -> bool:
+    """Whether one element is part of several sums, so that tiles of results pay."""
+    last = nest.reduced[-1]
+    moving = [access for access, step in nest.strides(last) if step != 0]
+    wide = [a for a in nest.spatial if a.extent != 1]
+    return any(_stride_of(nest, access, axis) == 0 for access in moving for axis in wide)
 
 
 def _extent(sch: Schedule, loop: Any) -> int | None:
@@ -409,7 +448,7 @@ def _leading(nest: Nest) -> int:
     return count
 
 
-HEAVY = ("tirx.exp", "tirx.tanh", "tirx.sigmoid", "tirx.erf", "tirx.log", "tirx.pow", "tirx.sin", "tirx.cos")
+HEAVY = ("exp", "tanh", "sigmoid", "erf", "log", "pow", "sin", "cos")
 
 
 def inline(sch: Schedule) -> None:
@@ -426,7 +465,7 @@ def inline(sch: Schedule) -> None:
                 continue
             if not readers:
                 continue
-            if any(r.reduced for r in readers) and (has_call(nest.stmt, (*HEAVY, "tirx.if_then_else")) or len(readers) > 1):
+            if any(r.reduced for r in readers) and (has_call(nest.stmt, (*HEAVY, "if_then_else")) or len(readers) > 1):
                 continue
             if len(readers) > 1 and has_call(nest.stmt, HEAVY):
                 continue
