@@ -152,7 +152,7 @@ class Executor:
 
     def operator(self, name: str) -> Any:
         """A function of the library that is not part of the model, such as `isofold_op`."""
-        return self.module[name]
+        return self.module.get_function(name, query_imports=True)
 
 
 def first_line(error: BaseException) -> str:
