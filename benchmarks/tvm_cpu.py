@@ -2,10 +2,11 @@
 
     python benchmarks/tvm_cpu.py [--json FILE] [--quick] [--only coverage | bert | llama]
 
-Coverage: every architecture, uncompressed and w4a8, at two shapes, against the program itself. Speed: BERT-base (sequence
-128, batch 1) and one decoding step of a model with the shapes of Llama 1B (4 of its 16 layers, one token), our TVM artefact
-against our ONNX artefact with the same recipe, and uncompressed against ONNX Runtime; outputs are compared before anything is
-timed. Times of compiling BERT-base (the op library is built already) and of opening an artefact in a new process.
+Coverage: every architecture, uncompressed and w4a8, at two shapes, against the program itself. Speed: BERT-base
+(sequence 128, batch 1) and one decoding step of a model with the shapes of Llama 1B (4 of its 16 layers, one token),
+our TVM artefact against our ONNX artefact with the same recipe, and uncompressed against ONNX Runtime; outputs are
+compared before anything is timed. Times of compiling BERT-base (the op library is built already) and of opening an artefact in a
+new process.
 """
 
 from __future__ import annotations
@@ -118,7 +119,9 @@ def speed(
     ours: dict[str, Artefact] = {}
     for recipe in ("float32", "w8a8", "w4a8"):
         begin = time.perf_counter()
-        ours[f"TVM {recipe}"] = compile_to(folder / f"tvm-{recipe}", module, recipe, kwargs=feeds, target="tvm-cpu")
+        ours[f"TVM {recipe}"] = compile_to(
+            folder / f"tvm-{recipe}", module, recipe, kwargs=feeds, target="tvm-cpu"
+        )
         spent = time.perf_counter() - begin
         bar = "<= 60" if label.startswith("BERT") else None
         results.add(f"{label} {recipe}: compile", spent, "s", bar)
@@ -127,7 +130,8 @@ def speed(
     for recipe in ("float32", "w4a8"):
         command = [sys.executable, "-c", START, str(ours[f"TVM {recipe}"].folder)]
         spent = min(
-            float(subprocess.run(command, check=True, capture_output=True, text=True).stdout) for _ in range(3)
+            float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            for _ in range(3)
         )
         results.add(f"{label} {recipe}: import, open and first run in a new process", spent, "s", "<= 1")
     workers: list[Worker] = []
@@ -136,7 +140,11 @@ def speed(
         workers.append(Worker(FLOAT32, spec))
         workers.extend(Worker(name, artefact.spec(threads, inputs)) for name, artefact in ours.items())
         found = {worker.name: outputs(worker, folder) for worker in workers}
-        pairs = [("TVM float32", FLOAT32, 1.25), ("TVM w8a8", "ONNX w8a8", 1.1), ("TVM w4a8", "ONNX w4a8", 1.1)]
+        pairs = [
+            ("TVM float32", FLOAT32, 1.25),
+            ("TVM w8a8", "ONNX w8a8", 1.1),
+            ("TVM w4a8", "ONNX w4a8", 1.1),
+        ]
         for one, other, _ in pairs:
             scale = np.abs(found[other]).max()
             difference = float(np.abs(found[one] - found[other]).max() / scale)
@@ -151,7 +159,9 @@ def speed(
     for name, times in seconds.items():
         results.sampled(f"{title}: {name}", [1e3 * t for t in per_round(times)], "ms")
     for one, other, most in pairs:
-        results.sampled(f"{title}: {one} over {other}", ratios(seconds[one], seconds[other]), "x time", f"<= {most}")
+        results.sampled(
+            f"{title}: {one} over {other}", ratios(seconds[one], seconds[other]), "x time", f"<= {most}"
+        )
 
 
 def body() -> int:

@@ -221,4 +221,6 @@ def _ends_of(loop: Any) -> Iterator[_End]:
 
 
 def _with_body(loop: Any, body: Stmt) -> Stmt:
-    return tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, body, loop.thread_binding, loop.annotations)
+    return tirx.For(
+        loop.loop_var, loop.min, loop.extent, loop.kind, body, loop.thread_binding, loop.annotations
+    )

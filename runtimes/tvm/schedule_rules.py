@@ -142,7 +142,9 @@ class Elementwise:
         for access in (*loads(nest.stmt), *stores(nest.stmt)):
             if len(access.indices) != len(own):
                 return False
-            for index, var, axis, size in zip(access.indices, own, nest.axes, buffer_of(access).shape, strict=True):
+            for index, var, axis, size in zip(
+                access.indices, own, nest.axes, buffer_of(access).shape, strict=True
+            ):
                 if not var.same_as(index):
                     return False
                 extent = axis.extent
@@ -388,7 +390,11 @@ class Rows:
 
     def apply(self, sch: Schedule, shape: Shape) -> str | None:
         found = nests(sch)
-        if len(found) < 2 or not all(n.regular and n.axes for n in found) or not any(n.reduced for n in found):
+        if (
+            len(found) < 2
+            or not all(n.regular and n.axes for n in found)
+            or not any(n.reduced for n in found)
+        ):
             return None
         lead = min(_leading(n) for n in found)
         if lead == 0 or not self._same_rows(found, lead):
@@ -465,7 +471,9 @@ def inline(sch: Schedule) -> None:
                 continue
             if not readers:
                 continue
-            if any(r.reduced for r in readers) and (has_call(nest.stmt, (*HEAVY, "if_then_else")) or len(readers) > 1):
+            if any(r.reduced for r in readers) and (
+                has_call(nest.stmt, (*HEAVY, "if_then_else")) or len(readers) > 1
+            ):
                 continue
             if len(readers) > 1 and has_call(nest.stmt, HEAVY):
                 continue

@@ -137,4 +137,6 @@ def _vector_form(nest: list[Any], store: Any, element: Expr, width: int) -> Stmt
 def _for(
     var: Any, extent: Expr, body: Stmt, kind: Any = tirx.ForKind.SERIAL, start: Expr | None = None
 ) -> Stmt:
-    return tirx.For(var, tirx.IntImm(var.ty.dtype, 0) if start is None else start, extent, kind, body, None, {})
+    return tirx.For(
+        var, tirx.IntImm(var.ty.dtype, 0) if start is None else start, extent, kind, body, None, {}
+    )

@@ -177,7 +177,12 @@ def _search(
 
 
 def _ask(
-    child: Child, function: PrimFunc, target: Any, change: dict[str, int], rounds: int, sizes: Mapping[str, int]
+    child: Child,
+    function: PrimFunc,
+    target: Any,
+    change: dict[str, int],
+    rounds: int,
+    sizes: Mapping[str, int],
 ) -> Comparison | str:
     question = {
         "function": tvm.ir.save_json(function),
@@ -193,7 +198,9 @@ def _ask(
     return compared(answer)[0]
 
 
-def _record(key: str, target: Any, change: dict[str, int], confirmed: bool, sizes: Mapping[str, int]) -> Record:
+def _record(
+    key: str, target: Any, change: dict[str, int], confirmed: bool, sizes: Mapping[str, int]
+) -> Record:
     return Record(
         processor=processor(),
         isa=isa_of(target),
@@ -213,7 +220,9 @@ def _filled(record: Record, measured: Comparison | str, rounds: int) -> Record:
         status = "wrong" if measured.startswith("wrong") else "crashed"
         return replace(record, status=status, note=measured[:500])
     values = asdict(measured)
-    return replace(record, rounds=rounds, **{name: values[name] for name in ("seconds", "baseline", "ratio", "noise")})
+    return replace(
+        record, rounds=rounds, **{name: values[name] for name in ("seconds", "baseline", "ratio", "noise")}
+    )
 
 
 def _summary(name: str, key: str, target: Any, records: Database, tried: int) -> Tuned:

@@ -179,7 +179,9 @@ def test_indexing(execute: Callable[..., Executor]) -> None:
 
 def test_convolutions(execute: Callable[..., Executor]) -> None:
     generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(*s, generator=generator) for s in ((8, 4, 3), (8, 1, 3), (4, 8, 4), (6, 4, 3, 3), (6,))]
+    weights = [
+        torch.randn(*s, generator=generator) for s in ((8, 4, 3), (8, 1, 3), (4, 8, 4), (6, 4, 3, 3), (6,))
+    ]
     one, depthwise, transposed, two, bias = weights
     longer = Dim("length", min=8, max=512)
 
@@ -199,7 +201,13 @@ def test_convolutions(execute: Callable[..., Executor]) -> None:
         lambda x, z: F.batch_norm(x, bias[:4] * 0, bias[:4].abs() + 1, bias[:4], bias[:4]),
         lambda x, z: F.pixel_shuffle(z, 2),
     ]  # fmt: skip
-    check(execute, functions, [inputs(2, 9), inputs(3, 14)], ({0: BATCH, 2: longer}, {0: BATCH, 2: longer}), 1e-5)
+    check(
+        execute,
+        functions,
+        [inputs(2, 9), inputs(3, 14)],
+        ({0: BATCH, 2: longer}, {0: BATCH, 2: longer}),
+        1e-5,
+    )
 
 
 def test_sizes_that_only_expressions_determine(execute: Callable[..., Executor]) -> None:

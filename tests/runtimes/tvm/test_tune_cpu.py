@@ -80,7 +80,9 @@ def test_measuring_resuming_and_using(tmp_path: Path, target: Any, monkeypatch: 
 
 def record_of(target: Any, function: tirx.PrimFunc, change: dict[str, int], **values: Any) -> Any:
     empty = tune_cpu._record(function_key(function), target, change, True, {})
-    return replace(empty, **{"seconds": 0.5, "baseline": 1.0, "ratio": 0.5, "noise": 0.01, "rounds": 9, **values})
+    return replace(
+        empty, **{"seconds": 0.5, "baseline": 1.0, "ratio": 0.5, "noise": 0.01, "rounds": 9, **values}
+    )
 
 
 def test_what_is_chosen_computes_the_same(tmp_path: Path, target: Any) -> None:
