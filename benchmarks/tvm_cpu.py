@@ -5,8 +5,8 @@
 Coverage: every architecture, uncompressed and w4a8, at two shapes, against the program itself. Speed: BERT-base
 (sequence 128, batch 1) and one decoding step of a model with the shapes of Llama 1B (4 of its 16 layers, one token),
 our TVM artefact against our ONNX artefact with the same recipe, and uncompressed against ONNX Runtime; outputs are
-compared before anything is timed. Times of compiling BERT-base (the op library is built already) and of opening an artefact in a
-new process.
+compared before anything is timed. Times of compiling BERT-base (the op library is built already) and of opening an
+artefact in a new process.
 """
 
 from __future__ import annotations
