@@ -112,6 +112,7 @@ def test_views(execute: Callable[..., Executor]) -> None:
         lambda x, y: x.unflatten(2, (2, 3)).transpose(1, 2), lambda x, y: x[:, :, 1:5:2], lambda x, y: x[:, -3:],
         lambda x, y: x[:, 0], lambda x, y: x[..., -1], lambda x, y: x.unsqueeze(1).expand(-1, 4, -1, -1),
         lambda x, y: y.expand(x.shape[0], -1, -1) + x, lambda x, y: torch.cat([x, x * 2, x[:, :1]], 1),
+        lambda x, y: torch.cat([x[..., :4], x[..., 6:]], -1),
         lambda x, y: torch.stack([x, -x], 1), lambda x, y: x.split([2, 4], -1)[1], lambda x, y: x.chunk(3, -1)[2],
         lambda x, y: x.unbind(-1)[3], lambda x, y: F.pad(x, (1, 2, 0, 3)), lambda x, y: F.pad(x, (-1, 2), value=4.0),
         lambda x, y: F.pad(x, (2, 1), mode="reflect"), lambda x, y: F.pad(x, (2, 1), mode="replicate"),
