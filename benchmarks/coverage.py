@@ -32,13 +32,14 @@ from rich.progress import Progress
 
 from artefacts import op_library
 from harness import Results, main, number, parse
+from isofold.compiler.differences import share_of_codes
 from isofold.compiler.errors import IsofoldError
 from isofold.compiler.frontend import Lowerable, prepare, report_of
 from isofold.compiler.program import Program
 from isofold.compiler.registry import backend_for
 from isofold.models import registry
 from isofold.models.case import ModelCase
-from isofold.runtimes.onnx.operator_check import operator_differences, share_of_codes
+from isofold.runtimes.onnx.operator_check import operator_differences
 
 RECIPES = ("float32", "w8a8", "w4a8")
 QUICK = ("llama", "bert", "whisper_encoder", "resnet")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .dialect.dense_packing import unpack_dense
 from .dialect.linear_packed import packed_rows
 from .dialect.operator import operator_of
 from .dialect.packing import (
@@ -67,6 +68,10 @@ def decoded(program: Program, node: fx.Node) -> Tensor:
         matrix = unpack_sparse(constant("mask"), constant("values"), rows, argument(node, "k")).float()
         if declared.name == "linear_sparse":
             matrix = matrix * unpack_groups(constant("scale"), rows, argument(node, "k"), 0)
+        return torch.cat(split_gated(matrix, n)) if gated else matrix
+    if declared.name == "linear_dense":
+        n, gated = argument(node, "n"), argument(node, "gated")
+        matrix = unpack_dense(constant("weight"), packed_rows(n, gated))
         return torch.cat(split_gated(matrix, n)) if gated else matrix
     weight, scale = constant("weight"), constant("scale")
     if declared.name == "embedding_packed":

@@ -1,7 +1,7 @@
 """What follows a packed linear element by element becomes its epilogue, so that its result is written once.
 
-    activation(linear(x))       → linear(x, activation)         relu, gelu (erf and tanh), silu; convolutions and sparse
-                                                                float linears too
+    activation(linear(x))       → linear(x, activation)         relu, gelu (erf and tanh), silu; convolutions, dense and
+                                                                sparse float linears too
     linear(x) + c               → the bias                      c a constant vector
     c linear(x)                 → the scales, sums and bias     c a number or a constant vector
     linear(x) + r               → linear(x, residual = r)       r of the same shape
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx
 
 from ..compiler.canonicalize.match import MULTIPLICATIONS, equal_shapes, is_call, scalar, vector
-from ..compiler.dialect import conv_packed, linear_sparse_float
+from ..compiler.dialect import conv_packed, linear_dense, linear_sparse_float
 from ..compiler.editor import Editor
 from ..compiler.graph import argument, only_user, shape
 from ..compiler.passes import Guarantee, define_pass
@@ -37,7 +37,9 @@ _ACTIVATIONS = (aten.relu.default, aten.gelu.default, aten.silu.default)
 @define_pass(Guarantee.REAL)
 def fuse_epilogues(editor: Editor) -> None:
     """See the module."""
-    for node in editor.calls(*LINEARS, conv_packed.overload, linear_sparse_float.overload):
+    for node in editor.calls(
+        *LINEARS, conv_packed.overload, linear_dense.overload, linear_sparse_float.overload
+    ):
         current: fx.Node | None = node
         while current is not None:
             current = _absorb_next(editor, current)

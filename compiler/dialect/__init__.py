@@ -13,6 +13,7 @@ from .gated import gated
 from .hadamard import hadamard
 from .linear_codebook import linear_codebook
 from .linear_coded import linear_coded
+from .linear_dense import linear_dense
 from .linear_packed import linear_packed
 from .linear_packed_float import linear_packed_float
 from .linear_sparse import linear_sparse
@@ -42,6 +43,7 @@ __all__ = [
     "hadamard",
     "linear_codebook",
     "linear_coded",
+    "linear_dense",
     "linear_packed",
     "linear_packed_float",
     "linear_sparse",

@@ -89,10 +89,11 @@ def prefetch(buffer: Any, offset: Any, level: int) -> None:
     T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", address, *arguments))
 
 
-def prefetch_stream(buffer: Any, offset: Any) -> None:
-    """Prefetch what a kernel that streams through ``buffer`` and stands at ``offset`` (bytes) needs next."""
+def prefetch_stream(buffer: Any, offset: Any, size: int = 1) -> None:
+    """Prefetch what a kernel that streams through ``buffer`` (elements of ``size`` bytes) and stands at element
+    ``offset`` needs next."""
     for distance, level in _stream_ahead():
-        prefetch(buffer, offset + distance, level)
+        prefetch(buffer, offset + distance // size, level)
 
 
 def _stream_ahead() -> list[tuple[int, int]]:

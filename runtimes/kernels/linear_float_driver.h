@@ -96,6 +96,38 @@ typedef void (*isofold_float_gemv_of)(const struct isofold_kernels*, const struc
 typedef void (*isofold_float_unpack_of)(const struct isofold_kernels*, const struct isofold_linear*, int64_t, int64_t,
                                         int64_t, float*);
 
+// The epilogue's view of a linear whose sums are floats already scaled: no zero points, no pairs of activations.
+struct isofold_float_epilogue {
+  struct isofold_linear linear;
+  struct isofold_linear_call call;
+  struct isofold_linear_block block;  // panel and panels are the caller's
+  ISOFOLD_ALIGNED float zeros[32];
+  float identity[2];
+};
+
+static inline void isofold_float_epilogue_start(struct isofold_float_epilogue* e, const struct isofold_kernels* k,
+                                                const struct isofold_linear* l,
+                                                const struct isofold_linear_float_call* c, float multiplier) {
+  struct isofold_linear_call call = {0, e->identity, c->residual, c->y, c->m, 1, 0};
+  memset(e->zeros, 0, sizeof e->zeros);
+  e->identity[0] = 1.0f;
+  e->identity[1] = 0.0f;
+  e->linear = *l;
+  e->linear.group_size = l->kp;  // not 0: epilogue_g
+  e->linear.zero = 0;
+  e->linear.scale_multiplier = multiplier;
+  e->call = call;
+  e->block.k = k;
+  e->block.l = &e->linear;
+  e->block.c = &e->call;
+  e->block.groups = 1;
+  e->block.usum = 0;
+  e->block.usum_int = 0;
+  e->block.wsum = e->zeros;
+  e->block.unit = 1;
+  isofold_linear_select(&e->block);
+}
+
 // Tasks begin..end of any linear on float activations; `multiplier` is applied to the sums.
 static inline void isofold_float_run(const struct isofold_kernels* k, const struct isofold_linear* l,
                                      const struct isofold_linear_float_call* c, int64_t begin, int64_t end,
@@ -103,39 +135,24 @@ static inline void isofold_float_run(const struct isofold_kernels* k, const stru
   ISOFOLD_ALIGNED float weights[ISOFOLD_FLOAT_CHUNK * 32];
   ISOFOLD_ALIGNED float t[ISOFOLD_ROW_BLOCK * 32];
   ISOFOLD_ALIGNED float tail[ISOFOLD_ROW_BLOCK * ISOFOLD_FLOAT_BLOCK];
-  ISOFOLD_ALIGNED float zeros[32] = {0};
-  const float identity[2] = {1.0f, 0.0f};
-  struct isofold_linear linear = *l;  // the epilogue's view: no zero points of activations, sums already scaled
-  struct isofold_linear_call call = {0, identity, c->residual, c->y, c->m, 1, 0};
-  struct isofold_linear_block b;
+  struct isofold_float_epilogue e;
   int64_t all = isofold_linear_panels(l), blocks = isofold_ceildiv(all, 2), height = isofold_linear_row_block(l, c->m);
   int64_t whole = c->k / ISOFOLD_FLOAT_BLOCK, padded = isofold_ceildiv(c->k, ISOFOLD_FLOAT_BLOCK);
-  linear.group_size = l->kp;  // not 0: epilogue_g
-  linear.zero = 0;
-  linear.scale_multiplier = multiplier;
-  b.k = k;
-  b.l = &linear;
-  b.c = &call;
-  b.groups = 1;
-  b.usum = 0;
-  b.usum_int = 0;
-  b.wsum = zeros;
-  b.unit = 1;
-  isofold_linear_select(&b);
+  isofold_float_epilogue_start(&e, k, l, c, multiplier);
   for (int64_t task = begin; task < end; ++task) {
     int64_t m0 = task / blocks * height, m1 = isofold_min(m0 + height, c->m);
-    b.panel = task % blocks * 2;
-    b.panels = isofold_min(2, all - b.panel);
+    e.block.panel = task % blocks * 2;
+    e.block.panels = isofold_min(2, all - e.block.panel);
     memset(t, 0, (size_t)(m1 - m0) * 32 * sizeof(float));
     if (padded > whole) isofold_float_tail(c, m0, m1 - m0, tail);
     if (m1 - m0 <= ISOFOLD_FLOAT_GEMV_ROWS) {
       for (int64_t m = m0; m < m1;) {
         int64_t rows = isofold_tile_rows(m1 - m);
-        for (int64_t p = 0; p < b.panels; ++p) {
+        for (int64_t p = 0; p < e.block.panels; ++p) {
           float* sums = t + (m - m0) * 32 + 16 * p;
-          if (whole) gemv(k, l, b.panel + p, c->x + m * c->k, c->k, rows, 0, whole, sums);
+          if (whole) gemv(k, l, e.block.panel + p, c->x + m * c->k, c->k, rows, 0, whole, sums);
           if (padded > whole)
-            gemv(k, l, b.panel + p, tail + (m - m0) * ISOFOLD_FLOAT_BLOCK, ISOFOLD_FLOAT_BLOCK, rows, whole,
+            gemv(k, l, e.block.panel + p, tail + (m - m0) * ISOFOLD_FLOAT_BLOCK, ISOFOLD_FLOAT_BLOCK, rows, whole,
                  padded, sums);
         }
         m += rows;
@@ -144,8 +161,8 @@ static inline void isofold_float_run(const struct isofold_kernels* k, const stru
       for (int64_t from = 0; from < padded;) {
         int64_t to = from == whole ? padded : isofold_min(from + ISOFOLD_FLOAT_CHUNK / ISOFOLD_FLOAT_BLOCK, whole);
         int64_t inputs = (to - from) * ISOFOLD_FLOAT_BLOCK;
-        if (b.panels == 1) memset(weights, 0, sizeof weights);
-        for (int64_t p = 0; p < b.panels; ++p) unpack(k, l, b.panel + p, from, to, weights + 16 * p);
+        if (e.block.panels == 1) memset(weights, 0, sizeof weights);
+        for (int64_t p = 0; p < e.block.panels; ++p) unpack(k, l, e.block.panel + p, from, to, weights + 16 * p);
         for (int64_t m = m0; m < m1;) {
           int64_t rows = isofold_tile_rows(m1 - m);
           int partial = from == whole;
@@ -158,7 +175,7 @@ static inline void isofold_float_run(const struct isofold_kernels* k, const stru
         from = to;
       }
     }
-    isofold_linear_finish(&b, m0, m1 - m0, t);
+    isofold_linear_finish(&e.block, m0, m1 - m0, t);
   }
 }
 

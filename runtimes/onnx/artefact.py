@@ -15,11 +15,12 @@ import onnx_ir as ir
 import torch
 
 from ...compiler.artefact import FORMAT_VERSION, MANIFEST, cannot_write
+from ...compiler.interface import input_names, input_structure, output_structure
+from ...compiler.opened import EXAMPLES, REPORT, sha256_of
 from ...compiler.program import Program
 from .check import check_packed, check_results
 from .export import Exported, export_onnx
-from .session import EXAMPLES, LIBRARY, MODEL, REPORT, WEIGHTS, sha256_of
-from .translate import input_names, input_structure, output_structure
+from .session import LIBRARY, MODEL, WEIGHTS
 
 Progress = Callable[[str], None]
 

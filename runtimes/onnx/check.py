@@ -10,30 +10,21 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime
-import torch
-from torch.utils import _pytree as pytree
 
-from ...compiler.dialect import ONNX_DOMAIN, OPERATORS, operator_of
+from ...compiler import differences
+from ...compiler.dialect import ONNX_DOMAIN, OPERATORS
 from ...compiler.errors import VerificationError
 from ...compiler.program import Program
-from .operator_check import Difference, operator_differences
+from .operator_check import operator_differences
 from .session import open_session
-from .translate import input_names, tensor_arguments
-
-_EXACT, _ROUNDED = 1e-3, 0.2
-"""Largest relative difference to the program: float arithmetic in another order; roundings that fall the other way."""
-
-_OPERATOR, _SHARE = 1e-4, 0.01
-"""What one operator on the program's own inputs may differ by: of its norm, and the share of codes off by one step."""
+from .translate import tensor_arguments
 
 
 @dataclass(frozen=True)
@@ -141,99 +132,12 @@ def _constant_bytes(tensor: onnx.TensorProto) -> int:
 
 
 def check_results(program: Program, path: Path, library: Path | None) -> dict[str, Any]:
-    """Largest relative difference between the file's results and the program's on the example inputs.
-
-    Raises VerificationError where it is more than rounding explains.
-    """
+    """`differences.check_results` of the file at `path` in ONNX Runtime."""
     session = open_session(path, library=library)
-    flat = program.flatten_inputs(program.example_args, program.example_kwargs)
-    tensors = [v for v in flat if isinstance(v, torch.Tensor)]
-    feed = {n: t.detach().cpu().numpy() for n, t in zip(input_names(program), tensors, strict=True)}
-    got = session.run(None, feed)
-    with torch.no_grad():
-        leaves = pytree.tree_leaves(program(*program.example_args, **program.example_kwargs))
-    nodes = pytree.tree_leaves(program.output_node.args[0], is_leaf=lambda v: v is None)
-    want = [leaf for leaf, node in zip(leaves, nodes, strict=True) if isinstance(node, torch.fx.Node)]
-    error = relative_difference([np.asarray(w) for w in want], got)
-    rounds = rounds_activations(program)
-    bound = _ROUNDED if rounds else _EXACT
-    facts: dict[str, Any] = {"error": error, "bound": bound, "library": library is not None}
-    if not error <= bound and rounds and math.isfinite(error):
-        # Few bits amplify a rounding that falls the other way: then each operator has to agree by itself.
-        facts["operators"] = _check_operators(program, path, library)
-    elif not error <= bound:
-        raise VerificationError(
-            "The exported file does not compute what the program computes",
-            where=str(path),
-            expected=f"a relative difference of at most {bound:g}",
-            got=f"{error:.3g}",
-            hint="this is a defect of isofold's lowering; please report it with the model",
-        )
-    return facts
-
-
-def _check_operators(program: Program, path: Path, library: Path | None) -> dict[str, Any]:
-    """Largest differences of single operators on the program's own inputs. Raises VerificationError that lists them."""
-    found = operator_differences(program, path, library)
-    wrong = [d for d in found if not d.error <= _bound(d) and not _few_flips(d)]
-    if wrong or not found:
-        raise VerificationError(
-            "The exported file does not compute what the program computes",
-            where="; ".join(f"{d.node} ({d.op})" for d in wrong[:5]) or str(path),
-            expected=f"each operator within {_OPERATOR:g}, codes within one step in at most {_SHARE:.1%}",
-            got="; ".join(
-                f"{d.error:.3g}, {d.differing} of {d.codes} codes by up to {d.steps}" for d in wrong[:5]
-            )
-            or "no operators",
-            hint="this is a defect of isofold's lowering; please report it with the model",
-        )
-    return {
-        "compared": len(found),
-        "error": max(d.error for d in found),
-        "steps": max(d.steps for d in found),
-        "differing": sum(d.differing for d in found),
-        "codes": sum(d.codes for d in found),
-    }
-
-
-def _bound(difference: Difference) -> float:
-    """Largest error of one operator: codes inside it may differ like those that are results."""
-    return max(_OPERATOR, math.sqrt(_SHARE) * difference.step)
-
-
-def _few_flips(difference: Difference) -> bool:
-    """Whether codes differ by one step in a few places (one or two of a small tensor are a large share)."""
-    return difference.steps <= 1 and 0 < difference.differing <= max(2, _SHARE * difference.codes)
-
-
-def rounds_activations(program: Program) -> bool:
-    """Whether the program quantizes activations, so that a different last bit may become a different code."""
-    quantizers = {
-        "quantize_activation",
-        "quantize_linear_packed",
-        "norm_quantize",
-        "conv_packed",
-        "quantize_dequantize",
-    }
-    declared = (operator_of(node.target) for node in program.graph.nodes if node.op == "call_function")
-    return any(operator is not None and operator.name in quantizers for operator in declared)
-
-
-def relative_difference(want: Sequence[np.ndarray], got: Sequence[np.ndarray]) -> float:
-    """Largest difference over the largest magnitude, over all results; inf for other shapes or non-finite values."""
-    worst = 0.0
-    for expected, found in zip(want, got, strict=True):
-        if expected.shape != found.shape:
-            return math.inf
-        if not expected.size:
-            continue
-        a, b = expected.astype(np.float64), found.astype(np.float64)
-        finite = np.isfinite(a)
-        if not np.array_equal(finite, np.isfinite(b)) or not np.array_equal(
-            a[~finite], b[~finite], equal_nan=True
-        ):
-            return math.inf
-        if finite.any():
-            scale = max(float(np.abs(a[finite]).max()), 1e-30)
-            worst = max(worst, float(np.abs(a[finite] - b[finite]).max()) / scale)
-    return worst
+    facts = differences.check_results(
+        program,
+        str(path),
+        lambda feed: session.run(None, feed),
+        lambda: operator_differences(program, path, library),
+    )
+    return {**facts, "library": library is not None}

@@ -279,6 +279,13 @@ def _sparse_weight(body: Body, call: Call, rows: int, k: int) -> ir.Value:
     return matrix if height == rows else body.slice(matrix, 0, rows, 0)
 
 
+def _dense_weight(body: Body, call: Call, rows: int, k: int) -> ir.Value:
+    """The matrix float32 `[rows, k]` of panels `[blocks, k, 32]`."""
+    height = call.size("weight", 0) * call.size("weight", 2)
+    matrix = body.reshape(body("Transpose", call["weight"], perm=[0, 2, 1]), height, k)
+    return matrix if height == rows else body.slice(matrix, 0, rows, 0)
+
+
 def _codebook_vectors(
     body: Body, call: Call, codes: ir.Value, rows: int, groups: int, count: int
 ) -> ir.Value:
@@ -424,6 +431,11 @@ def linear_sparse(call: Call, body: Body) -> Results:
 def linear_sparse_float(call: Call, body: Body) -> Results:
     """`linear_sparse_float`."""
     return (_packed_linear(body, call, call["x"], _sparse_weight),)
+
+
+def linear_dense(call: Call, body: Body) -> Results:
+    """`linear_dense`."""
+    return (_packed_linear(body, call, call["x"], _dense_weight),)
 
 
 def embedding_packed(call: Call, body: Body) -> Results:
@@ -617,6 +629,7 @@ BODIES: dict[str, Builder] = {
         hadamard,
         linear_codebook,
         linear_coded,
+        linear_dense,
         linear_packed,
         linear_packed_float,
         linear_sparse,

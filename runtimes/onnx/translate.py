@@ -19,16 +19,14 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnxscript import values
-from torch import fx
-from torch.utils import _pytree as pytree
 
 from ...compiler.dialect import ONNX_DOMAIN, ONNX_VERSION, OPERATORS, Operator
 from ...compiler.errors import UnsupportedError
-from ...compiler.graph import module_path, place_of, value
+from ...compiler.graph import module_path, place_of
+from ...compiler.interface import dimension_names, input_names, output_names
 from ...compiler.program import Program
 from .body import OPSET
 from .functions import build_function
-from .structure import Leaf, Structure, encode, leaf_names
 
 _ATTRIBUTES = {
     "int": onnx.defs.OpSchema.AttrType.INT,
@@ -259,7 +257,7 @@ def _name_interface(model: ir.Model, program: Program) -> None:
         value_.name = f"interface_{position}"  # all names are free before any is taken
     for value_, name in zip(interface, [*inputs, *outputs], strict=True):
         value_.name = name
-    renames = _dimension_names(program)
+    renames = dimension_names(program)
     for value_ in _values(graph):
         if value_.shape is not None:
             value_.shape = ir.Shape([_rename(d, renames) for d in value_.shape])
@@ -273,91 +271,6 @@ def _rename(dimension: Any, names: Mapping[str, str]) -> Any:
     if isinstance(dimension, int) or dimension.value is None:
         return dimension
     return ir.SymbolicDim(re.sub(r"[A-Za-z_]\w*", lambda m: names.get(m[0], m[0]), str(dimension.value)))
-
-
-def _dimension_names(program: Program) -> dict[str, str]:
-    """torch's symbols (`s77`) → names of the Dims the user declared, else input and axis."""
-    declared = _declared_dims(program)
-    names: dict[str, str] = {}
-    for node, dims in zip(program.placeholders, declared, strict=True):
-        fake = value(node)
-        for axis, size in enumerate(fake.shape if isinstance(fake, torch.Tensor) else ()):
-            symbol = str(size)
-            if isinstance(size, int) or not symbol.isidentifier():
-                continue
-            wanted = dims.get(axis) if isinstance(dims, Mapping) else None
-            name = getattr(wanted, "__name__", None)
-            if name is None or name in names.values():
-                name = None if symbol in names else f"{node.name}_{axis}"
-            if name is not None:
-                names.setdefault(symbol, name)
-    return names
-
-
-def _declared_dims(program: Program) -> list[Any]:
-    """The dynamic shapes in the order of the placeholders, None where nothing fits them."""
-    nothing: list[Any] = [None] * len(program.placeholders)
-    if program.dynamic_shapes is None:
-        return nothing
-    arguments = (program.example_args, program.example_kwargs)
-    shapes = program.dynamic_shapes
-    ordered = list(shapes.values()) if isinstance(shapes, Mapping) else list(shapes)
-    flat: list[Any] = []
-    for given, dims in zip([*arguments[0], *arguments[1].values()], ordered, strict=False):
-        if isinstance(given, (tuple, list)) and isinstance(dims, (tuple, list)):
-            flat.extend(dims)
-        else:
-            flat.extend(
-                [dims] if len(pytree.tree_leaves(given)) == 1 else [None] * len(pytree.tree_leaves(given))
-            )
-    return flat if len(flat) == len(nothing) else nothing
-
-
-def output_structure(program: Program) -> Structure:
-    """Structure of the results; tensors are numbered in the order of the ONNX outputs."""
-    leaves: list[Any] = []
-    count = 0
-    for leaf in pytree.tree_leaves(program.output_node.args[0], is_leaf=lambda v: v is None):
-        if isinstance(leaf, fx.Node):
-            leaves.append(Leaf(count, integer=not isinstance(value(leaf), torch.Tensor)))
-            count += 1
-        else:
-            leaves.append(leaf)
-    return encode(program.unflatten_outputs(leaves))
-
-
-def input_names(program: Program) -> list[str]:
-    """Names of the ONNX inputs: the placeholders that are tensors."""
-    return [node.name for node in program.placeholders if isinstance(value(node), torch.Tensor)]
-
-
-def output_names(program: Program) -> list[str]:
-    """Names of the ONNX outputs."""
-    names = leaf_names(output_structure(program), "output")
-    return [names[index] for index in sorted(names)]
-
-
-def input_structure(program: Program) -> dict[str, Any]:
-    """`{"names": [...], "args": [...], "kwargs": {...}}`: tensors are numbered in the order of the ONNX inputs."""
-    codegen = program.graph._codegen
-    leaves: list[Any] = []
-    count = 0
-    for node in program.placeholders:
-        fake = value(node)
-        if isinstance(fake, torch.Tensor):
-            leaves.append(Leaf(count))
-            count += 1
-        else:
-            leaves.append(fake)
-    assert isinstance(codegen, fx.graph._PyTreeCodeGen), (
-        "captured programs carry the structure of their arguments"
-    )
-    args, kwargs = pytree.tree_unflatten(leaves, codegen.pytree_info.in_spec)
-    return {
-        "names": list(codegen.pytree_info.orig_args)[: len(args)],
-        "args": [encode(a) for a in args],
-        "kwargs": {key: encode(v) for key, v in kwargs.items()},
-    }
 
 
 def _annotate(model: ir.Model, program: Program) -> None:

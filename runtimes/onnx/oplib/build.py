@@ -32,7 +32,7 @@ from ....compiler.processor import cache_folder
 from ...kernels.knobs import Settings
 from ...tuning.selection import settings_for_build
 
-__all__ = ["Progress", "build", "library_path", "require_tools"]
+__all__ = ["Progress", "archive_path", "build", "library_path", "require_tools"]
 
 Progress = Callable[[str, int, int], None]
 """Called as `progress(what, done, total)`."""
@@ -47,6 +47,7 @@ _MODULES = (
     "linear_float",
     "coded",
     "codebook",
+    "dense",
     "norm",
     "attention",
     "rotary",
@@ -81,6 +82,17 @@ def library_path(progress: Progress | None = None) -> Path:
     if cached is None and _PACKAGED.exists() and (_compiler_version() == "none" or not _has_tvm()):
         return _PACKAGED  # tuned, but nothing to build with
     return cached if cached is not None else build(progress=progress)
+
+
+def archive_path(progress: Progress | None = None, force: bool = False) -> Path:
+    """The objects of the op library in one archive, for hosts that link them in; built now where there is none.
+
+    Raises ToolchainError as `library_path` does.
+    """
+    path = (cache_folder() / _file_name(settings_for_build())).with_suffix(".a")
+    if force or not path.exists():
+        build(force=True, progress=progress)
+    return path
 
 
 def build(
@@ -121,6 +133,8 @@ def build(
                 else:
                     with _progress_bar() as bar:
                         made = _compile(Path(scratch), compiler, bar, settings)
+                if out is None:
+                    os.replace(made.with_suffix(".a"), path.with_suffix(".a"))
                 os.replace(made, path)
             if out is None:
                 _forget_old_builds(keep=8)
@@ -150,6 +164,7 @@ def _forget_old_builds(keep: int) -> None:
     builds = sorted(cache_folder().glob("libisofold_ops-*.so"), key=lambda p: p.stat().st_mtime)
     for path in builds[:-keep]:
         path.unlink(missing_ok=True)
+        path.with_suffix(".a").unlink(missing_ok=True)
 
 
 def _text(settings: Mapping[str, Settings]) -> str:
@@ -256,6 +271,10 @@ def _compile(scratch: Path, compiler: str, progress: Progress, settings: Mapping
     objects = sorted(map(str, scratch.glob("*_v3.o"))) + sorted(map(str, scratch.glob("*_v4.o")))
     link = [*objects, *shims, *_LINK_FLAGS, f"-Wl,--version-script={exports}", "-o", str(library)]
     _run([*prefix, *link], "Linking the op library")
+    _run(
+        ["ar", "rcsD", str(library.with_suffix(".a")), *objects, *shims],
+        "Collecting the op library's objects",
+    )
     progress(library.name, total, total)
     return library
 

@@ -20,6 +20,8 @@
 
 #include "codebook_driver.h"
 
+#include "dense_driver.h"
+
 #include "hadamard_driver.h"
 
 #include "sparse_driver.h"
@@ -279,6 +281,7 @@ void define_packed_linear(Op*);
 void define_quantize_packed_linear(Op*);
 void define_packed_linear_float(Op*);
 void define_coded_linear(Op*);
+void define_dense_linear(Op*);
 void define_sparse_linear(Op*);
 void define_sparse_linear_float(Op*);
 void define_codebook_linear(Op*);

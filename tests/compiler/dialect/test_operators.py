@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from isofold.compiler.dialect import OPERATORS, operator_of, packing
+from isofold.compiler.dialect.dense_packing import pack_dense
 from isofold.compiler.dialect.element_formats import FORMATS
 from isofold.compiler.dialect.packing_codebook import CodebookMatrix, pack_codebook
 from isofold.compiler.dialect.packing_coded import CodedMatrix, pack_coded
@@ -109,6 +110,12 @@ def sparse_arguments(quantized: bool) -> tuple[Any, ...]:
     p = pack_sparse((weight * 30).to(torch.int8))
     u, params = OPS.quantize_activation(randn(2, 3, 40), None, 32)
     return (u, params, p.mask, p.values, p.offsets, torch.rand(1, 1, 16), torch.rand(16), *tail)
+
+
+def dense_arguments(gated: bool) -> tuple[Any, ...]:
+    rows = 32 if gated else 37
+    n = 5 if gated else 37
+    return (randn(2, 3, 40), pack_dense(randn(rows, 40)), randn(rows), randn(2, 3, n), n, 40, "gelu", gated)
 
 
 def conv_arguments() -> tuple[Any, ...]:
@@ -211,6 +218,7 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         lambda: coded_arguments("table4", 32, gated=True),
         lambda: coded_arguments("mxfp6_e3m2", 32),
     ],
+    "linear_dense": [lambda: dense_arguments(False), lambda: dense_arguments(True)],
     "linear_packed": [
         linear_arguments,
         lambda: linear_arguments(4, 32, True),
@@ -296,6 +304,7 @@ def floats_of(given: tuple[Any, ...]) -> list[int]:
         "hadamard",
         "linear_codebook",
         "linear_coded",
+        "linear_dense",
         "linear_packed_float",
         "linear_sparse_float",
         "norm",

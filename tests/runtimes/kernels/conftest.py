@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from isofold.runtimes import kernels
-from isofold.runtimes.kernels import codebook, coded, hadamard, linear, linear_float, quantize, sparse
+from isofold.runtimes.kernels import codebook, coded, dense, hadamard, linear, linear_float, quantize, sparse
 from isofold.runtimes.kernels.codegen import build_objects
 
 FOLDER = Path(kernels.__file__).parent
@@ -24,6 +24,7 @@ SOURCE = """
 #include "linear_float_driver.h"
 #include "coded_driver.h"
 #include "codebook_driver.h"
+#include "dense_driver.h"
 #include "hadamard_driver.h"
 #include "sparse_driver.h"
 static const struct isofold_kernels* pick(int isa) { return isa == 3 ? &isofold_kernels_v3 : &isofold_kernels_v4; }
@@ -44,6 +45,11 @@ void test_float_run(int isa, const struct isofold_linear* l, const struct isofol
 void test_coded_run(int isa, const struct isofold_coded* l, const struct isofold_linear_float_call* c, int64_t a,
                     int64_t b) {
   isofold_coded_run(pick(isa), l, c, a, b);
+}
+int64_t test_dense_tasks(const struct isofold_linear* l, int64_t m) { return isofold_dense_tasks(l, m); }
+void test_dense_run(int isa, const struct isofold_linear* l, const struct isofold_linear_float_call* c, int64_t a,
+                    int64_t b) {
+  isofold_dense_run(pick(isa), l, c, a, b);
 }
 static int32_t sparse_table[ISOFOLD_SPARSE_TABLE];
 const int32_t* test_sparse_table(void) { isofold_sparse_tables(sparse_table); return sparse_table; }
@@ -191,7 +197,7 @@ def address(array: Any) -> int:
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """All kernels for both instruction sets, and the test entry points above."""
     folder = tmp_path_factory.mktemp("kernels")
-    modules = (quantize, linear, linear_float, coded, codebook, hadamard, sparse)
+    modules = (quantize, linear, linear_float, coded, codebook, dense, hadamard, sparse)
     objects = build_objects([k for module in modules for k in module.KERNELS], folder)
     (folder / "hadamard_signs.h").write_text(hadamard.signs_header())
     (folder / "test.c").write_text(SOURCE)
@@ -211,6 +217,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         "test_tasks",
         "test_scratch",
         "test_float_tasks",
+        "test_dense_tasks",
         "test_sparse_tasks",
         "test_sparse_scratch",
     ):

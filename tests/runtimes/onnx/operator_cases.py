@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from isofold.compiler.dialect import packing
+from isofold.compiler.dialect.dense_packing import pack_dense
 from isofold.compiler.dialect.element_formats import FORMATS
 from isofold.compiler.dialect.packing_codebook import CodebookMatrix, pack_codebook
 from isofold.compiler.dialect.packing_coded import CodedMatrix, pack_coded
@@ -47,6 +48,7 @@ def cases() -> Iterator[Case]:
     yield from _linears()
     yield from _coded()
     yield from _sparse()
+    yield from _dense()
     yield from _codebooks()
     yield from _embeddings()
     yield from _convolutions()
@@ -198,6 +200,27 @@ def _coded() -> Iterator[Case]:
                 "table": matrix.table,
                 "format": name,
                 "group_size": group,
+            },
+        )
+
+
+def _dense() -> Iterator[Case]:
+    for index, (bias, residual, gated) in enumerate(product(*[(False, True)] * 3)):
+        random = _Random(index)
+        n, k, lead = (37, 16, 33)[index % 3], (70, 128, 131)[index % 3], ((2, 3), (1,), (21,))[index % 3]
+        rows = 2 * packing.ceil_to(n, 16) if gated else n
+        yield (
+            "linear_dense",
+            f"n{n}-k{k}-bias{bias}-residual{residual}-gated{gated}",
+            {
+                "x": random.normal(*lead, k),
+                "weight": pack_dense(random.normal(rows, k)),
+                "bias": random.normal(rows) if bias else None,
+                "residual": random.normal(*lead, n) if residual else None,
+                "n": n,
+                "k": k,
+                "activation": ("none", "relu", "gelu", "gelu_tanh", "silu")[index % 5],
+                "gated": gated,
             },
         )
 

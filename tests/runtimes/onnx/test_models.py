@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from isofold.compiler.capture import capture
+from isofold.compiler.differences import relative_difference
 from isofold.compiler.driver import run_steps
 from isofold.compiler.recipe import resolve
 from isofold.compiler.registry import pipeline
 from isofold.models import registry
-from isofold.runtimes.onnx.check import relative_difference
 from isofold.runtimes.onnx.export import export_onnx
 from isofold.runtimes.onnx.session import open_session
 

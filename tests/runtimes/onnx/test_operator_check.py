@@ -12,6 +12,7 @@ import torch
 from onnx import numpy_helper
 
 from isofold.compiler.capture import capture
+from isofold.compiler.differences import share_of_codes
 from isofold.compiler.driver import run_steps
 from isofold.compiler.errors import VerificationError
 from isofold.compiler.graph import argument
@@ -20,7 +21,7 @@ from isofold.compiler.recipe import resolve
 from isofold.compiler.registry import pipeline
 from isofold.models import registry
 from isofold.runtimes.onnx.export import export_onnx
-from isofold.runtimes.onnx.operator_check import operator_differences, share_of_codes
+from isofold.runtimes.onnx.operator_check import operator_differences
 
 Case = tuple[Program, registry.ModelCase, Path]
 LINEARS = (torch.ops.isofold.linear_packed.default, torch.ops.isofold.quantize_linear_packed.default)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...compiler.errors import InputError, UnsupportedError
+from .errors import InputError, UnsupportedError
 
 Structure = dict[str, Any]
 

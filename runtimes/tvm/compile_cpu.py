@@ -1,0 +1,136 @@
+"""Relax → a shared library for x86-64: kernels scheduled and compiled by TVM, the op library and its host linked in.
+
+Kernels that TVM makes are fused, then scheduled (`schedule_cpu`), then compiled for one instruction set; the op
+library's come for two and choose when they are loaded.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import relax
+from tvm.relax import transform
+from tvm.support import cc
+
+from ...compiler.errors import InputError, ToolchainError, near_misses
+from ..onnx.oplib.build import require_tools
+from .library import LINK_FLAGS, host_objects
+from .schedule_cpu import schedule_cpu
+
+Progress = Callable[[str], None]
+
+_TRIPLE = "x86_64-linux-gnu"
+FEATURES: dict[str, dict[str, Any]] = {
+    "x86-64-v3": {"mcpu": "x86-64-v3"},
+    "x86-64-v4": {"mcpu": "x86-64-v4", "mattr": ["+avx512vnni"]},
+}
+"""Explicit instruction sets, `llvm:NAME`; both are what the op library's own kernels are compiled for."""
+
+
+def cpu_target(name: str) -> tvm.target.Target:
+    """The TVM target of "tvm-cpu" or "llvm" (this machine) or "llvm:x86-64-v4". Raises InputError."""
+    _, _, features = name.partition(":")
+    if not features:
+        features = _best_here()
+    if features not in FEATURES:
+        raise InputError(
+            f"Unknown instruction set in the target {name!r}",
+            expected=" | ".join(f"llvm:{known}" for known in FEATURES),
+            hint=near_misses(features, FEATURES),
+        )
+    return tvm.target.Target({"kind": "llvm", "mtriple": _TRIPLE, **FEATURES[features]})
+
+
+def features_of(target: tvm.target.Target) -> str:
+    """The instruction set's name."""
+    return str(target.attrs["mcpu"])
+
+
+def _best_here() -> str:
+    flags = next(
+        (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), ""
+    )
+    wide = ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni")
+    return "x86-64-v4" if all(flag in flags.split() for flag in wide) else "x86-64-v3"
+
+
+def scheduled(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
+    """The module with everything legalized, fused and scheduled, before it becomes code."""
+    with target:
+        module = tvm.transform.Sequential(
+            [
+                transform.CanonicalizeBindings(),
+                # A reshape stays a view: fused, its index arithmetic would cost more than it saves.
+                transform.LegalizeOps(skip_ops=["relax.reshape"]),
+                transform.AnnotateTIROpPattern(),
+                transform.FoldConstant(),
+                transform.FuseOps(fuse_opt_level=2),
+                transform.FuseTIR(),
+                transform.DeadCodeElimination(),
+            ]
+        )(module)
+        return schedule_cpu(module, target)
+
+
+def _executable_pipeline() -> tvm.transform.Pass:
+    """The last passes: Relax to instructions of the virtual machine."""
+    return tvm.transform.Sequential(
+        [
+            transform.ToNonDataflow(),
+            transform.RemovePurityChecking(),
+            transform.CallTIRRewrite(),
+            transform.StaticPlanBlockMemory(),
+            transform.LowerAllocTensor(),
+            transform.KillAfterLastUse(),
+            transform.LowerRuntimeBuiltin(),
+            transform.ComputePrimValue(),
+            transform.VMShapeLower(),
+            transform.AttachGlobalSymbol(),
+        ]
+    )
+
+
+def compile_library(
+    module: tvm.IRModule, target: tvm.target.Target, path: Path, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Compile a lowered module into `path`. Returns facts for the report. Raises ToolchainError."""
+    say = progress or (lambda _: None)
+    say("schedule")
+    module = scheduled(module, target)
+    kernels = [name for name, f in module.functions_items() if not isinstance(f, relax.Function)]
+    say("compile kernels")
+    objects = host_objects(progress)
+    with tvm.transform.PassContext(opt_level=3), quiet():
+        executable = relax.build(module, target=target, relax_pipeline=_executable_pipeline())
+    say("link")
+    link(executable, path, objects)
+    return {"kernels": len(kernels), "features": features_of(target)}
+
+
+def link(executable: Any, path: Path, objects: list[Path]) -> None:
+    """Export a Relax executable with more objects into one shared library. Raises ToolchainError."""
+    compiler = shlex.split(require_tools())
+    options = [*compiler[1:], *LINK_FLAGS, "-s"]
+    try:
+        executable.export_library(
+            str(path),
+            fcompile=cc.create_shared,
+            addons=[str(o) for o in objects],
+            cc=compiler[0],
+            options=options,
+        )
+    except RuntimeError as error:
+        raise ToolchainError("Linking the executable failed", where=str(path), got=f"\n{error}") from error
+
+
+@contextmanager
+def quiet() -> Any:
+    """TVM prints what concerns its developers."""
+    with redirect_stdout(StringIO()):
+        yield

@@ -1,0 +1,114 @@
+"""The TVM backend as `isofold.compile(target="tvm-cpu")` finds it. Importing it imports nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...compiler.registry import register_backend
+
+if TYPE_CHECKING:
+    from ...compiler.program import Program
+    from .session import TvmModel
+
+Progress = Callable[[str], None]
+
+
+class TvmBackend:
+    """TVM's virtual machine: one shared library with TVM's kernels and isofold's."""
+
+    name = "tvm"
+    targets: tuple[str, ...] = ("tvm-cpu", "llvm", "cuda")
+    suffix = ".so"
+    dense_linears = True
+
+    def write(
+        self,
+        program: Program,
+        folder: Path,
+        *,
+        report: dict[str, Any],
+        progress: Progress | None = None,
+        check: bool = True,
+        **unknown: Any,
+    ) -> dict[str, Any]:
+        """Write an artefact into `folder` and put `report["tvm"]` in place.
+
+        check: open the result and compare it with the program.
+        """
+        from .artefact import write_artefact
+
+        _refuse(unknown)
+        target = str(report["target"])
+        return write_artefact(program, folder, target=target, report=report, progress=progress, check=check)
+
+    def write_file(
+        self,
+        program: Program,
+        path: Path,
+        *,
+        report: dict[str, Any],
+        progress: Progress | None = None,
+        check: bool = True,
+        **unknown: Any,
+    ) -> dict[str, Any]:
+        """Write `path` and, beside it, `path` + ".data" (safetensors); `check` as in `write`."""
+        from .artefact import write_library
+
+        _refuse(unknown)
+        target = str(report["target"])
+        return write_library(program, path, target=target, report=report, progress=progress, check=check)
+
+    def prepare(self, progress: Progress | None = None, force: bool = False) -> Path | None:
+        """Build the op library's objects and their host."""
+        from .library import host_objects
+
+        return host_objects(progress, force=force)[-1]
+
+    def tune(
+        self,
+        subject: Program | Path | None,
+        *,
+        seconds: float,
+        threads: int | None = None,
+        rpc: str | None = None,
+        key: str = "isofold",
+        database: Path | None = None,
+        merge: Sequence[Path] = (),
+        isa: str | None = None,
+        progress: Progress | None = None,
+    ) -> dict[str, Any]:
+        """Search the knobs of the op library's kernels, which both runtimes run (`runtimes/tuning`)."""
+        from ..tuning.session import tune_subject
+
+        return tune_subject(
+            subject,
+            seconds=seconds,
+            threads=threads,
+            rpc=rpc,
+            key=key,
+            database=database,
+            merge=merge,
+            isa=isa,
+            progress=progress,
+        )
+
+    def open(self, folder: Path, **options: Any) -> TvmModel:
+        """Open an artefact (options: `session.open_artefact`)."""
+        from .session import open_artefact
+
+        return open_artefact(folder, **options)
+
+
+def _refuse(unknown: dict[str, Any]) -> None:
+    from ...compiler.errors import InputError, near_misses
+
+    if unknown:
+        name = next(iter(unknown))
+        raise InputError(
+            f"Unknown option {name!r} of the TVM backend", expected="check", hint=near_misses(name, ["check"])
+        )
+
+
+register_backend(TvmBackend())

@@ -1,0 +1,248 @@
+"""Convolutions of any number of spatial dimensions, their transposes, pooling and resizing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+from tvm import te, tirx
+
+from ....compiler.errors import UnsupportedError
+from ..builder import Builder, Kernel, dtype_name, fake, sizes
+from .pointwise import constant
+from .reductions import count
+from .registry import aten, rule
+
+Expr = Any
+
+
+def _spread(values: Any, rank: int) -> list[int]:
+    values = list(values) if isinstance(values, (list, tuple)) else [values]
+    return values * rank if len(values) == 1 else values
+
+
+@rule(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding, aten.conv2d.padding,
+      aten.convolution.default)  # fmt: skip
+def _convolution(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
+    source, weight, bias = a["input"], a["weight"], a["bias"]
+    rank = fake(weight).dim() - 2
+    stride, dilation = _spread(a["stride"], rank), _spread(a["dilation"], rank)
+    if a.get("transposed"):
+        output_padding = _spread(a["output_padding"], rank)
+        padding = _spread(a["padding"], rank)
+        return transposed(
+            b, node, source, weight, bias, stride, padding, output_padding, a["groups"], dilation
+        )
+    if isinstance(a["padding"], str):
+        kernel = [int(s) for s in sizes(weight)[2:]]
+        total = [d * (s - 1) if a["padding"] == "same" else 0 for d, s in zip(dilation, kernel, strict=True)]
+        padding = [t // 2 for t in total]
+    else:
+        padding = _spread(a["padding"], rank)
+    return convolution(b, node, source, weight, bias, stride, padding, dilation, a["groups"])
+
+
+def convolution(
+    b: Builder, node: fx.Node, source: fx.Node, weight: fx.Node, bias: fx.Node | None, stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], groups: int,
+) -> Any:  # fmt: skip
+    """y[n, o, p] = sum_{c, q} x[n, g C + c, p stride + q dilation - padding] w[o, c, q] (+ bias[o])."""
+    unbatched = fake(source).dim() == fake(weight).dim() - 1
+    if unbatched:
+        raise UnsupportedError(
+            "A convolution needs a batch dimension", got=f"an input of rank {fake(source).dim()}"
+        )
+    dtype = dtype_name(fake(node).dtype)
+
+    def describe(k: Kernel) -> te.Tensor:
+        x, w, out = k.tensor(source), k.tensor(weight), k.shape(node)
+        v = k.tensor(bias) if bias is not None else None
+        spatial = [k.size(s) for s in sizes(source)[2:]]
+        per_group = tirx.IntImm("int64", int(sizes(weight)[0]) // groups)
+        inner = int(sizes(weight)[1])
+        if any(padding):
+            extended = [s + 2 * p for s, p in zip(spatial, padding, strict=True)]
+            # As wide as the last position reads, which with padding "same" may be one more on the right.
+            reach = [(o - 1) * s + d * (int(q) - 1) + 1 for o, s, d, q in zip(
+                out[2:], stride, dilation, sizes(weight)[2:], strict=True)]  # fmt: skip
+            extended = [tirx.max(e, r) for e, r in zip(extended, reach, strict=True)]
+
+            def filled(n: Expr, c: Expr, *i: Expr) -> Expr:
+                at = [index - p for index, p in zip(i, padding, strict=True)]
+                inside: Expr = None
+                for index, size, p in zip(at, spatial, padding, strict=True):
+                    if p:
+                        here = tirx.And(index >= 0, index < size)
+                        inside = here if inside is None else tirx.And(inside, here)
+                return tirx.if_then_else(inside, x(n, c, *at), constant(0, dtype))
+
+            padded = te.compute([*x.shape[:2], *extended], filled, name="padded")
+        else:
+            padded = x
+        channel = te.reduce_axis((0, inner), "c")
+        window = [te.reduce_axis((0, int(s)), f"q{d}") for d, s in enumerate(sizes(weight)[2:])]
+
+        def element(n: Expr, o: Expr, *p: Expr) -> Expr:
+            at = [i * s + q * d for i, s, q, d in zip(p, stride, window, dilation, strict=True)]
+            first = channel if groups == 1 else tirx.floordiv(o, per_group) * inner + channel
+            return te.sum(padded(n, first, *at) * w(o, channel, *window), axis=[channel, *window])
+
+        y = te.compute(out, element, name="conv")
+        return y if v is None else te.compute(out, lambda n, o, *p: y(n, o, *p) + v(o), name="y")
+
+    return b.kernel(node, describe)
+
+
+@rule(aten.conv_transpose1d.default, aten.conv_transpose2d.input)
+def _conv_transpose(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
+    rank = fake(a["weight"]).dim() - 2
+    stride, padding, more = (_spread(a[name], rank) for name in ("stride", "padding", "output_padding"))
+    dilation = _spread(a["dilation"], rank)
+    return transposed(
+        b, node, a["input"], a["weight"], a["bias"], stride, padding, more, a["groups"], dilation
+    )
+
+
+def transposed(
+    b: Builder, node: fx.Node, source: fx.Node, weight: fx.Node, bias: fx.Node | None, stride: Sequence[int],
+    padding: Sequence[int], output_padding: Sequence[int], groups: int, dilation: Sequence[int],
+) -> Any:  # fmt: skip
+    """y[n, o, p] = sum of x[n, c, i] w[c, o, q] over i stride + q dilation - padding = p.
+
+    Of the positions q of the kernel only every stride-th meets an input, so that the sum runs over ceil(kernel /
+    stride) of them (dilation 1): nothing is multiplied by an inserted zero.
+    """
+    if any(d != 1 for d in dilation):
+        raise UnsupportedError(
+            "A transposed convolution is lowered without dilation", got=f"dilation {list(dilation)}"
+        )
+    del output_padding  # part of the result's size
+    dtype = dtype_name(fake(node).dtype)
+    kernel = [int(s) for s in sizes(weight)[2:]]
+    inner, per_group = int(sizes(weight)[0]) // groups, int(sizes(weight)[1])
+
+    def describe(k: Kernel) -> te.Tensor:
+        x, w, out = k.tensor(source), k.tensor(weight), k.shape(node)
+        v = k.tensor(bias) if bias is not None else None
+        spatial = [k.size(s) for s in sizes(source)[2:]]
+        taps = [-(-q // s) for q, s in zip(kernel, stride, strict=True)]
+        channel = te.reduce_axis((0, inner), "c")
+        tap = [te.reduce_axis((0, t), f"t{d}") for d, t in enumerate(taps)]
+
+        def element(n: Expr, o: Expr, *p: Expr) -> Expr:
+            # p + padding = i stride + q, so q = (p + padding) % stride + t stride for tap t.
+            at, window, inside = [], [], None
+            for d, position in enumerate(p):
+                place = position + padding[d]
+                q = tirx.floormod(place, stride[d]) + tap[d] * stride[d]
+                i = tirx.floordiv(place, stride[d]) - tap[d]
+                here = tirx.And(tirx.And(i >= 0, i < spatial[d]), q < kernel[d])
+                inside = here if inside is None else tirx.And(inside, here)
+                at.append(i)
+                window.append(q)
+            first = channel if groups == 1 else tirx.floordiv(o, per_group) * inner + channel
+            own = o if groups == 1 else tirx.floormod(o, per_group)
+            product = x(n, first, *at) * w(first, own, *window)
+            return te.sum(tirx.if_then_else(inside, product, constant(0, dtype)), axis=[channel, *tap])
+
+        y = te.compute(out, element, name="conv_transpose")
+        return y if v is None else te.compute(out, lambda n, o, *p: y(n, o, *p) + v(o), name="y")
+
+    return b.kernel(node, describe)
+
+
+# ---- pooling
+
+
+def _pool(
+    b: Builder, node: fx.Node, source: fx.Node, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], reduce_: Callable[..., Any], outside: float, scale: float | None,
+) -> Any:  # fmt: skip
+    dtype = dtype_name(fake(node).dtype)
+    rank = len(kernel)
+
+    def body(k: Kernel) -> te.Tensor:
+        x = k.tensor(source)
+        lead = len(x.shape) - rank
+        window = [te.reduce_axis((0, q), f"q{d}") for d, q in enumerate(kernel)]
+
+        def element(*i: Expr) -> Expr:
+            at, inside = [], None
+            for d in range(rank):
+                place = i[lead + d] * stride[d] + window[d] * dilation[d] - padding[d]
+                here = tirx.And(place >= 0, place < x.shape[lead + d])
+                inside = here if inside is None else tirx.And(inside, here)
+                at.append(place)
+            found = x(*i[:lead], *at)
+            return reduce_(tirx.if_then_else(inside, found, constant(outside, dtype)), axis=window)
+
+        y = te.compute(k.shape(node), element, name="pool")
+        return (
+            y
+            if scale is None
+            else te.compute(k.shape(node), lambda *i: y(*i) * constant(scale, dtype), name="y")
+        )
+
+    return b.kernel(node, body)
+
+
+@rule(aten.max_pool1d.default, aten.max_pool2d.default)
+def _max_pool(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
+    rank = 1 if node.target is aten.max_pool1d.default else 2
+    kernel = _spread(a["kernel_size"], rank)
+    stride = _spread(a["stride"], rank) if a["stride"] else kernel
+    return _pool(b, node, a["self"], kernel, stride, _spread(a["padding"], rank), _spread(a["dilation"], rank), te.max,
+                 float("-inf"), None)  # fmt: skip
+
+
+@rule(aten.avg_pool1d.default, aten.avg_pool2d.default)
+def _avg_pool(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
+    rank = 1 if node.target is aten.avg_pool1d.default else 2
+    kernel = _spread(a["kernel_size"], rank)
+    stride, padding = _spread(a["stride"], rank) if a["stride"] else kernel, _spread(a["padding"], rank)
+    if (any(padding) and not a["count_include_pad"]) or a["ceil_mode"]:
+        raise UnsupportedError("Average pooling is lowered with count_include_pad and without ceil_mode")
+    number = a.get("divisor_override")
+    if number is None:
+        number = 1
+        for q in kernel:
+            number *= q
+    return _pool(b, node, a["self"], kernel, stride, padding, [1] * rank, te.sum, 0.0, 1 / number)
+
+
+@rule(aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d.default)
+def _adaptive_avg_pool(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
+    rank = 1 if "pool1d" in str(node.target) else 2
+    wanted = _spread(a["output_size"], rank)
+    dtype = dtype_name(fake(node).dtype)
+    if any(w != 1 for w in wanted):
+        raise UnsupportedError("Adaptive average pooling is lowered to size 1", got=f"output_size {wanted}")
+
+    def describe(k: Kernel) -> te.Tensor:
+        x = k.tensor(a["self"])
+        lead = len(x.shape) - rank
+        window = [te.reduce_axis((0, x.shape[lead + d]), f"q{d}") for d in range(rank)]
+        out = k.shape(node)
+        y = te.compute(out, lambda *i: te.sum(x(*i[:lead], *window), axis=window), name="pool")
+        number = count(list(x.shape), list(range(lead, lead + rank)), dtype)
+        return te.compute(out, lambda *i: y(*i) / number, name="y")
+
+    return b.kernel(node, describe)
+
+
+@rule(aten.upsample_nearest1d.default, aten.upsample_nearest2d.default, aten.upsample_nearest2d.vec,
+      aten.upsample_nearest1d.vec)  # fmt: skip
+def _upsample_nearest(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
+    source = next(iter(a.values()))
+
+    def body(k: Kernel, x: te.Tensor) -> Callable[..., Expr]:
+        out = k.shape(node)
+
+        def element(n: Expr, c: Expr, *i: Expr) -> Expr:
+            at = [tirx.floordiv(p * s, o) for p, s, o in zip(i, x.shape[2:], out[2:], strict=True)]
+            return x(n, c, *at)
+
+        return element
+
+    return b.elements(node, [source], body)

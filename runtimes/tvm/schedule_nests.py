@@ -1,0 +1,147 @@
+"""What rules ask about a block of a schedule: its loops, and how its reads move along them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import ir, sym, tirx
+from tvm.s_tir import Schedule
+from tvm_ffi import structural_map, structural_walk
+
+Block = Any
+Loop = Any
+
+SMALL = 8192
+"""Elements below which a loop nest is not worth other threads (a launch costs microseconds)."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A loop of a nest that is not split yet."""
+
+    loop: Loop
+    var: Any
+    size: Any
+    extent: int | None
+    reduces: bool
+
+
+class Nest:
+    """One block under the loops it came with."""
+
+    def __init__(self, sch: Schedule, block: Block) -> None:
+        self.block = block
+        self.stmt = sch.get(block)
+        self.name = str(self.stmt.name_hint)
+        loops = sch.get_loops(block)
+        self.axes: list[Axis] = []
+        iters = list(self.stmt.iter_vars)
+        for loop, it in zip(loops, iters, strict=False):
+            extent = sch.get(loop).extent
+            known = int(extent) if isinstance(extent, tirx.IntImm) else None
+            self.axes.append(Axis(loop, it.var, extent, known, int(it.iter_type) == tirx.IterVar.CommReduce))
+        self.regular = len(loops) == len(iters) and all(
+            int(it.iter_type) in (tirx.IterVar.DataPar, tirx.IterVar.CommReduce) for it in iters
+        )
+
+    @property
+    def spatial(self) -> list[Axis]:
+        return [a for a in self.axes if not a.reduces]
+
+    @property
+    def reduced(self) -> list[Axis]:
+        return [a for a in self.axes if a.reduces]
+
+    @property
+    def dtype(self) -> str:
+        return str(self.stmt.writes[0].source.dtype)
+
+    def size(self, axes: list[Axis] | None = None) -> int:
+        """How many iterations, unknown extents counted as many."""
+        total = 1
+        for axis in self.axes if axes is None else axes:
+            total *= 4096 if axis.extent is None else axis.extent
+        return total
+
+    def strides(self, axis: Axis) -> list[tuple[Any, int | None]]:
+        """For each element read: its buffer and how far it moves with the axis (None: not by a constant)."""
+        found = []
+        for access in loads(self.stmt):
+            if any(buffer_of(access).same_as(write.source) for write in self.stmt.writes):
+                continue
+            found.append((access, stride(access, axis.var)))
+        return found
+
+    def written_stride(self, axis: Axis) -> int | None:
+        """How far the first result moves with the axis."""
+        steps = [stride(store, axis.var) for store in stores(self.stmt)]
+        return steps[0] if steps else None
+
+
+def variables(expr: Any) -> set[Any]:
+    """The variables of an expression."""
+    found: set[Any] = set()
+    structural_walk(expr, (ir.Var, lambda v: found.add(v) or None))
+    return found
+
+
+def substitute(stmt: Any, values: dict[Any, Any]) -> Any:
+    """`stmt` with other values for variables."""
+    return structural_map(stmt, (ir.Var, lambda v: values.get(v, v)))
+
+
+def loads(stmt: Any) -> list[Any]:
+    """All elements that a block reads, in its body (not its initial value)."""
+    found: list[Any] = []
+    structural_walk(stmt.body, (ir.TensorLoad, lambda v: found.append(v) or None))
+    return found
+
+
+def stores(stmt: Any) -> list[Any]:
+    """All elements that a block writes."""
+    found: list[Any] = []
+    structural_walk(stmt.body, (tirx.BufferStore, lambda v: found.append(v) or None))
+    return found
+
+
+def buffer_of(access: Any) -> Any:
+    """The buffer of an element that is read or written."""
+    return access.buffer if isinstance(access, tirx.BufferStore) else access.source
+
+
+def stride(access: Any, var: Any) -> int | None:
+    """Elements from one value of `var` to the next: 0 where the access does not use it, None where that varies."""
+    analyzer = sym.Analyzer()
+    steps = 0
+    inner: Any = 1
+    for index, size in reversed(list(zip(access.indices, buffer_of(access).shape, strict=True))):
+        if any(var.same_as(v) for v in variables(index)):
+            moved = analyzer.simplify(substitute(index, {var: var + 1}) - index)
+            distance = analyzer.simplify(moved * inner)
+            if not isinstance(distance, tirx.IntImm):
+                return None if not isinstance(moved, tirx.IntImm) else _FAR
+            steps += int(distance)
+        inner = inner * size
+    return steps
+
+
+_FAR = 1 << 30
+"""A constant number of rows of unknown length."""
+
+
+def has_call(stmt: Any, names: tuple[str, ...]) -> bool:
+    """Whether a block calls one of these operators."""
+    found = False
+
+    def look(call: Any) -> None:
+        nonlocal found
+        found = found or str(getattr(call.op, "name", "")).rpartition(".")[2] in names
+
+    structural_walk(stmt, (ir.Call, look))
+    return found
+
+
+def nests(sch: Schedule) -> list[Nest]:
+    """The blocks of the function, in order."""
+    return [Nest(sch, block) for block in sch.get_child_blocks(sch.get_sblock("root"))]
