@@ -61,6 +61,7 @@ def to_loops(function: tirx.PrimFunc, target: Any, lanes: int, chains: int) -> t
     lowered = module["main"]
     body = vector_sums(join_rows(lowered.body), lanes, chains)
     peeled = lowered.with_body(_peel(body, _bound(body)))
+    peeled = peeled.with_body(_whole_registers(peeled.body))
     unique = s_tir.transform.ConvertSSA()(tvm.IRModule({"main": peeled}))["main"]
     root = SBlock([], [], [], "root", unique.body)
     return unique.with_body(SBlockRealize([], True, root))
@@ -72,6 +73,37 @@ def _bound(stmt: Stmt) -> frozenset[Any]:
     tvm_ffi.structural_walk(stmt, (tirx.For, lambda loop: found.add(loop.loop_var) or None))
     tvm_ffi.structural_walk(stmt, (tirx.Bind, lambda bind: found.add(bind.var) or None))
     return frozenset(found)
+
+
+# ---- vectors of any length
+
+
+def _whole_registers(stmt: Stmt) -> Stmt:
+    """Vectorized loops in pieces of powers of two: LLVM keeps 16 + 8 lanes in registers, and 24 in memory."""
+    if isinstance(stmt, tirx.For):
+        body = _whole_registers(stmt.body)
+        fixed = isinstance(stmt.extent, tirx.IntImm)
+        if stmt.kind != tirx.ForKind.VECTORIZED or not fixed or int(stmt.extent) in _POWERS:
+            return _with_body(stmt, body)
+        kind, at, left, parts = stmt.loop_var.ty.dtype, 0, int(stmt.extent), []
+        while left:
+            lanes = next(power for power in _POWERS if power <= left)
+            moved = substitute(body, {stmt.loop_var: stmt.loop_var + tirx.IntImm(kind, at)}) if at else body
+            form = tirx.ForKind.VECTORIZED if lanes > 1 else tirx.ForKind.SERIAL
+            parts.append(tirx.For(stmt.loop_var, stmt.min, tirx.IntImm(kind, lanes), form, moved, None, {}))
+            at, left = at + lanes, left - lanes
+        return tirx.SeqStmt(parts)
+    if isinstance(stmt, tirx.SeqStmt):
+        return tirx.SeqStmt([_whole_registers(part) for part in stmt.seq])
+    if isinstance(stmt, tirx.AttrStmt):
+        return tirx.AttrStmt(stmt.node, stmt.attr_key, stmt.value, _whole_registers(stmt.body))
+    if isinstance(stmt, tirx.IfThenElse):
+        otherwise = None if stmt.else_case is None else _whole_registers(stmt.else_case)
+        return tirx.IfThenElse(stmt.condition, _whole_registers(stmt.then_case), otherwise)
+    return stmt
+
+
+_POWERS = (64, 32, 16, 8, 4, 2, 1)
 
 
 # ---- finding ends

@@ -332,7 +332,7 @@ class RowReduction:
 
 def _along_rows(nest: Nest, shape: Shape) -> bool:
     last = nest.reduced[-1]
-    long = last.extent is None or last.extent >= 2 * shape.lanes
+    long = last.extent is None or last.extent >= shape.lanes
     return long and len(nest.stmt.writes) == 1 and 1 in [step for _, step in nest.strides(last)]
 
 
@@ -390,8 +390,8 @@ class Rows:
         found = nests(sch)
         if len(found) < 2 or not all(n.regular and n.axes for n in found) or not any(n.reduced for n in found):
             return None
-        lead = min(_leading(n) for n in found)
-        if lead == 0 or not self._same_rows(found, lead):
+        lead = self._same_rows(found)
+        if lead == 0:
             return None
         work = max(n.size() for n in found)
         if work > SMALL and found[-1].size(found[-1].axes[:lead]) < 4:
@@ -421,9 +421,11 @@ class Rows:
         share(sch, loops[:lead], work)
 
     @staticmethod
-    def _same_rows(found: list[Nest], lead: int) -> bool:
-        extents = [[str(a.size) for a in n.axes[:lead]] for n in found]
-        return all(e == extents[0] for e in extents)
+    def _same_rows(found: list[Nest]) -> int:
+        """How many leading loops all nests have in common."""
+        least = min(_leading(n) for n in found)
+        extents = [[str(a.size) for a in n.axes[:least]] for n in found]
+        return next((d for d in range(least) if len({e[d] for e in extents}) > 1), least)
 
 
 def _reuses(nest: Nest) -> bool:

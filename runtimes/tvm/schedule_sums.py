@@ -55,7 +55,7 @@ def _rewritten(loop: Any, lanes: int, chains: int) -> Stmt | None:
         return None
     extent = inner.extent
     known = int(extent) if isinstance(extent, tirx.IntImm) else None
-    if known is not None and known < 2 * lanes:
+    if known is not None and known < lanes:
         return None
     width = lanes if known is not None and known < 4 * lanes * chains else lanes * chains
     return _vector_form(nest, store, element, width)

@@ -110,7 +110,8 @@ def transposed(
     """y[n, o, p] = sum of x[n, c, i] w[c, o, q] over i stride + q dilation - padding = p.
 
     Of the positions q of the kernel only every stride-th meets an input, so that the sum runs over ceil(kernel / stride)
-    of them (dilation 1): nothing is multiplied by an inserted zero.
+    of them (dilation 1): nothing is multiplied by an inserted zero. The results of each phase (p + padding) % stride are
+    computed next to each other, where they read neighbours of a padded x, and put in their places at the end.
     """
     if any(d != 1 for d in dilation):
         raise UnsupportedError(
@@ -121,6 +122,8 @@ def transposed(
     kernel = [int(s) for s in sizes(weight)[2:]]
     inner, per_group = int(sizes(weight)[0]) // groups, int(sizes(weight)[1])
 
+    rank = len(kernel)
+
     def describe(k: Kernel) -> te.Tensor:
         x, w, out = k.tensor(source), k.tensor(weight), k.shape(node)
         v = k.tensor(bias) if bias is not None else None
@@ -128,25 +131,48 @@ def transposed(
         taps = [-(-q // s) for q, s in zip(kernel, stride, strict=True)]
         channel = te.reduce_axis((0, inner), "c")
         tap = [te.reduce_axis((0, t), f"t{d}") for d, t in enumerate(taps)]
+        # Place i of every phase, for all that the results need: i stride + phase = p + padding.
+        steps = [tirx.floordiv(o - 1 + p, s) + 1 for o, p, s in zip(out[2:], padding, stride, strict=True)]
+        extended = [tirx.max(n, s) + 2 * (t - 1) for n, s, t in zip(steps, spatial, taps, strict=True)]
 
-        def element(n: Expr, o: Expr, *p: Expr) -> Expr:
-            # p + padding = i stride + q, so q = (p + padding) % stride + t stride for tap t.
-            at, window, inside = [], [], None
-            for d, position in enumerate(p):
-                place = position + padding[d]
-                q = tirx.floormod(place, stride[d]) + tap[d] * stride[d]
-                i = tirx.floordiv(place, stride[d]) - tap[d]
-                here = tirx.And(tirx.And(i >= 0, i < spatial[d]), q < kernel[d])
+        def filled(n: Expr, c: Expr, *i: Expr) -> Expr:
+            at = [index - (t - 1) for index, t in zip(i, taps, strict=True)]
+            inside: Expr = None
+            for index, size in zip(at, spatial, strict=True):
+                here = tirx.And(index >= 0, index < size)
                 inside = here if inside is None else tirx.And(inside, here)
-                at.append(i)
-                window.append(q)
+            return tirx.if_then_else(inside, x(n, c, *at), constant(0, dtype))
+
+        padded = te.compute([*x.shape[:2], *extended], filled, name="padded")
+
+        def by_phase(*i: Expr) -> Expr:
+            c, o, phase, t = i[0], i[1], i[2 : 2 + rank], i[2 + rank :]
+            window = [r + u * s for r, u, s in zip(phase, t, stride, strict=True)]
+            if all(q % s == 0 for q, s in zip(kernel, stride, strict=True)):
+                return w(c, o, *window)
+            inside: Expr = None
+            for q, size in zip(window, kernel, strict=True):
+                inside = q < size if inside is None else tirx.And(inside, q < size)
+            return tirx.if_then_else(inside, w(c, o, *window), constant(0, dtype))
+
+        weights = te.compute([*w.shape[:2], *stride, *taps], by_phase, name="weights")
+
+        def element(n: Expr, *i: Expr) -> Expr:
+            phase, o, place = i[:rank], i[rank], i[rank + 1 :]
             first = channel if groups == 1 else tirx.floordiv(o, per_group) * inner + channel
             own = o if groups == 1 else tirx.floormod(o, per_group)
-            product = x(n, first, *at) * w(first, own, *window)
-            return te.sum(tirx.if_then_else(inside, product, constant(0, dtype)), axis=[channel, *tap])
+            at = [p - t + (count - 1) for p, t, count in zip(place, tap, taps, strict=True)]
+            return te.sum(padded(n, first, *at) * weights(first, own, *phase, *tap), axis=[channel, *tap])
 
-        y = te.compute(out, element, name="conv_transpose")
-        return y if v is None else te.compute(out, lambda n, o, *p: y(n, o, *p) + v(o), name="y")
+        phases = te.compute([out[0], *stride, out[1], *steps], element, name="conv_transpose")
+
+        def result(n: Expr, o: Expr, *p: Expr) -> Expr:
+            places = [position + q for position, q in zip(p, padding, strict=True)]
+            phase = [tirx.floormod(place, s) for place, s in zip(places, stride, strict=True)]
+            y = phases(n, *phase, o, *(tirx.floordiv(place, s) for place, s in zip(places, stride, strict=True)))
+            return y if v is None else y + v(o)
+
+        return te.compute(out, result, name="y")
 
     return b.kernel(node, describe)
 
