@@ -3,8 +3,8 @@
     parallel i: a[i, :] = f(x[i, :])                    parallel i: a'[:] = f(x[i, :])
     parallel i: y[i, :] = g(a[i, :])             →                  y[i, :] = g(a'[:])
 
-Softmax and norms are three or four such loops. Legal where every element that one loop writes and a later one reads is at
-the loops' own index: the leading indices of all accesses to it are the same expression of the loop variable.
+Softmax and norms are three or four such loops. Legal where every element that one loop writes and a later one reads
+is at the loops' own index: the leading indices of all accesses to it are the same expression of the loop variable.
 """
 
 from __future__ import annotations

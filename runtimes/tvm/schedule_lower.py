@@ -1,7 +1,7 @@
 """From scheduled blocks to loops, with the ends of split loops taken apart.
 
-A loop of extent n that is split for vectors of L leaves `if i * L + lane < n` around every statement, and TVM computes a
-vector under a condition lane by lane. Here the condition is asked once for the whole tile, where its outer loops begin:
+A loop of extent n that is split for vectors of L leaves `if i * L + lane < n` around every statement, and TVM computes
+a vector under a condition lane by lane. Here the condition is asked once for the whole tile, where its outer loops begin:
 
     if i * L + L <= n:   the tile without conditions (vectorized, unrolled)
     else:                the same over n - i * L lanes (a vector where that is a constant, else a plain loop)
@@ -17,7 +17,7 @@ from typing import Any
 
 import tvm
 import tvm_ffi
-from tvm import ir, s_tir, sym, tirx
+from tvm import s_tir, sym, tirx
 from tvm.s_tir import SBlock, SBlockRealize
 
 from .schedule_join import join_rows
@@ -54,8 +54,8 @@ class _End:
 
 
 def to_loops(function: tirx.PrimFunc, target: Any, lanes: int, chains: int) -> tirx.PrimFunc:
-    """A scheduled function without blocks (but one around all of it), its tiles free of conditions and its loops over the
-    same rows joined."""
+    """A scheduled function without blocks (but one around all of it): loops over the same rows joined, tiles free of
+    conditions. lanes, chains: as in `schedule_rules.Shape`."""
     with target:
         module = tvm.ir.transform.Sequential([make() for make in _TO_LOOPS])(tvm.IRModule({"main": function}))
     lowered = module["main"]
@@ -253,4 +253,6 @@ def _ends_of(loop: Any) -> Iterator[_End]:
 
 
 def _with_body(loop: Any, body: Stmt) -> Stmt:
-    return tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, body, loop.thread_binding, loop.annotations)
+    return tirx.For(
+        loop.loop_var, loop.min, loop.extent, loop.kind, body, loop.thread_binding, loop.annotations
+    )

@@ -1,7 +1,7 @@
 """Rules of the default schedule, one class each: `apply` schedules a nest (or a whole function) and says why it could.
 
-A rule that does not apply returns None and leaves the schedule alone. Threads: outer loops are fused and shared out where
-the nest has more than `SMALL` iterations. Vectors: `Shape.lanes` elements; ends are taken apart in `schedule_lower`.
+A rule that does not apply returns None and leaves the schedule alone. Threads: outer loops are fused and shared out
+where the nest has more than `SMALL` iterations. Vectors: `Shape.lanes` elements; ends are taken apart in `schedule_lower`.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Elementwise:
             chunk = shape.lanes * (64 if size > SMALL else 1)
             outer, rest = sch.split(fused, factors=[None, chunk])
             if chunk > shape.lanes:
-                middle, lanes = sch.split(rest, factors=[None, shape.lanes])
+                _, lanes = sch.split(rest, factors=[None, shape.lanes])
             else:
                 lanes = rest
             if size > SMALL:
@@ -142,7 +142,9 @@ class Elementwise:
         for access in (*loads(nest.stmt), *stores(nest.stmt)):
             if len(access.indices) != len(own):
                 return False
-            for index, var, axis, size in zip(access.indices, own, nest.axes, buffer_of(access).shape, strict=True):
+            for index, var, axis, size in zip(
+                access.indices, own, nest.axes, buffer_of(access).shape, strict=True
+            ):
                 if not var.same_as(index):
                     return False
                 extent = axis.extent
@@ -169,7 +171,7 @@ class Padding:
 class Contraction:
     """Sums in which neighbouring results read neighbouring elements: tiles of results stay in registers.
 
-    Matrix products (rows x lanes), convolutions (channels x width), sums over outer dimensions and pooling (lanes only).
+    Matrix products (rows x lanes), convolutions (channels x width), sums over outer dimensions, pooling (lanes only).
     """
 
     name = "contraction"
@@ -200,7 +202,7 @@ class Contraction:
                 loops[id(rows)] = [above]
             inner = [tile, lanes]
             tiles.append(tile)
-        others = [l for a in nest.spatial if a is not lane and a is not rows for l in loops[id(a)]]
+        others = [one for a in nest.spatial if a is not lane and a is not rows for one in loops[id(a)]]
         before = [*others, *loops[id(lane)], *(loops[id(rows)] if rows is not None else [])]
         sums = [a.loop for a in nest.reduced]
         sch.reorder(*before, *sums, *inner)
@@ -388,7 +390,11 @@ class Rows:
 
     def apply(self, sch: Schedule, shape: Shape) -> str | None:
         found = nests(sch)
-        if len(found) < 2 or not all(n.regular and n.axes for n in found) or not any(n.reduced for n in found):
+        if (
+            len(found) < 2
+            or not all(n.regular and n.axes for n in found)
+            or not any(n.reduced for n in found)
+        ):
             return None
         lead = self._same_rows(found)
         if lead == 0:
@@ -467,7 +473,9 @@ def inline(sch: Schedule) -> None:
                 continue
             if not readers:
                 continue
-            if any(r.reduced for r in readers) and (has_call(nest.stmt, (*HEAVY, "if_then_else")) or len(readers) > 1):
+            if any(r.reduced for r in readers) and (
+                has_call(nest.stmt, (*HEAVY, "if_then_else")) or len(readers) > 1
+            ):
                 continue
             if len(readers) > 1 and has_call(nest.stmt, HEAVY):
                 continue

@@ -3,8 +3,8 @@
     for k in n: y = y + f(k)        →      p[0:L] = 0;  for k in n // L: p[0:L] = p[0:L] + f(k L + 0:L)
                                            for k in the rest: y = y + f(k);  y = y + sum of p, by halves
 
-LLVM may not do this to floats, whose sums depend on their order. It is for innermost loops (or perfect nests of them) whose
-result does not move, and whose reads are neighbours or do not move.
+LLVM may not do this to floats, whose sums depend on their order. It is for innermost loops (or perfect nests of them)
+whose result does not move, and whose reads are neighbours or do not move.
 """
 
 from __future__ import annotations
@@ -67,16 +67,19 @@ def _element(store: Any) -> Expr | None:
     for own, other in ((a, b), (b, a)):
         same = isinstance(own, ir.TensorLoad) and own.source.same_as(store.buffer)
         if same and [str(i) for i in own.indices] == [str(i) for i in store.indices]:
-            found: list[Any] = []
-            structural_walk(other, (ir.TensorLoad, lambda v: found.append(v.source) or None))
-            return None if any(f.same_as(store.buffer) for f in found) else other
+            return None if any(read.source.same_as(store.buffer) for read in _loads(other)) else other
     return None
 
 
-def _neighbours(element: Expr, var: Any) -> bool:
+def _loads(expr: Expr) -> list[Any]:
     found: list[Any] = []
-    structural_walk(element, (ir.TensorLoad, lambda v: found.append(stride(v, var)) or None))
-    return 1 in found and all(step in (0, 1) for step in found)
+    structural_walk(expr, (ir.TensorLoad, lambda v: found.append(v) or None))
+    return found
+
+
+def _neighbours(element: Expr, var: Any) -> bool:
+    steps = [stride(read, var) for read in _loads(element)]
+    return 1 in steps and all(step in (0, 1) for step in steps)
 
 
 def _identity(store: Any) -> Expr:
@@ -137,4 +140,6 @@ def _vector_form(nest: list[Any], store: Any, element: Expr, width: int) -> Stmt
 def _for(
     var: Any, extent: Expr, body: Stmt, kind: Any = tirx.ForKind.SERIAL, start: Expr | None = None
 ) -> Stmt:
-    return tirx.For(var, tirx.IntImm(var.ty.dtype, 0) if start is None else start, extent, kind, body, None, {})
+    return tirx.For(
+        var, tirx.IntImm(var.ty.dtype, 0) if start is None else start, extent, kind, body, None, {}
+    )

@@ -1,10 +1,11 @@
-"""Tuning of what TVM generates: the shapes of the default schedules (`schedule_rules.Shape`), measured for each function.
+"""Tuning of what TVM generates: the shapes of default schedules (`schedule_rules.Shape`), measured for each function.
 
-A function's key is its structural hash, so equal kernels of two models share what was measured. Candidates are neighbours
-of the default tile sizes; each is compiled and run in a process of its own (`tune_worker`), must give the default's
-results within rounding, and is timed in turns with two copies of the default. What looks better is measured again with six times the
-rounds, and only that lets it be chosen (`runtimes/tuning/selection.py`). Records go to the same database as those of the op library's
-kernels, one line each, so that a kill loses nothing, and a second run goes on where the first one ended.
+A function's key is its structural hash, so equal kernels of two models share what was measured. Candidates are
+neighbours of the default tile sizes; each is compiled and run in a process of its own (`tune_worker`), must give the
+default's results within rounding, and is timed in turns with two copies of the default. What looks better is measured
+again with six times the rounds, and only that lets it be chosen (`runtimes/tuning/selection.py`). Records go to the
+same database as those of the op library's kernels, one line each, so that a kill loses nothing, and a second run goes
+on where the first one ended.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from ..tuning.child import Child, LostError
 from ..tuning.database import Database, Record, read_records
 from ..tuning.machines import Comparison, compared
 from ..tuning.selection import best
-from .schedule_cpu import function_key, schedule_function, schedulable
+from .schedule_cpu import function_key, schedulable, schedule_function
 from .schedule_rules import Shape
 
 Progress = Callable[[str], None]
@@ -44,7 +45,7 @@ SIZE = 128
 
 @dataclass(frozen=True)
 class Tuned:
-    """What tuning did to one function: seconds of the default and of what is taken (the same where nothing was better)."""
+    """What tuning did to one function: seconds of the default and of what is taken (the same if it is)."""
 
     name: str
     key: str
@@ -80,12 +81,13 @@ def tune_functions(
     found: list[Tuned] = []
     functions = {function_key(f): (str(g.name_hint), f) for g, f in mod.functions.items() if schedulable(f)}
     for done, (key, (name, function)) in enumerate(functions.items(), 1):
-        tried = 0
+        said = []
         left = (deadline - time.monotonic()) / (len(functions) - done + 1)
         until = time.monotonic() + left
-        for tried, text in enumerate(_search(function, key, target, records, until, sizes or {}), 1):
+        for text in _search(function, key, target, records, until, sizes or {}):
+            said.append(text)
             say(f"{name} ({done}/{len(functions)}): {text}")
-        found.append(_summary(name, key, target, records, tried))
+        found.append(_summary(name, key, target, records, len(said)))
     return found
 
 
@@ -177,7 +179,12 @@ def _search(
 
 
 def _ask(
-    child: Child, function: PrimFunc, target: Any, change: dict[str, int], rounds: int, sizes: Mapping[str, int]
+    child: Child,
+    function: PrimFunc,
+    target: Any,
+    change: dict[str, int],
+    rounds: int,
+    sizes: Mapping[str, int],
 ) -> Comparison | str:
     question = {
         "function": tvm.ir.save_json(function),
@@ -193,7 +200,9 @@ def _ask(
     return compared(answer)[0]
 
 
-def _record(key: str, target: Any, change: dict[str, int], confirmed: bool, sizes: Mapping[str, int]) -> Record:
+def _record(
+    key: str, target: Any, change: dict[str, int], confirmed: bool, sizes: Mapping[str, int]
+) -> Record:
     return Record(
         processor=processor(),
         isa=isa_of(target),
@@ -213,7 +222,9 @@ def _filled(record: Record, measured: Comparison | str, rounds: int) -> Record:
         status = "wrong" if measured.startswith("wrong") else "crashed"
         return replace(record, status=status, note=measured[:500])
     values = asdict(measured)
-    return replace(record, rounds=rounds, **{name: values[name] for name in ("seconds", "baseline", "ratio", "noise")})
+    return replace(
+        record, rounds=rounds, **{name: values[name] for name in ("seconds", "baseline", "ratio", "noise")}
+    )
 
 
 def _summary(name: str, key: str, target: Any, records: Database, tried: int) -> Tuned:

@@ -67,7 +67,10 @@ def _times(functions: list[Any], arguments: list[list[Any]], rounds: int) -> lis
 def _answer(question: dict[str, Any]) -> dict[str, Any]:
     function, target = tvm.ir.load_json(question["function"]), tvm.ir.load_json(question["target"])
     default = Shape.of(target)
-    built = [_compiled(function, target, default), _compiled(function, target, replace(default, **question["change"]))]
+    built = [
+        _compiled(function, target, default),
+        _compiled(function, target, replace(default, **question["change"])),
+    ]
     arguments = [_arguments(function, question["sizes"], question["size"]) for _ in built]
     for run, given in zip(built, arguments, strict=True):
         run(*given)

@@ -33,7 +33,10 @@ def _norm(x: Tensor) -> Tensor:
 CASES: dict[str, tuple[Callable[..., Tensor], Sequence[Tensor]]] = {
     "sum of tensors": (lambda x, y: x + y * 2, (randn(101, 130), randn(101, 130))),
     "broadcast": (lambda x, y: torch.relu(x + y), (randn(101, 130), randn(130))),
-    "activations": (lambda x: torch.tanh(x) * torch.sigmoid(x) * torch.exp(-x) + F.gelu(x), (randn(64, 301),)),
+    "activations": (
+        lambda x: torch.tanh(x) * torch.sigmoid(x) * torch.exp(-x) + F.gelu(x),
+        (randn(64, 301),),
+    ),
     "transpose": (lambda x: x.transpose(1, 2) + 1, (randn(8, 40, 70),)),
     "heads": (lambda x: x.reshape(x.shape[0], x.shape[1], 4, 16).transpose(1, 2) * 2, (randn(6, 40, 64),)),
     "softmax of rows": (lambda x: F.softmax(x, -1), (randn(64, 300),)),
@@ -56,8 +59,14 @@ CASES: dict[str, tuple[Callable[..., Tensor], Sequence[Tensor]]] = {
     "one row": (lambda x, y: x @ y.T, (randn(1, 960), randn(300, 960))),
     "batched product": (lambda x, y: x @ y, (randn(12, 70, 64), randn(12, 64, 50))),
     "scores": (lambda x, y: x @ y.transpose(-1, -2) * 0.5, (randn(12, 70, 64), randn(12, 50, 64))),
-    "linear and gelu": (lambda x, w, b: F.gelu(F.linear(x, w, b)), (randn(70, 96), randn(130, 96), randn(130))),
-    "conv1d": (lambda x, w, b: F.conv1d(x, w, b, padding=1), (randn(2, 32, 101), randn(48, 32, 3), randn(48))),
+    "linear and gelu": (
+        lambda x, w, b: F.gelu(F.linear(x, w, b)),
+        (randn(70, 96), randn(130, 96), randn(130)),
+    ),
+    "conv1d": (
+        lambda x, w, b: F.conv1d(x, w, b, padding=1),
+        (randn(2, 32, 101), randn(48, 32, 3), randn(48)),
+    ),
     "conv1d, stride": (lambda x, w: F.conv1d(x, w, stride=2), (randn(1, 32, 100), randn(48, 32, 3))),
     "conv2d": (
         lambda x, w, b: F.relu(F.conv2d(x, w, b, padding=1)),

@@ -105,7 +105,8 @@ def test_dynamic_sizes(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["activations", "softmax of rows", "matrix product", "scores", "conv2d", "depthwise", "sum of all"]
+    "name",
+    ["activations", "softmax of rows", "matrix product", "scores", "conv2d", "depthwise", "sum of all"],
 )
 def test_the_other_instruction_set(name: str) -> None:
     built = Built(name, "v3", False)
@@ -130,7 +131,15 @@ def test_the_ends_of_tiles_at_every_size() -> None:
     function = schedule_function(_product(m, n, k), target).with_attr("global_symbol", "main")
     run = tvm.compile(tvm.IRModule({"main": function}), target=target)["main"]
     rng = np.random.default_rng(0)
-    for rows, columns, inner in [(1, 1, 1), (8, 32, 5), (7, 31, 4), (9, 33, 3), (17, 65, 7), (25, 100, 2), (3, 64, 1)]:
+    for rows, columns, inner in [
+        (1, 1, 1),
+        (8, 32, 5),
+        (7, 31, 4),
+        (9, 33, 3),
+        (17, 65, 7),
+        (25, 100, 2),
+        (3, 64, 1),
+    ]:
         x, y = (rng.standard_normal(s).astype(np.float32) for s in ((rows, inner), (inner, columns)))
         got = tvm.runtime.tensor(np.full((rows, columns), np.nan, np.float32))
         run(tvm.runtime.tensor(x), tvm.runtime.tensor(y), got)
@@ -142,7 +151,9 @@ def test_conditions_leave_the_inside_of_tiles() -> None:
     for loop in loops(function.body):
         if loop.kind == KINDS.VECTORIZED:
             found: list[Any] = []
-            tvm_ffi.structural_walk(loop.body, (tirx.IfThenElse, lambda s, found=found: found.append(s) or None))
+            tvm_ffi.structural_walk(
+                loop.body, (tirx.IfThenElse, lambda s, found=found: found.append(s) or None)
+            )
             assert not found
 
 
