@@ -22,6 +22,8 @@ class Artefact:
 
     def spec(self, threads: int, inputs: Path, library: bool = True) -> dict[str, Any]:
         """How a worker opens it, with the op library in its folder or as stock ONNX Runtime would."""
+        if self.model == self.folder:
+            return {"engine": "tvm", "model": str(self.folder), "threads": threads, "inputs": str(inputs)}
         return {
             "engine": "onnxruntime",
             "model": str(self.model),
@@ -46,6 +48,7 @@ def compile_to(
     kwargs: dict[str, Any] | None = None,
     dynamic_shapes: Any = None,
     calibration: Sequence[Any] | None = None,
+    target: str = "cpu",
 ) -> Artefact:
     """Compile with a preset and save into ``folder``, which is made."""
     import isofold
@@ -58,5 +61,6 @@ def compile_to(
         dynamic_shapes=dynamic_shapes,
         calibration=calibration,
         output=folder,
+        target=target,
     )
-    return Artefact(folder, folder / "model.onnx", compiled)
+    return Artefact(folder, folder / "model.onnx" if target == "cpu" else folder, compiled)

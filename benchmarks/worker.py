@@ -2,9 +2,9 @@
 
 The harness starts this file with the interpreter of the environment that holds the engine, writes one JSON
 specification line and then commands to standard input, and reads one JSON line per answer. Needs numpy and
-the engine, nothing of isofold.
+the engine, nothing of isofold (but for the engine tvm, which is isofold.load).
 
-Specification: ``engine`` (onnxruntime | openvino | read | vnni), ``threads``, and for models ``model``,
+Specification: ``engine`` (onnxruntime | openvino | tvm | read | vnni), ``threads``, and for models ``model``,
 ``inputs`` (an .npz), for read ``file`` and ``streams``, optionally ``library`` (custom operators), ``optimize``
 (onnxruntime's graph optimization level), ``precision`` (OpenVINO's inference precision), ``clock`` (cpu: processor
 time instead of wall time). Commands: ``time`` (n runs, seconds of each), ``outputs`` (write an .npz), ``memory``
@@ -117,6 +117,29 @@ class OpenVino:
         ]
 
 
+class Tvm:
+    """One of our TVM artefacts (``model`` is its folder) as it is deployed, inputs bound once."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        import isofold
+
+        self.model = isofold.load(spec["model"], threads=spec["threads"])
+        with np.load(spec["inputs"]) as arrays:
+            self.feeds = {port.name: arrays[port.name] for port in self.model.inputs}
+        self.run = self.model.executor.bound(list(self.feeds.values()))
+
+    def outputs(self) -> list[Any]:
+        return list(self.model.run(self.feeds).values())
+
+    def profile(self, runs: int) -> dict[str, list[float]]:
+        total: dict[str, list[float]] = {}
+        for entry in self.model.profile(*self.feeds.values(), runs=runs):
+            place = total.setdefault(entry["op"], [0.0, 0])
+            place[0] += entry["microseconds"]
+            place[1] += 1
+        return total
+
+
 class Probe:
     """The machine itself: reads a file that should exceed the L3 several times, or issues vpdpbusd; see probe.c."""
 
@@ -158,7 +181,7 @@ def memory() -> dict[str, int]:
 def serve(answers: Any) -> None:
     """Read the specification and then commands until ``quit`` or the end of the input."""
     spec = json.loads(sys.stdin.readline())
-    engine: Any = {"onnxruntime": OnnxRuntime, "openvino": OpenVino, "read": Probe, "vnni": Probe}[
+    engine: Any = {"onnxruntime": OnnxRuntime, "openvino": OpenVino, "tvm": Tvm, "read": Probe, "vnni": Probe}[
         spec["engine"]
     ](spec)
 

@@ -1,9 +1,9 @@
 """How far what a runtime computes is from what the program computes: whole results, and single operators.
 
-The results of a whole network with quantized activations cannot be compared sharply: a sum in another order moves a value
-across the rounding boundary of the next quantizer, and the difference grows from layer to layer. Then every dialect
-operator is compared alone, on what it got in the program's own run (teacher forcing): float results differ by rounding,
-codes by at most one step in few places. A runtime says how it runs itself and how it runs one operator.
+The results of a whole network with quantized activations cannot be compared sharply: a sum in another order moves a
+value across the rounding boundary of the next quantizer, and the difference grows from layer to layer. Then every
+dialect operator is compared alone, on what it got in the program's own run (teacher forcing): float results differ by
+rounding, codes by at most one step in few places. A runtime says how it runs itself and how it runs one operator.
 """
 
 from __future__ import annotations

@@ -60,10 +60,12 @@ def prepare(
     dynamic_shapes: Any = None,
     verify: bool = True,
     progress: Progress | None = None,
+    dense: bool = False,
 ) -> Lowerable:
     """Capture `model` and run the passes of `recipe`; the half of `compile` that knows no runtime.
 
-    Arguments and errors are those of `compile`.
+    dense: the runtime wants float linears in panels (`Backend.dense_linears`). Other arguments and errors are those of
+    `compile`.
     """
     say = progress or (lambda _: None)
     chosen = resolve(recipe)
@@ -81,7 +83,7 @@ def prepare(
     captured = capture_model(model, args, kwargs, dynamic_shapes)
     seconds = {"capture": time.perf_counter() - started}
     started = time.perf_counter()
-    steps = pipeline()(captured, chosen, calibration)
+    steps = pipeline()(captured, chosen, calibration, dense)
     spaces: dict[str, Any] | None = None
 
     def look(name: str, program: Program) -> None:
@@ -115,7 +117,8 @@ def compile(  # named for what users call: isofold.compile
     model: an nn.Module, an ExportedProgram, a Program, or the path of a `.pt2` file.
     args, kwargs: example inputs (needed for a plain module; an ExportedProgram, a `.pt2` file and a transformers model
         bring their own). They also serve verification, so they should be typical.
-    target: where it runs; "cpu" is ONNX Runtime with isofold's op library.
+    target: where it runs; "cpu" is ONNX Runtime with isofold's op library, "tvm-cpu" a TVM executable for this machine,
+        "llvm:x86-64-v3" or "llvm:x86-64-v4" one for that instruction set.
     recipe: a preset's name, a YAML file, a mapping or a Recipe.
     calibration: inputs (tuples of args, dicts of kwargs, or single tensors) for recipes with static ranges.
     dynamic_shapes: as for torch.export.export.
@@ -143,6 +146,7 @@ def compile(  # named for what users call: isofold.compile
         dynamic_shapes=dynamic_shapes,
         verify=verify,
         progress=say,
+        dense=backend.dense_linears,
     )
     temporary = None
     if output is None:
@@ -205,6 +209,7 @@ def export(
         dynamic_shapes=dynamic_shapes,
         verify=verify,
         progress=progress,
+        dense=backend.dense_linears,
     )
     report = report_of(lowerable, target)
     backend.write_file(lowerable.program, path, report=report, progress=progress, **options)

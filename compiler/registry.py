@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 GROUP = "isofold.plugins"
 
-Pipeline = Callable[["Program", "Recipe", Any], Sequence["Step"]]
-"""(program, recipe, calibration batches or None) → the steps that the recipe means for this program."""
+Pipeline = Callable[["Program", "Recipe", Any, bool], Sequence["Step"]]
+"""(program, recipe, calibration batches or None, whether the runtime wants float weights in panels) → the steps that
+the recipe means for this program."""
 
 
 class Backend(Protocol):
@@ -33,6 +34,9 @@ class Backend(Protocol):
     name: str
     targets: tuple[str, ...]
     """Values of `target=` that choose this backend."""
+
+    dense_linears: bool
+    """Whether float linears must come as `isofold.linear_dense`: the runtime has no matrix product of its own."""
 
     suffix: str
     """Suffix of the single file that `write_file` writes, such as ".onnx"."""

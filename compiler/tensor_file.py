@@ -87,7 +87,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
             array = np.frombuffer(mapped, dtype, (end - start) // dtype.itemsize, 8 + length + start)
             found[name] = array.reshape(entry["shape"])
         return found
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError, struct.error) as error:
         raise ArtefactError(
             "The weights cannot be read",
             where=str(path),

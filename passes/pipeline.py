@@ -8,7 +8,8 @@
    the linears that feed it (its views then lead to them), epilogues before those linears are joined and before norms,
    which take only the sums that no linear took.
 5. `extract_sparsity` where the recipe asks for it, on what is then whole: joined linears with their epilogues.
-   Quantizers that still have one dense reader come last.
+   Quantizers that still have one dense reader come last; then, for a runtime without a float matrix product of its own,
+   float linears take panels (`pack_dense_linears`) and their epilogues.
 
 Between 1 and 2 come the folds that the recipe asks for (`fold_transforms`), then `prune_weights`. Steps that a
 recipe does not ask for are left out.
@@ -38,6 +39,7 @@ from .layers import check_recipe
 from .pack_codebook_linears import pack_codebook_linears
 from .pack_coded_linears import pack_coded_linears
 from .pack_convolutions import pack_convolutions
+from .pack_dense_linears import pack_dense_linears
 from .pack_embeddings import pack_embeddings
 from .pack_linears import pack_linears
 from .prune_weights import prune_weights
@@ -51,12 +53,17 @@ from .quantize_weights import quantize_weights
 from .split_low_rank import split_low_rank
 
 
-def plan(program: Program, recipe: Recipe, calibration: Iterable[Any] | None = None) -> list[Step]:
-    """The steps of `recipe` for `program`; calibration batches as in `calibrate.calibrate`."""
+def plan(
+    program: Program, recipe: Recipe, calibration: Iterable[Any] | None = None, dense: bool = False
+) -> list[Step]:
+    """The steps of `recipe` for `program`; calibration batches as in `calibrate.calibrate`.
+
+    dense: the runtime has no float matrix product of its own.
+    """
     if any(form.format == "auto" for form in recipe.weight_formats):
         machine, _ = known_machine()
         recipe, choices = resolve_formats(canonicalize(program).program, recipe, machine)
-        first, *others = plan(program, recipe, calibration)
+        first, *others = plan(program, recipe, calibration, dense)
         return [first, Step(choose_formats, {"choices": choices}), *others]
     options = {"recipe": recipe}
     if recipe.fold is not None and calibration is not None:
@@ -108,4 +115,8 @@ def plan(program: Program, recipe: Recipe, calibration: Iterable[Any] | None = N
             steps.append(Step(fuse_epilogues))  # float linears had no epilogue before
     if recipe.fuse:
         steps.append(Step(fuse_quantizers))
+    if dense:
+        steps.append(Step(pack_dense_linears))
+        if recipe.fuse:
+            steps.append(Step(fuse_epilogues))
     return steps

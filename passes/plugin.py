@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from ..compiler.recipe import Recipe
 
 
-def pipeline(program: Program, recipe: Recipe, calibration: Any = None) -> Sequence[Step]:
+def pipeline(
+    program: Program, recipe: Recipe, calibration: Any = None, dense: bool = False
+) -> Sequence[Step]:
     """The steps that `recipe` means for `program` (`pipeline.plan`)."""
     from .pipeline import plan
 
-    return plan(program, recipe, calibration)
+    return plan(program, recipe, calibration, dense)
 
 
 register_pipeline(pipeline)

@@ -21,6 +21,7 @@ class OnnxBackend:
     name = "onnx"
     targets: tuple[str, ...] = ("cpu", "onnx", "onnx-cpu")
     suffix = ".onnx"
+    dense_linears = False
 
     def write(
         self,

@@ -116,7 +116,9 @@ def _write_model(
     return facts
 
 
-def _compile_cuda(program: Program, library: Path, weights: Path, target: str, say: Progress) -> dict[str, Any]:
+def _compile_cuda(
+    program: Program, library: Path, weights: Path, target: str, say: Progress
+) -> dict[str, Any]:
     """The GPU half of the backend. Raises InputError where this isofold has none."""
     name = f"{__package__}.cuda"
     if find_spec(name) is None or find_spec(f"{name}.compile") is None:
@@ -129,7 +131,9 @@ def _compile_cuda(program: Program, library: Path, weights: Path, target: str, s
     return facts
 
 
-def weight_entries(program: Program, lowered: Lowered) -> Iterator[tuple[str, str, tuple[int, ...], memoryview | bytes]]:
+def weight_entries(
+    program: Program, lowered: Lowered
+) -> Iterator[tuple[str, str, tuple[int, ...], memoryview | bytes]]:
     """Tensors in the order in which the executable reads them: (name, dtype, shape, bytes)."""
     for name, parameter in lowered.parameters.items():
         tensor = program.tensors[name].detach().cpu().contiguous()
@@ -167,7 +171,9 @@ def manifest_of(program: Program, target: str, files: dict[str, Any]) -> dict[st
         "backend": "tvm",
         "target": target,
         "files": files,
-        "inputs": [_port(n, value(node), names) for n, node in zip(input_names(program), inputs, strict=True)],
+        "inputs": [
+            _port(n, value(node), names) for n, node in zip(input_names(program), inputs, strict=True)
+        ],
         "outputs": [
             _port(name, value(node), names)
             for name, node in zip(output_names(program), output_leaves(program), strict=True)
@@ -186,4 +192,3 @@ def _port(name: str, found: Any, names: dict[str, str]) -> dict[str, Any]:
 
 def _renamed(size: str, names: dict[str, str]) -> str:
     return re.sub(r"[A-Za-z_]\w*", lambda m: names.get(m[0], m[0]), size)
-

@@ -1,8 +1,8 @@
 """Building Relax from a program's nodes: one kernel description at a time, with sizes that torch already knows.
 
-A rule (`rules/`) turns one node into Relax expressions. Most write their result as a tensor expression: `Builder.kernel`
-gives them the inputs as TE tensors and takes the result's elements as a function of the index. The result's shape is that
-of the node's fake tensor, so that a rule never derives one. Equal kernels become one function.
+A rule (`rules/`) turns one node into Relax expressions. Most write their result as a tensor expression:
+`Builder.kernel` gives them the inputs as TE tensors and takes the result's elements as a function of the index. The
+result's shape is that of the node's fake tensor, so that a rule never derives one. Equal kernels become one function.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, fx
 from tvm import relax, te, tirx

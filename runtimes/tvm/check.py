@@ -1,4 +1,4 @@
-"""Comparing an executable with its program: results, and every operator of the op library on the program's own inputs."""
+"""Comparing an executable with its program: results, and each operator of the op library on the program's inputs."""
 
 from __future__ import annotations
 
@@ -67,5 +67,7 @@ def run_operator(
     declared = operator.overload._schema.arguments
     inputs = [array_of(given[d.name]) for d in declared if is_tensor(d) and given[d.name] is not None]
     results = [aligned(np.zeros(t.shape, array_of(t).dtype)) for t in like]
-    executor.operator("isofold_op")(text, *(tensor(aligned(a)) for a in inputs), *(tensor(r) for r in results))
+    executor.operator("isofold_op")(
+        text, *(tensor(aligned(a)) for a in inputs), *(tensor(r) for r in results)
+    )
     return results

@@ -1,7 +1,7 @@
 """Relax → a shared library for x86-64: kernels scheduled and compiled by TVM, the op library and its host linked in.
 
-Kernels that TVM makes are fused, then scheduled (`schedule_cpu`), then compiled for one instruction set; the op library's
-come for two and choose when they are loaded.
+Kernels that TVM makes are fused, then scheduled (`schedule_cpu`), then compiled for one instruction set; the op
+library's come for two and choose when they are loaded.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Running an executable with TVM's runtime alone: no compiler, no torch, not even the `tvm` package.
 
-Needed are `tvm_ffi` and `libtvm_runtime.so`. `tvm_ffi` imports torch where it is installed, which takes seconds, so that it
-is told there is none unless torch is loaded already.
+Needed are `tvm_ffi` and `libtvm_runtime.so`. `tvm_ffi` imports torch where it is installed, which takes seconds, so
+that it is told there is none unless torch is loaded already.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -140,13 +140,19 @@ class Executor:
                 hint="sizes must lie in the ranges that the model was captured with, ids inside their tables",
             ) from error
 
+    def bound(self, arrays: Sequence[np.ndarray]) -> Callable[[], Any]:
+        """A run on these arrays and nothing else: inputs are bound, results stay TVM's."""
+        self._use_threads(self.threads)
+        given = [self._tensor(aligned(array)) for array in arrays]
+        return lambda: self._main(*given)
+
     def watch(self, instrument: Any) -> None:
         """Call `instrument(function, name, before, result, *arguments)` around every call of the virtual machine."""
         self._vm["set_instrument"](instrument)
 
     def operator(self, name: str) -> Any:
         """A function of the library that is not part of the model, such as `isofold_op`."""
-        return self.module[name]
+        return self.module.get_function(name, query_imports=True)
 
 
 def first_line(error: BaseException) -> str:

@@ -4,8 +4,9 @@ Not through TVM's own importer: torch already knows the size of every value as a
 results are described by index with exactly these sizes (`builder.py`), and nothing is inferred a second time. That is
 also why every architecture keeps its dynamic batch and sequence.
 
-The module has two functions. `main(inputs..., weights...)` is the model. `prepare(weights...)` computes once what depends
-on weights alone (decoded weights that no kernel reads packed, tables); its results are the last arguments of `main`.
+The module has two functions. `main(inputs..., weights...)` is the model. `prepare(weights...)` computes once what
+depends on weights alone (decoded weights that no kernel reads packed, tables); its results are the last arguments of
+`main`.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ class TvmBackend:
     name = "tvm"
     targets: tuple[str, ...] = ("tvm-cpu", "llvm", "cuda")
     suffix = ".so"
+    dense_linears = True
 
     def write(
         self,

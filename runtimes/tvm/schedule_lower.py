@@ -1,7 +1,8 @@
 """From scheduled blocks to loops, with the ends of split loops taken apart.
 
 A loop of extent n that is split for vectors of L leaves `if i * L + lane < n` around every statement, and TVM computes
-a vector under a condition lane by lane. Here the condition is asked once for the whole tile, where its outer loops begin:
+a vector under a condition lane by lane. Here the condition is asked once for the whole tile, where its outer loops
+begin:
 
     if i * L + L <= n:   the tile without conditions (vectorized, unrolled)
     else:                the same over n - i * L lanes (a vector where that is a constant, else a plain loop)

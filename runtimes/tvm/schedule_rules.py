@@ -1,7 +1,8 @@
 """Rules of the default schedule, one class each: `apply` schedules a nest (or a whole function) and says why it could.
 
 A rule that does not apply returns None and leaves the schedule alone. Threads: outer loops are fused and shared out
-where the nest has more than `SMALL` iterations. Vectors: `Shape.lanes` elements; ends are taken apart in `schedule_lower`.
+where the nest has more than `SMALL` iterations. Vectors: `Shape.lanes` elements; ends are taken apart in
+`schedule_lower`.
 """
 
 from __future__ import annotations

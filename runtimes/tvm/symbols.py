@@ -11,14 +11,15 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from tvm import tirx
 
 from ...compiler.errors import UnsupportedError
 
 Expr = Any
-Size = int | sympy.Expr
+Size = Any
+"""An int, or a sympy expression."""
 
 
 def size_of(value: Any) -> Size:

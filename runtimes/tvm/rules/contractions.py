@@ -1,7 +1,7 @@
 """Matrix products.
 
-A linear with a constant weight goes to `linear_of_constant`, the one place where a packed float kernel is put in. What is
-left are products of two activations (attention is an operator of the op library): batched matrix products of TVM.
+Float linears with a constant weight arrive as `isofold.linear_dense` (`passes/pack_dense_linears.py`), and attention
+is an operator of the op library too. What is left are products of two activations: batched matrix products of TVM.
 """
 
 from __future__ import annotations
@@ -61,49 +61,21 @@ def product(
     return b.kernel(node, describe)
 
 
-def linear_of_constant(
-    b: Builder, node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None, *, transposed: bool
-) -> Any | None:
-    """A linear whose weight `[N, K]` (`transposed`: `[K, N]`) is a parameter; None where the packed kernel is not for it."""
-    try:
-        from ..dense_linear import dense_linear
-    except ImportError:
-        return None
-    return dense_linear(b, node, x, weight, bias, transposed=transposed)
-
-
-def _is_parameter(node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.op == "get_attr"
-
-
 @rule(aten.linear.default)
 def _linear(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
     x, weight, bias = a["input"], a["weight"], a["bias"]
-    if _is_parameter(weight) and (bias is None or _is_parameter(bias)):
-        made = linear_of_constant(b, node, x, weight, bias, transposed=False)
-        if made is not None:
-            return made
     return product(b, node, x, weight, bias, transposed=True)
 
 
 @rule(aten.addmm.default)
 def _addmm(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
     bias, x, weight = a["self"], a["mat1"], a["mat2"]
-    plain = a["alpha"] == 1 and a["beta"] == 1 and fake(bias).dim() == 1
-    if plain and _is_parameter(weight) and _is_parameter(bias):
-        made = linear_of_constant(b, node, x, weight, bias, transposed=True)
-        if made is not None:
-            return made
     return product(b, node, x, weight, bias, alpha=a["alpha"], beta=a["beta"])
 
 
 @rule(aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default)
 def _matmul(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
     x, y = list(a.values())[:2]
-    if _is_parameter(y) and fake(y).dim() == 2:
-        made = linear_of_constant(b, node, x, y, None, transposed=True)
-        if made is not None:
-            return made
     return product(b, node, x, y)
 
 

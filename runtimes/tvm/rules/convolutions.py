@@ -119,10 +119,9 @@ def convolution(
 @rule(aten.conv_transpose1d.default, aten.conv_transpose2d.input)
 def _conv_transpose(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
     rank = fake(a["weight"]).dim() - 2
-    spread = [_spread(a[name], rank) for name in ("stride", "padding", "output_padding")]
-    return transposed(
-        b, node, a["input"], a["weight"], a["bias"], *spread, a["groups"], _spread(a["dilation"], rank)
-    )
+    stride, padding, more = (_spread(a[name], rank) for name in ("stride", "padding", "output_padding"))
+    dilation = _spread(a["dilation"], rank)
+    return transposed(b, node, a["input"], a["weight"], a["bias"], stride, padding, more, a["groups"], dilation)
 
 
 def transposed(

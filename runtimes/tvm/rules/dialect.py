@@ -68,12 +68,9 @@ def call_library(
 ) -> list[Any]:
     """Emit a call of the op library; the results that are not wanted are None."""
     types = [b.type_of(f) for f, w in zip(fakes, wanted, strict=True) if w]
-    made = b.emit(relax.call_dps_packed(EXTERN, [ir.StringImm(text) if hasattr(ir, "StringImm") else
-                                                 relax.StringImm(text), *tensors], types), node)  # fmt: skip
-    if len(types) == 1:
-        parts = [made]
-    else:
-        parts = [b.emit(relax.TupleGetItem(made, i), node) for i in range(len(types))]
+    made = b.emit(relax.call_dps_packed(EXTERN, [ir.StringImm(text), *tensors], types), node)
+    several = range(len(types)) if len(types) > 1 else []
+    parts = [b.emit(relax.TupleGetItem(made, i), node) for i in several] or [made]
     return [parts.pop(0) if w else None for w in wanted]
 
 

@@ -169,9 +169,7 @@ def _slice_scatter(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
 
         def element(*i: Expr) -> Expr:
             away = i[dim] - first
-            inside = tirx.And(
-                tirx.And(away >= 0, away < length * step), equal(tirx.floormod(away, step), 0)
-            )
+            inside = tirx.And(tirx.And(away >= 0, away < length * step), equal(tirx.floormod(away, step), 0))
             own = p(*(tirx.floordiv(away, step) if d == dim else at for d, at in enumerate(i)))
             return tirx.if_then_else(inside, own, x(*i))
 

@@ -36,7 +36,8 @@ def _moments(
 
 @rule(aten.group_norm.default, aten.instance_norm.default)
 def _group_norm(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
-    source, weight, bias = a.get("input"), a["weight"], a["bias"]
+    source: fx.Node = a["input"]
+    weight, bias = a["weight"], a["bias"]
     dtype = dtype_name(fake(node).dtype)
     eps = constant(a["eps"], dtype)
 
@@ -122,7 +123,7 @@ def _batch_norm(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
 
     def describe(k: Kernel) -> te.Tensor:
         x = k.tensor(source)
-        of = {name: k.tensor(n) if n is not None else None for name, n in parts.items()}
+        of: dict[str, Any] = {name: k.tensor(n) if n is not None else None for name, n in parts.items()}
         w, v, mean, var = of["weight"], of["bias"], of["running_mean"], of["running_var"]
 
         def element(n: Expr, c: Expr, *i: Expr) -> Expr:

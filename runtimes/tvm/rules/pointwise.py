@@ -1,7 +1,7 @@
 """Operators on each element: arithmetic, comparison, activations, casts, selection.
 
-Operands broadcast and take the type that torch gives the operation. float32 transcendental functions are the
-polynomials of the op library (`kernels/math.py`), which LLVM vectorizes; other types use TVM's intrinsics.
+Operands broadcast and take the type that torch gives the operation. Transcendental functions are TVM's intrinsics here;
+the schedule makes polynomials of them (`schedule_math.py`), once nothing is inlined any more.
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
 from tvm import te, tirx
 
-from ....compiler.errors import UnsupportedError
-from ...kernels import math as fast
 from ..builder import Builder, Kernel, dtype_name, fake
 from .registry import aten, rule
 
@@ -88,25 +86,13 @@ def pointwise(b: Builder, node: fx.Node, operands: list[Any], dtype: str, body: 
     return b.kernel(node, describe)
 
 
-def _float32_or(own: Unary, general: Unary) -> Unary:
-    return lambda x: own(x) if str(x.ty.dtype) == "float32" else general(x)
-
-
-exp = _float32_or(fast.exp, tirx.exp)
-tanh = _float32_or(fast.tanh, tirx.tanh)
-sigmoid = _float32_or(fast.sigmoid, tirx.sigmoid)
-
-
 def _gelu(x: Expr, approximate: str = "none") -> Expr:
-    if str(x.ty.dtype) == "float32":
-        return fast.gelu(x) if approximate == "none" else fast.gelu_tanh(x)
-    one, half = constant(1, str(x.ty.dtype)), constant(0.5, str(x.ty.dtype))
+    dtype = str(x.ty.dtype)
     if approximate == "none":
-        return x * half * (one + tirx.erf(x * constant(math.sqrt(0.5), str(x.ty.dtype))))
-    inner = constant(math.sqrt(2 / math.pi), str(x.ty.dtype)) * (
-        x + constant(0.044715, str(x.ty.dtype)) * x * x * x
-    )
-    return x * half * (one + tirx.tanh(inner))
+        return x * constant(0.5, dtype) * (constant(1, dtype) + tirx.erf(x * constant(math.sqrt(0.5), dtype)))
+    # 0.5 (1 + tirx.tanh(a)) = sigmoid(2 a)
+    cubic = constant(1, dtype) + constant(0.044715, dtype) * x * x
+    return x * tirx.sigmoid(constant(2 * math.sqrt(2 / math.pi), dtype) * x * cubic)
 
 
 def _sign(x: Expr) -> Expr:
@@ -124,8 +110,8 @@ def _not(x: Expr) -> Expr:
 _UNARY: dict[Any, Unary] = {
     aten.abs.default: lambda x: tirx.abs(x),
     aten.neg.default: lambda x: constant(0, str(x.ty.dtype)) - x if "int" in str(x.ty.dtype) else -x,
-    aten.exp.default: exp,
-    aten.exp2.default: lambda x: exp(x * constant(math.log(2), str(x.ty.dtype))),
+    aten.exp.default: tirx.exp,
+    aten.exp2.default: lambda x: tirx.exp(x * constant(math.log(2), str(x.ty.dtype))),
     aten.expm1.default: lambda x: tirx.exp(x) - constant(1, str(x.ty.dtype)),
     aten.log.default: tirx.log,
     aten.log2.default: tirx.log2,
@@ -143,14 +129,14 @@ _UNARY: dict[Any, Unary] = {
     aten.atan.default: tirx.atan,
     aten.sinh.default: tirx.sinh,
     aten.cosh.default: tirx.cosh,
-    aten.tanh.default: tanh,
-    aten.sigmoid.default: sigmoid,
+    aten.tanh.default: tirx.tanh,
+    aten.sigmoid.default: tirx.sigmoid,
     aten.erf.default: tirx.erf,
     aten.relu.default: lambda x: tirx.max(x, constant(0, str(x.ty.dtype))),
     aten.relu6.default: lambda x: tirx.min(
         tirx.max(x, constant(0, str(x.ty.dtype))), constant(6, str(x.ty.dtype))
     ),
-    aten.silu.default: _float32_or(fast.silu, lambda x: x * tirx.sigmoid(x)),
+    aten.silu.default: lambda x: x * tirx.sigmoid(x),
     aten.floor.default: tirx.floor,
     aten.ceil.default: tirx.ceil,
     aten.trunc.default: tirx.trunc,
@@ -199,7 +185,7 @@ def _gelu_rule(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
 def _log1p_exp(x: Expr) -> Expr:
     """log(1 + e^x) without overflow: max(x, 0) + log1p(e^-|x|)."""
     zero, one = constant(0, str(x.ty.dtype)), constant(1, str(x.ty.dtype))
-    return tirx.max(x, zero) + tirx.log(one + exp(zero - tirx.abs(x)))
+    return tirx.max(x, zero) + tirx.log(one + tirx.exp(zero - tirx.abs(x)))
 
 
 @rule(aten.softplus.default)
@@ -227,7 +213,7 @@ def _elu(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
     one, zero = constant(1, dtype), constant(0, dtype)
     return pointwise(
         b, node, [a["self"]], dtype,
-        lambda x: tirx.Select(x > zero, x * scale, alpha * scale * (exp(tirx.min(x, zero) * inner) - one)),
+        lambda x: tirx.Select(x > zero, x * scale, alpha * scale * (tirx.exp(tirx.min(x, zero) * inner) - one)),
     )  # fmt: skip
 
 
@@ -254,7 +240,7 @@ def _hard(x: Expr) -> Expr:
 
 @rule(aten.mish.default)
 def _mish(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
-    return pointwise(b, node, [a["self"]], dtype_name(fake(node).dtype), lambda x: x * tanh(_log1p_exp(x)))
+    return pointwise(b, node, [a["self"]], dtype_name(fake(node).dtype), lambda x: x * tirx.tanh(_log1p_exp(x)))
 
 
 @rule(aten.clamp.default, aten.clamp.Tensor)
@@ -312,7 +298,7 @@ _BINARY: dict[str, Binary] = {
     "maximum": tirx.max,
     "minimum": tirx.min,
     "remainder": _remainder,
-    "fmod": lambda x, y: tirx.fmod(x, y) if "float" in str(x.ty.dtype) else tirx.truncmod(x, y),
+    "fmod": lambda x, y: x - tirx.trunc(x / y) * y if "float" in str(x.ty.dtype) else tirx.truncmod(x, y),
     "floor_divide": _floor_div,
     "atan2": lambda x, y: tirx.atan2(x, y),
     "eq": tirx.EQ,
@@ -399,6 +385,9 @@ def _scaled_sum(b: Builder, node: fx.Node, x: Any, y: Any, alpha: Any, sign: int
 
 @rule(aten.div.Tensor, aten.div.Scalar, aten.true_divide.Tensor)
 def _div(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
+    if a["other"] == 0:  # TVM refuses to divide by a zero that it sees
+        infinity = constant(math.inf, dtype_name(fake(node).dtype))
+        return pointwise(b, node, [a["self"]], dtype_name(fake(node).dtype), lambda x: x * infinity)
     return pointwise(b, node, [a["self"], a["other"]], dtype_name(fake(node).dtype), lambda x, y: x / y)
 
 
@@ -508,15 +497,13 @@ def _lerp(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
 @rule(aten.glu.default)
 def _glu(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
     dim = a["dim"] % fake(node).dim()
-    if fake(node).dtype != torch.float32:
-        raise UnsupportedError("glu is lowered for float32 only", got=str(fake(node).dtype))
 
     def body(k: Kernel, x: te.Tensor) -> Callable[..., Expr]:
         half = k.size(fake(node).shape[dim])
 
         def element(*i: Expr) -> Expr:
             gate = x(*(index + half if d == dim else index for d, index in enumerate(i)))
-            return x(*i) * sigmoid(gate)
+            return x(*i) * tirx.sigmoid(gate)
 
         return element
 

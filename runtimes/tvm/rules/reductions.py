@@ -12,7 +12,7 @@ from tvm.script import tirx as T
 from ....compiler.errors import UnsupportedError
 from ....compiler.graph import value
 from ..builder import Builder, Kernel, dtype_name, fake
-from .pointwise import cast, constant, exp
+from .pointwise import cast, constant
 from .registry import aten, rule
 
 Expr = Any
@@ -197,15 +197,16 @@ def _with_index(
     return parts[only] if only is not None else parts
 
 
-@rule(aten.var.correction, aten.std.correction)
+@rule(aten.var.correction, aten.std.correction, aten.var.dim, aten.std.dim, aten.var.default, aten.std.default)
 def _var(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
-    source, correction = a["self"], 1 if a["correction"] is None else a["correction"]
+    source, correction = a["self"], a.get("correction", int(a.get("unbiased", True)))
+    correction = 1 if correction is None else correction
     dtype = dtype_name(fake(node).dtype)
-    root = node.target is aten.std.correction
+    root = str(node.target).startswith("aten.std")
 
     def describe(k: Kernel) -> te.Tensor:
         x, shape = k.tensor(source), k.shape(source)
-        dims = dims_of(source, a["dim"])
+        dims = dims_of(source, a.get("dim"))
         kept = [tirx.IntImm("int64", 1) if d in dims else s for d, s in enumerate(shape)]
         number = count(shape, dims, dtype)
         total = reduced(k, shape, dims, True, lambda *i: x(*i), kept, te.sum, "total")
@@ -214,7 +215,7 @@ def _var(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
             mean = total(*(0 if d in dims else at for d, at in enumerate(i))) / number
             return (x(*i) - mean) * (x(*i) - mean)
 
-        squares = reduced(k, shape, dims, a["keepdim"], square, k.shape(node), te.sum, "squares")
+        squares = reduced(k, shape, dims, a.get("keepdim", False), square, k.shape(node), te.sum, "squares")
 
         def last(*i: Expr) -> Expr:
             v = squares(*i) / (number - constant(correction, dtype))
@@ -260,7 +261,7 @@ def _softmax(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
             return [0 if d in dims else at for d, at in enumerate(i)]
 
         largest = reduced(k, shape, dims, True, lambda *i: cast(x(*i), dtype), kept, te.max, "largest")
-        weights = te.compute(shape, lambda *i: exp(cast(x(*i), dtype) - largest(*own(i))), name="weights")
+        weights = te.compute(shape, lambda *i: tirx.exp(cast(x(*i), dtype) - largest(*own(i))), name="weights")
         total = reduced(k, shape, dims, True, lambda *i: weights(*i), kept, te.sum, "total")
         if only_sum:
             expand = lambda i: i if a["keepdim"] else _insert(i, dims, rank)  # noqa: E731

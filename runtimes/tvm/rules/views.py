@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
 from tvm import te, tirx
@@ -219,7 +219,8 @@ def _stack(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
 @rule(aten.pad.default, aten.constant_pad_nd.default, aten.reflection_pad1d.default, aten.reflection_pad2d.default,
       aten.replication_pad1d.default, aten.replication_pad2d.default)  # fmt: skip
 def _pad(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
-    source, widths = a["self"], a.get("pad", a.get("padding"))
+    source: fx.Node = a["self"]
+    widths: list[Any] = a["pad"] if "pad" in a else a["padding"]
     name = str(node.target)
     mode = a.get(
         "mode", "reflect" if "reflection" in name else "replicate" if "replication" in name else "constant"

@@ -1,0 +1,55 @@
+"""The op library under TVM's runtime, without a model around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from isofold.compiler.capture import capture
+from isofold.compiler.errors import ToolchainError
+from isofold.compiler.program import Program
+from isofold.compiler.tensor_file import read_tensors, write_tensors
+from isofold.runtimes.tvm.artefact import weight_entries
+from isofold.runtimes.tvm.compile_cpu import compile_library, cpu_target
+from isofold.runtimes.tvm.executor import Executor
+from isofold.runtimes.tvm.library import host_objects
+from isofold.runtimes.tvm.lower import lower
+
+
+class Negative(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return -x
+
+
+@pytest.fixture(scope="session")
+def objects() -> None:
+    try:
+        host_objects()
+    except ToolchainError as error:
+        pytest.skip(f"the op library cannot be built here: {error}")
+
+
+@pytest.fixture(scope="session")
+def execute(objects: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Executor]:
+    """Compile a program into an executor."""
+
+    def made(program: Program) -> Executor:
+        folder: Path = tmp_path_factory.mktemp("executable")
+        lowered = lower(program)
+        with (folder / "weights.safetensors").open("wb") as file:
+            write_tensors(file, weight_entries(program, lowered))
+        compile_library(lowered.module, cpu_target("tvm-cpu"), folder / "model.so")
+        return Executor(folder / "model.so", read_tensors(folder / "weights.safetensors"))
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def host(execute: Callable[..., Executor]) -> Any:
+    """An executor whose op library is called directly."""
+    return execute(capture(Negative(), (torch.ones(3),), None, None))
