@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import tvm
-import tvm_ffi
 from tvm import s_tir, sym, tirx
 from tvm.s_tir import SBlock, SBlockRealize
 
 from .schedule_join import join_rows
-from .schedule_nests import substitute, variables
+from .schedule_nests import every, substitute, variables
 from .schedule_sums import vector_sums
 
 Stmt = Any
@@ -70,10 +69,8 @@ def to_loops(function: tirx.PrimFunc, target: Any, lanes: int, chains: int) -> t
 
 def _bound(stmt: Stmt) -> frozenset[Any]:
     """Variables that a statement gives values."""
-    found: set[Any] = set()
-    tvm_ffi.structural_walk(stmt, (tirx.For, lambda loop: found.add(loop.loop_var) or None))
-    tvm_ffi.structural_walk(stmt, (tirx.Bind, lambda bind: found.add(bind.var) or None))
-    return frozenset(found)
+    loops = {loop.loop_var for loop in every(stmt, tirx.For)}
+    return frozenset(loops | {bind.var for bind in every(stmt, tirx.Bind)})
 
 
 # ---- vectors of any length
@@ -87,6 +84,8 @@ def _whole_registers(stmt: Stmt) -> Stmt:
         if stmt.kind != tirx.ForKind.VECTORIZED or not fixed or int(stmt.extent) in _POWERS:
             return _with_body(stmt, body)
         kind, at, left, parts = stmt.loop_var.ty.dtype, 0, int(stmt.extent), []
+        if left <= 0:
+            return tirx.Evaluate(tirx.IntImm("int32", 0))
         while left:
             lanes = next(power for power in _POWERS if power <= left)
             moved = substitute(body, {stmt.loop_var: stmt.loop_var + tirx.IntImm(kind, at)}) if at else body
@@ -191,20 +190,25 @@ def _peel(stmt: Stmt, waiting: frozenset[Any]) -> Stmt:
 
 
 def _apart(stmt: Stmt, end: _End, waiting: frozenset[Any]) -> Stmt:
+    """The statement for whole tiles, for the last one, and for those that lie behind the end."""
     analyzer = sym.Analyzer()
     whole = analyzer.simplify(end.rest + end.size <= end.bound)
-    partial = _without(stmt, end, _remainder(end, analyzer))
-    if isinstance(whole, tirx.IntImm):
-        return _peel(_without(stmt, end, None) if int(whole) else partial, waiting)
-    return tirx.IfThenElse(whole, _peel(_without(stmt, end, None), waiting), _peel(partial, waiting))
-
-
-def _remainder(end: _End, analyzer: Any) -> Expr:
-    """Lanes of the last tile."""
-    aligned = analyzer.simplify(tirx.floormod(end.rest, end.size))
-    if isinstance(end.bound, tirx.IntImm) and _is_zero(aligned):
-        return tirx.IntImm(end.bound.ty.dtype, int(end.bound) % end.size or end.size)
-    return analyzer.simplify(end.bound - end.rest)
+    if isinstance(whole, tirx.IntImm) and int(whole):
+        return _peel(_without(stmt, end, None), waiting)
+    kind = end.rest.ty.dtype
+    fixed = isinstance(end.bound, tirx.IntImm) and _is_zero(
+        analyzer.simplify(tirx.floormod(end.rest, end.size))
+    )
+    if fixed:
+        left = int(end.bound) % end.size
+        otherwise = _peel(_without(stmt, end, tirx.IntImm(kind, 0)), waiting)
+        if left:
+            last = _peel(_without(stmt, end, tirx.IntImm(kind, left)), waiting)
+            otherwise = tirx.IfThenElse(analyzer.simplify(end.rest < end.bound), last, otherwise)
+    else:
+        # A loop of a negative number of lanes has none.
+        otherwise = _peel(_without(stmt, end, analyzer.simplify(end.bound - end.rest)), waiting)
+    return tirx.IfThenElse(whole, _peel(_without(stmt, end, None), waiting), otherwise)
 
 
 def _without(stmt: Stmt, end: _End, lanes: Expr | None, tiles: tuple[Any, ...] = ()) -> Stmt:

@@ -29,7 +29,6 @@ class Shape:
     rows: int = 8
     columns: int = 32
     chains: int = 2
-    unroll: int = 1
 
     @staticmethod
     def of(target: Any) -> Shape:

@@ -12,9 +12,8 @@ from __future__ import annotations
 from typing import Any
 
 from tvm import ir, tirx
-from tvm_ffi import structural_walk
 
-from .schedule_nests import stride, substitute, variables
+from .schedule_nests import every, stride, substitute, variables
 
 Stmt = Any
 Expr = Any
@@ -67,18 +66,16 @@ def _element(store: Any) -> Expr | None:
     for own, other in ((a, b), (b, a)):
         same = isinstance(own, ir.TensorLoad) and own.source.same_as(store.buffer)
         if same and [str(i) for i in own.indices] == [str(i) for i in store.indices]:
-            return None if any(read.source.same_as(store.buffer) for read in _loads(other)) else other
+            return (
+                None
+                if any(read.source.same_as(store.buffer) for read in every(other, ir.TensorLoad))
+                else other
+            )
     return None
 
 
-def _loads(expr: Expr) -> list[Any]:
-    found: list[Any] = []
-    structural_walk(expr, (ir.TensorLoad, lambda v: found.append(v) or None))
-    return found
-
-
 def _neighbours(element: Expr, var: Any) -> bool:
-    steps = [stride(read, var) for read in _loads(element)]
+    steps = [stride(read, var) for read in every(element, ir.TensorLoad)]
     return 1 in steps and all(step in (0, 1) for step in steps)
 
 
