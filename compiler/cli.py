@@ -391,6 +391,12 @@ def tune_command(
     isa: Annotated[
         str | None, typer.Option(help="Instruction set, v3 or v4. Default: the best of each machine.")
     ] = None,
+    target: Annotated[
+        str,
+        typer.Option(
+            help="What runs the model: cpu, or tvm-cpu, which also tunes what TVM generates for MODEL."
+        ),
+    ] = "cpu",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -412,6 +418,7 @@ def tune_command(
                 database=database,
                 merge=merge or (),
                 isa=isa,
+                target=target,
                 progress=say,
             )
         except KeyboardInterrupt:

@@ -68,7 +68,14 @@ def tune(
             from .frontend import prepare
 
             subject = prepare(
-                model, args, kwargs, recipe=recipe, dynamic_shapes=dynamic_shapes, verify=False, progress=say
+                model,
+                args,
+                kwargs,
+                recipe=recipe,
+                dynamic_shapes=dynamic_shapes,
+                verify=False,
+                dense=backend.dense_linears,
+                progress=say,
             ).program
     return backend.tune(
         subject,

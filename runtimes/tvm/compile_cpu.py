@@ -62,8 +62,17 @@ def _best_here() -> str:
 
 def scheduled(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
     """The module with everything legalized, fused and scheduled, before it becomes code."""
+    from .tune_cpu import shapes_for_build
+
+    module = fused(module, target)
     with target:
-        module = tvm.transform.Sequential(
+        return schedule_cpu(module, target, shapes_for_build(target))
+
+
+def fused(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
+    """The module with everything legalized and fused: the kernels that are to be scheduled."""
+    with target:
+        return tvm.transform.Sequential(
             [
                 transform.CanonicalizeBindings(),
                 # A reshape stays a view: fused, its index arithmetic would cost more than it saves.
@@ -75,7 +84,6 @@ def scheduled(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
                 transform.DeadCodeElimination(),
             ]
         )(module)
-        return schedule_cpu(module, target)
 
 
 def _executable_pipeline() -> tvm.transform.Pass:

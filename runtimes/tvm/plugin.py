@@ -79,10 +79,17 @@ class TvmBackend:
         isa: str | None = None,
         progress: Progress | None = None,
     ) -> dict[str, Any]:
-        """Search the knobs of the op library's kernels, which both runtimes run (`runtimes/tuning`)."""
+        """Search the knobs of the op library's kernels, which both runtimes run (`runtimes/tuning`), and for a program
+        the tile sizes of the kernels that TVM makes for it (`tune_cpu`), in half of the time each."""
         from ..tuning.session import tune_subject
 
-        return tune_subject(
+        generated = None
+        if seconds > 0 and not isinstance(subject, Path | None) and rpc is None:
+            from .tune_cpu import tune_program
+
+            seconds /= 2
+            generated = tune_program(subject, seconds, database, isa, progress)
+        found = tune_subject(
             subject,
             seconds=seconds,
             threads=threads,
@@ -93,6 +100,10 @@ class TvmBackend:
             isa=isa,
             progress=progress,
         )
+        if generated is not None:
+            found["workloads"] += generated
+            found["measured"] += sum(row["tried"] for row in generated)
+        return found
 
     def open(self, folder: Path, **options: Any) -> TvmModel:
         """Open an artefact (options: `session.open_artefact`)."""

@@ -1,7 +1,7 @@
 """The default schedule of kernels that TVM makes for the CPU: outer loops in parallel, inner ones as vectors.
 
-`schedule_cpu` takes every function of a module that is not scheduled yet through the rules of `schedule_rules`: first the
-rules for whole functions, else nest by nest. What scheduled a function is its attribute `isofold.schedule`, which
+`schedule_cpu` takes every function of a module that is not scheduled yet through the rules of `schedule_rules`: first
+the rules for whole functions, else nest by nest. What scheduled a function is its attribute `isofold.schedule`, which
 `schedule_report` lists. A function comes back as loops (`schedule_lower`), so that no later pass schedules it again.
 """
 

@@ -3,8 +3,8 @@
     parallel i: a[i, :] = f(x[i, :])                    parallel i: a'[:] = f(x[i, :])
     parallel i: y[i, :] = g(a[i, :])             →                  y[i, :] = g(a'[:])
 
-Softmax and norms are three or four such loops. Legal where every element that one loop writes and a later one reads is at
-the loops' own index: the leading indices of all accesses to it are the same expression of the loop variable.
+Softmax and norms are three or four such loops. Legal where every element that one loop writes and a later one reads
+is at the loops' own index: the leading indices of all accesses to it are the same expression of the loop variable.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 from tvm import ir, tirx
-from tvm_ffi import structural_map, structural_walk
+from tvm_ffi import structural_map
 
-from .schedule_nests import substitute
+from .schedule_nests import every, substitute
 
 Stmt = Any
 
@@ -73,10 +73,8 @@ def _joined(one: Any, two: Any, buffers: dict[Any, Any]) -> Any | None:
 
 def _accesses(stmt: Stmt) -> list[tuple[Any, Any, bool]]:
     """(buffer, indices, writes) of every access."""
-    found: list[tuple[Any, Any, bool]] = []
-    structural_walk(stmt, (ir.TensorLoad, lambda v: found.append((v.source, v.indices, False)) or None))
-    structural_walk(stmt, (tirx.BufferStore, lambda v: found.append((v.buffer, v.indices, True)) or None))
-    return found
+    reads = [(load.source, load.indices, False) for load in every(stmt, ir.TensorLoad)]
+    return [*reads, *((store.buffer, store.indices, True) for store in every(stmt, tirx.BufferStore))]
 
 
 def _written(stmt: Stmt) -> set[Any]:
@@ -110,14 +108,7 @@ def _row_of(stmts: list[Stmt], buffer: Any, row: Any) -> list[str] | None:
 
 
 def _mentions(expr: Any, var: Any) -> bool:
-    found = False
-
-    def look(v: Any) -> None:
-        nonlocal found
-        found = found or v.same_as(var)
-
-    structural_walk(expr, (ir.Var, look))
-    return found
+    return any(v.same_as(var) for v in every(expr, ir.Var))
 
 
 def _with_row(loop: Any, buffer: Any) -> Any | None:

@@ -1,7 +1,8 @@
 """From scheduled blocks to loops, with the ends of split loops taken apart.
 
-A loop of extent n that is split for vectors of L leaves `if i * L + lane < n` around every statement, and TVM computes a
-vector under a condition lane by lane. Here the condition is asked once for the whole tile, where its outer loops begin:
+A loop of extent n that is split for vectors of L leaves `if i * L + lane < n` around every statement, and TVM computes
+a vector under a condition lane by lane. Here the condition is asked once for the whole tile, where its outer loops
+begin:
 
     if i * L + L <= n:   the tile without conditions (vectorized, unrolled)
     else:                the same over n - i * L lanes (a vector where that is a constant, else a plain loop)
@@ -16,12 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import tvm
-import tvm_ffi
-from tvm import ir, s_tir, sym, tirx
+from tvm import s_tir, sym, tirx
 from tvm.s_tir import SBlock, SBlockRealize
 
 from .schedule_join import join_rows
-from .schedule_nests import substitute, variables
+from .schedule_nests import every, substitute, variables
 from .schedule_sums import vector_sums
 
 Stmt = Any
@@ -54,13 +54,14 @@ class _End:
 
 
 def to_loops(function: tirx.PrimFunc, target: Any, lanes: int, chains: int) -> tirx.PrimFunc:
-    """A scheduled function without blocks (but one around all of it), its tiles free of conditions and its loops over the
-    same rows joined."""
+    """A scheduled function without blocks (but one around all of it): loops over the same rows joined, tiles free of
+    conditions. lanes, chains: as in `schedule_rules.Shape`."""
     with target:
         module = tvm.ir.transform.Sequential([make() for make in _TO_LOOPS])(tvm.IRModule({"main": function}))
     lowered = module["main"]
     body = vector_sums(join_rows(lowered.body), lanes, chains)
     peeled = lowered.with_body(_peel(body, _bound(body)))
+    peeled = peeled.with_body(_whole_registers(peeled.body))
     unique = s_tir.transform.ConvertSSA()(tvm.IRModule({"main": peeled}))["main"]
     root = SBlock([], [], [], "root", unique.body)
     return unique.with_body(SBlockRealize([], True, root))
@@ -68,10 +69,41 @@ def to_loops(function: tirx.PrimFunc, target: Any, lanes: int, chains: int) -> t
 
 def _bound(stmt: Stmt) -> frozenset[Any]:
     """Variables that a statement gives values."""
-    found: set[Any] = set()
-    tvm_ffi.structural_walk(stmt, (tirx.For, lambda loop: found.add(loop.loop_var) or None))
-    tvm_ffi.structural_walk(stmt, (tirx.Bind, lambda bind: found.add(bind.var) or None))
-    return frozenset(found)
+    loops = {loop.loop_var for loop in every(stmt, tirx.For)}
+    return frozenset(loops | {bind.var for bind in every(stmt, tirx.Bind)})
+
+
+# ---- vectors of any length
+
+
+def _whole_registers(stmt: Stmt) -> Stmt:
+    """Vectorized loops in pieces of powers of two: LLVM keeps 16 + 8 lanes in registers, and 24 in memory."""
+    if isinstance(stmt, tirx.For):
+        body = _whole_registers(stmt.body)
+        fixed = isinstance(stmt.extent, tirx.IntImm)
+        if stmt.kind != tirx.ForKind.VECTORIZED or not fixed or int(stmt.extent) in _POWERS:
+            return _with_body(stmt, body)
+        kind, at, left, parts = stmt.loop_var.ty.dtype, 0, int(stmt.extent), []
+        if left <= 0:
+            return tirx.Evaluate(tirx.IntImm("int32", 0))
+        while left:
+            lanes = next(power for power in _POWERS if power <= left)
+            moved = substitute(body, {stmt.loop_var: stmt.loop_var + tirx.IntImm(kind, at)}) if at else body
+            form = tirx.ForKind.VECTORIZED if lanes > 1 else tirx.ForKind.SERIAL
+            parts.append(tirx.For(stmt.loop_var, stmt.min, tirx.IntImm(kind, lanes), form, moved, None, {}))
+            at, left = at + lanes, left - lanes
+        return tirx.SeqStmt(parts)
+    if isinstance(stmt, tirx.SeqStmt):
+        return tirx.SeqStmt([_whole_registers(part) for part in stmt.seq])
+    if isinstance(stmt, tirx.AttrStmt):
+        return tirx.AttrStmt(stmt.node, stmt.attr_key, stmt.value, _whole_registers(stmt.body))
+    if isinstance(stmt, tirx.IfThenElse):
+        otherwise = None if stmt.else_case is None else _whole_registers(stmt.else_case)
+        return tirx.IfThenElse(stmt.condition, _whole_registers(stmt.then_case), otherwise)
+    return stmt
+
+
+_POWERS = (64, 32, 16, 8, 4, 2, 1)
 
 
 # ---- finding ends
@@ -158,20 +190,25 @@ def _peel(stmt: Stmt, waiting: frozenset[Any]) -> Stmt:
 
 
 def _apart(stmt: Stmt, end: _End, waiting: frozenset[Any]) -> Stmt:
+    """The statement for whole tiles, for the last one, and for those that lie behind the end."""
     analyzer = sym.Analyzer()
     whole = analyzer.simplify(end.rest + end.size <= end.bound)
-    partial = _without(stmt, end, _remainder(end, analyzer))
-    if isinstance(whole, tirx.IntImm):
-        return _peel(_without(stmt, end, None) if int(whole) else partial, waiting)
-    return tirx.IfThenElse(whole, _peel(_without(stmt, end, None), waiting), _peel(partial, waiting))
-
-
-def _remainder(end: _End, analyzer: Any) -> Expr:
-    """Lanes of the last tile."""
-    aligned = analyzer.simplify(tirx.floormod(end.rest, end.size))
-    if isinstance(end.bound, tirx.IntImm) and _is_zero(aligned):
-        return tirx.IntImm(end.bound.ty.dtype, int(end.bound) % end.size or end.size)
-    return analyzer.simplify(end.bound - end.rest)
+    if isinstance(whole, tirx.IntImm) and int(whole):
+        return _peel(_without(stmt, end, None), waiting)
+    kind = end.rest.ty.dtype
+    fixed = isinstance(end.bound, tirx.IntImm) and _is_zero(
+        analyzer.simplify(tirx.floormod(end.rest, end.size))
+    )
+    if fixed:
+        left = int(end.bound) % end.size
+        otherwise = _peel(_without(stmt, end, tirx.IntImm(kind, 0)), waiting)
+        if left:
+            last = _peel(_without(stmt, end, tirx.IntImm(kind, left)), waiting)
+            otherwise = tirx.IfThenElse(analyzer.simplify(end.rest < end.bound), last, otherwise)
+    else:
+        # A loop of a negative number of lanes has none.
+        otherwise = _peel(_without(stmt, end, analyzer.simplify(end.bound - end.rest)), waiting)
+    return tirx.IfThenElse(whole, _peel(_without(stmt, end, None), waiting), otherwise)
 
 
 def _without(stmt: Stmt, end: _End, lanes: Expr | None, tiles: tuple[Any, ...] = ()) -> Stmt:

@@ -79,11 +79,20 @@ class Nest:
         return steps[0] if steps else None
 
 
+def every(root: Any, kind: Any) -> list[Any]:
+    """All nodes of a kind in a statement or expression, inner ones first."""
+    found: list[Any] = []
+
+    def keep(node: Any) -> None:
+        found.append(node)
+
+    structural_walk(root, (kind, keep))
+    return found
+
+
 def variables(expr: Any) -> set[Any]:
     """The variables of an expression."""
-    found: set[Any] = set()
-    structural_walk(expr, (ir.Var, lambda v: found.add(v) or None))
-    return found
+    return set(every(expr, ir.Var))
 
 
 def substitute(stmt: Any, values: dict[Any, Any]) -> Any:
@@ -93,16 +102,12 @@ def substitute(stmt: Any, values: dict[Any, Any]) -> Any:
 
 def loads(stmt: Any) -> list[Any]:
     """All elements that a block reads, in its body (not its initial value)."""
-    found: list[Any] = []
-    structural_walk(stmt.body, (ir.TensorLoad, lambda v: found.append(v) or None))
-    return found
+    return every(stmt.body, ir.TensorLoad)
 
 
 def stores(stmt: Any) -> list[Any]:
     """All elements that a block writes."""
-    found: list[Any] = []
-    structural_walk(stmt.body, (tirx.BufferStore, lambda v: found.append(v) or None))
-    return found
+    return every(stmt.body, tirx.BufferStore)
 
 
 def buffer_of(access: Any) -> Any:
@@ -132,14 +137,7 @@ _FAR = 1 << 30
 
 def has_call(stmt: Any, names: tuple[str, ...]) -> bool:
     """Whether a block calls one of these operators."""
-    found = False
-
-    def look(call: Any) -> None:
-        nonlocal found
-        found = found or str(getattr(call.op, "name", "")).rpartition(".")[2] in names
-
-    structural_walk(stmt, (ir.Call, look))
-    return found
+    return any(str(getattr(call.op, "name", "")).rpartition(".")[2] in names for call in every(stmt, ir.Call))
 
 
 def nests(sch: Schedule) -> list[Nest]:

@@ -1,7 +1,8 @@
 """Rules of the default schedule, one class each: `apply` schedules a nest (or a whole function) and says why it could.
 
-A rule that does not apply returns None and leaves the schedule alone. Threads: outer loops are fused and shared out where
-the nest has more than `SMALL` iterations. Vectors: `Shape.lanes` elements; ends are taken apart in `schedule_lower`.
+A rule that does not apply returns None and leaves the schedule alone. Threads: outer loops are fused and shared out
+where the nest has more than `SMALL` iterations. Vectors: `Shape.lanes` elements; ends are taken apart in
+`schedule_lower`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ class Shape:
     rows: int = 8
     columns: int = 32
     chains: int = 2
-    unroll: int = 1
 
     @staticmethod
     def of(target: Any) -> Shape:
@@ -101,7 +101,7 @@ class Elementwise:
             chunk = shape.lanes * (64 if size > SMALL else 1)
             outer, rest = sch.split(fused, factors=[None, chunk])
             if chunk > shape.lanes:
-                middle, lanes = sch.split(rest, factors=[None, shape.lanes])
+                _, lanes = sch.split(rest, factors=[None, shape.lanes])
             else:
                 lanes = rest
             if size > SMALL:
@@ -171,7 +171,7 @@ class Padding:
 class Contraction:
     """Sums in which neighbouring results read neighbouring elements: tiles of results stay in registers.
 
-    Matrix products (rows x lanes), convolutions (channels x width), sums over outer dimensions and pooling (lanes only).
+    Matrix products (rows x lanes), convolutions (channels x width), sums over outer dimensions, pooling (lanes only).
     """
 
     name = "contraction"
@@ -202,7 +202,7 @@ class Contraction:
                 loops[id(rows)] = [above]
             inner = [tile, lanes]
             tiles.append(tile)
-        others = [l for a in nest.spatial if a is not lane and a is not rows for l in loops[id(a)]]
+        others = [one for a in nest.spatial if a is not lane and a is not rows for one in loops[id(a)]]
         before = [*others, *loops[id(lane)], *(loops[id(rows)] if rows is not None else [])]
         sums = [a.loop for a in nest.reduced]
         sch.reorder(*before, *sums, *inner)
@@ -334,7 +334,7 @@ class RowReduction:
 
 def _along_rows(nest: Nest, shape: Shape) -> bool:
     last = nest.reduced[-1]
-    long = last.extent is None or last.extent >= 2 * shape.lanes
+    long = last.extent is None or last.extent >= shape.lanes
     return long and len(nest.stmt.writes) == 1 and 1 in [step for _, step in nest.strides(last)]
 
 
@@ -396,8 +396,8 @@ class Rows:
             or not any(n.reduced for n in found)
         ):
             return None
-        lead = min(_leading(n) for n in found)
-        if lead == 0 or not self._same_rows(found, lead):
+        lead = self._same_rows(found)
+        if lead == 0:
             return None
         work = max(n.size() for n in found)
         if work > SMALL and found[-1].size(found[-1].axes[:lead]) < 4:
@@ -427,9 +427,11 @@ class Rows:
         share(sch, loops[:lead], work)
 
     @staticmethod
-    def _same_rows(found: list[Nest], lead: int) -> bool:
-        extents = [[str(a.size) for a in n.axes[:lead]] for n in found]
-        return all(e == extents[0] for e in extents)
+    def _same_rows(found: list[Nest]) -> int:
+        """How many leading loops all nests have in common."""
+        least = min(_leading(n) for n in found)
+        extents = [[str(a.size) for a in n.axes[:least]] for n in found]
+        return next((d for d in range(least) if len({e[d] for e in extents}) > 1), least)
 
 
 def _reuses(nest: Nest) -> bool:

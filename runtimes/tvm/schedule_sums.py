@@ -3,8 +3,8 @@
     for k in n: y = y + f(k)        →      p[0:L] = 0;  for k in n // L: p[0:L] = p[0:L] + f(k L + 0:L)
                                            for k in the rest: y = y + f(k);  y = y + sum of p, by halves
 
-LLVM may not do this to floats, whose sums depend on their order. It is for innermost loops (or perfect nests of them) whose
-result does not move, and whose reads are neighbours or do not move.
+LLVM may not do this to floats, whose sums depend on their order. It is for innermost loops (or perfect nests of them)
+whose result does not move, and whose reads are neighbours or do not move.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from __future__ import annotations
 from typing import Any
 
 from tvm import ir, tirx
-from tvm_ffi import structural_walk
 
-from .schedule_nests import stride, substitute, variables
+from .schedule_nests import every, stride, substitute, variables
 
 Stmt = Any
 Expr = Any
@@ -55,7 +54,7 @@ def _rewritten(loop: Any, lanes: int, chains: int) -> Stmt | None:
         return None
     extent = inner.extent
     known = int(extent) if isinstance(extent, tirx.IntImm) else None
-    if known is not None and known < 2 * lanes:
+    if known is not None and known < lanes:
         return None
     width = lanes if known is not None and known < 4 * lanes * chains else lanes * chains
     return _vector_form(nest, store, element, width)
@@ -67,16 +66,17 @@ def _element(store: Any) -> Expr | None:
     for own, other in ((a, b), (b, a)):
         same = isinstance(own, ir.TensorLoad) and own.source.same_as(store.buffer)
         if same and [str(i) for i in own.indices] == [str(i) for i in store.indices]:
-            found: list[Any] = []
-            structural_walk(other, (ir.TensorLoad, lambda v: found.append(v.source) or None))
-            return None if any(f.same_as(store.buffer) for f in found) else other
+            return (
+                None
+                if any(read.source.same_as(store.buffer) for read in every(other, ir.TensorLoad))
+                else other
+            )
     return None
 
 
 def _neighbours(element: Expr, var: Any) -> bool:
-    found: list[Any] = []
-    structural_walk(element, (ir.TensorLoad, lambda v: found.append(stride(v, var)) or None))
-    return 1 in found and all(step in (0, 1) for step in found)
+    steps = [stride(read, var) for read in every(element, ir.TensorLoad)]
+    return 1 in steps and all(step in (0, 1) for step in steps)
 
 
 def _identity(store: Any) -> Expr:

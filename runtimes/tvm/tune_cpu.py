@@ -1,10 +1,11 @@
-"""Tuning of what TVM generates: the shapes of the default schedules (`schedule_rules.Shape`), measured for each function.
+"""Tuning of what TVM generates: the shapes of default schedules (`schedule_rules.Shape`), measured for each function.
 
-A function's key is its structural hash, so equal kernels of two models share what was measured. Candidates are neighbours
-of the default tile sizes; each is compiled and run in a process of its own (`tune_worker`), must give the default's
-results within rounding, and is timed in turns with two copies of the default. What looks better is measured again with six times the
-rounds, and only that lets it be chosen (`runtimes/tuning/selection.py`). Records go to the same database as those of the op library's
-kernels, one line each, so that a kill loses nothing, and a second run goes on where the first one ended.
+A function's key is its structural hash, so equal kernels of two models share what was measured. Candidates are
+neighbours of the default tile sizes; each is compiled and run in a process of its own (`tune_worker`), must give the
+default's results within rounding, and is timed in turns with two copies of the default. What looks better is measured
+again with six times the rounds, and only that lets it be chosen (`runtimes/tuning/selection.py`). Records go to the
+same database as those of the op library's kernels, one line each, so that a kill loses nothing, and a second run goes
+on where the first one ended.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from platform import node
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tvm
 from tvm import IRModule
@@ -29,9 +30,12 @@ from ...compiler.processor import processor
 from ..tuning.child import Child, LostError
 from ..tuning.database import Database, Record, read_records
 from ..tuning.machines import Comparison, compared
-from ..tuning.selection import best
-from .schedule_cpu import function_key, schedule_function, schedulable
+from ..tuning.selection import best, database_path
+from .schedule_cpu import function_key, schedulable, schedule_function
 from .schedule_rules import Shape
+
+if TYPE_CHECKING:
+    from ...compiler.program import Program
 
 Progress = Callable[[str], None]
 
@@ -44,7 +48,7 @@ SIZE = 128
 
 @dataclass(frozen=True)
 class Tuned:
-    """What tuning did to one function: seconds of the default and of what is taken (the same where nothing was better)."""
+    """What tuning did to one function: seconds of the default and of what is taken (the same if it is)."""
 
     name: str
     key: str
@@ -52,6 +56,9 @@ class Tuned:
     before: float | None
     after: float | None
     candidates: int
+    ratio: float | None = None
+    noise: float | None = None
+    changes: dict[str, int] | None = None
 
 
 def tune_functions(
@@ -78,14 +85,18 @@ def tune_functions(
     records = Database(database)
     deadline = time.monotonic() + seconds
     found: list[Tuned] = []
-    functions = {function_key(f): (str(g.name_hint), f) for g, f in mod.functions.items() if schedulable(f)}
+    functions: dict[str, tuple[str, PrimFunc]] = {}
+    for variable, function in mod.functions.items():
+        if schedulable(function):
+            functions.setdefault(function_key(function), (str(variable.name_hint), function))
     for done, (key, (name, function)) in enumerate(functions.items(), 1):
-        tried = 0
+        said = []
         left = (deadline - time.monotonic()) / (len(functions) - done + 1)
         until = time.monotonic() + left
-        for tried, text in enumerate(_search(function, key, target, records, until, sizes or {}), 1):
+        for text in _search(function, key, target, records, until, sizes or {}):
+            said.append(text)
             say(f"{name} ({done}/{len(functions)}): {text}")
-        found.append(_summary(name, key, target, records, tried))
+        found.append(_summary(name, key, target, records, len(said)))
     return found
 
 
@@ -104,6 +115,48 @@ def tuned_shapes(database: Path | None, target: Any) -> dict[str, Shape]:
         if better is not None:
             chosen[group] = replace(default, **better[0])
     return chosen
+
+
+def shapes_for_build(target: Any) -> dict[str, Shape]:
+    """What this user's database has for this processor; a damaged one counts as none, as for the op library."""
+    try:
+        return tuned_shapes(database_path(), target)
+    except InputError:
+        return {}
+
+
+def tune_program(
+    program: Program,
+    seconds: float,
+    database: Path | None = None,
+    isa: str | None = None,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """`tune_functions` for the kernels that TVM makes for a program; rows as `isofold.tune` has them."""
+    from .compile_cpu import cpu_target, fused
+    from .lower import lower
+
+    target = cpu_target("llvm" if isa is None else f"llvm:x86-64-{isa}")
+    module = fused(lower(program).module, target)
+    path = database or database_path()
+    rows = []
+    for tuned in tune_functions(module, target, seconds, path, progress=progress):
+        changed = tuned.shape != Shape.of(target)
+        rows.append(
+            {
+                "workload": tuned.name,
+                "group": tuned.key,
+                "isa": isa_of(target),
+                "processor": processor(),
+                "tried": tuned.candidates,
+                "before": tuned.before,
+                "after": tuned.after,
+                "ratio": tuned.ratio,
+                "noise": tuned.noise,
+                "knobs": tuned.changes if changed else None,
+            }
+        )
+    return rows
 
 
 def _is_current(record: Record, target: Any) -> bool:
@@ -232,4 +285,6 @@ def _summary(name: str, key: str, target: Any, records: Database, tried: int) ->
     if better is None:
         return Tuned(name, key, Shape.of(target), baseline, baseline, tried)
     record = next(iter(better[1].values()))
-    return Tuned(name, key, replace(Shape.of(target), **better[0]), record.baseline, record.seconds, tried)
+    shape = replace(Shape.of(target), **better[0])
+    times = (record.baseline, record.seconds, tried, record.ratio, record.noise)
+    return Tuned(name, key, shape, *times, better[0])

@@ -52,7 +52,7 @@ CASES: dict[str, tuple[Callable[..., Tensor], Sequence[Tensor]]] = {
     "sum of all": (lambda x: x.sum(), (randn(300, 65),)),
     "mean of planes": (lambda x: x.mean((2, 3)), (randn(3, 40, 40, 40),)),
     "largest of rows": (lambda x: x.amax(-1), (randn(64, 300),)),
-    "variance": (lambda x: x.var(-1), (randn(64, 300),)),
+    "variance": (lambda x: torch.var(x, -1, correction=1), (randn(64, 300),)),
     "running sum": (lambda x: x.cumsum(-1), (randn(64, 300),)),
     "matrix product": (lambda x, y: x @ y, (randn(70, 97), randn(97, 131))),
     "matrix product, right side turned": (lambda x, y: x @ y.T, (randn(70, 97), randn(131, 97))),
@@ -70,7 +70,7 @@ CASES: dict[str, tuple[Callable[..., Tensor], Sequence[Tensor]]] = {
     "conv1d, stride": (lambda x, w: F.conv1d(x, w, stride=2), (randn(1, 32, 100), randn(48, 32, 3))),
     "conv2d": (
         lambda x, w, b: F.relu(F.conv2d(x, w, b, padding=1)),
-        (randn(1, 16, 28, 28), randn(32, 16, 3, 3), randn(32)),
+        (randn(2, 16, 28, 28), randn(32, 16, 3, 3), randn(32)),
     ),
     "conv2d, stride": (
         lambda x, w: F.conv2d(x, w, stride=2, padding=3),

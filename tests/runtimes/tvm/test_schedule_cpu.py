@@ -146,6 +146,53 @@ def test_the_ends_of_tiles_at_every_size() -> None:
         assert np.abs(got.numpy() - x.astype(np.float64) @ y).max() < 1e-5, (rows, columns, inner)
 
 
+def guarded(shape: Sequence[int]) -> tuple[Any, np.ndarray]:
+    """A tensor, and the memory around it: 256 floats of 77 on both sides."""
+    size = int(np.prod(shape))
+    whole = np.full(size + 512 + 16, 77, np.float32)
+    start = -whole.ctypes.data % 64 // 4
+    whole = whole[start : start + size + 512]
+    inside = whole[256 : 256 + size].reshape(shape)
+    inside[:] = np.nan
+    return tvm.runtime.from_dlpack(inside), whole
+
+
+@pytest.mark.parametrize(
+    "shape", [(300, 300), (1, 20000), (3, 7), (20011,), (90, 160), (65, 130), (8193, 1), (5, 3001)]
+)
+@pytest.mark.parametrize("kind", ["copy", "turned", "sum", "product"])
+def test_nothing_is_written_behind_the_end(shape: tuple[int, ...], kind: str) -> None:
+    x = te.placeholder(shape, "float32", "x")
+    rng = np.random.default_rng(0)
+    given = rng.standard_normal(shape).astype(np.float32)
+    if kind == "copy" or len(shape) == 1:
+        y = te.compute(shape, lambda *i: x(*i) * 2.0, "y")
+        expected = given * 2
+    elif kind == "turned":
+        y = te.compute(shape[::-1], lambda i, j: x(j, i) + 1.0, "y")
+        expected = given.T + 1
+    elif kind == "sum":
+        axis = te.reduce_axis((0, shape[1]), "r")
+        y = te.compute(shape[:1], lambda i: te.sum(x(i, axis), axis=axis), "y")
+        expected = given.astype(np.float64).sum(1)
+    else:
+        axis = te.reduce_axis((0, shape[0]), "r")
+        y = te.compute(
+            (shape[1], 37), lambda i, j: te.sum(x(axis, i) * x(axis, j % shape[1]), axis=axis), "y"
+        )
+        expected = given.T.astype(np.float64) @ given[:, np.arange(37) % shape[1]]
+    target = cpu_target("tvm-cpu")
+    function = schedule_function(te.create_prim_func([x, y], "int64"), target)
+    module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
+    result, whole = guarded(expected.shape)
+    tvm.compile(module, target=target)["main"](tvm.runtime.tensor(given), result)
+    assert np.abs(result.numpy() - expected).max() < 1e-4 * np.abs(expected).max(), function.attrs[
+        "isofold.schedule"
+    ]
+    assert (whole[:256] == 77).all()
+    assert (whole[-256:] == 77).all(), function.attrs["isofold.schedule"]
+
+
 def test_conditions_leave_the_inside_of_tiles() -> None:
     function = schedule_function(_product(130, 70, 50), cpu_target("tvm-cpu"))
     for loop in loops(function.body):
