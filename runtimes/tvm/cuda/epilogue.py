@@ -1,0 +1,80 @@
+"""What follows a product: bias, activation, gating and residual; and what all linears have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.tirx.script.builder import ir as T
+
+from ....compiler.dialect.activation import ACTIVATIONS
+from ....compiler.dialect.linear_packed import packed_rows
+from ....compiler.dialect.packing import LANES, ceil_to
+from ....compiler.errors import UnsupportedError
+from .builder import Frame, Size, Tensor, get, put, value, when, wide
+
+
+def activated(x: Any, activation: str) -> Any:
+    """The named activation of a float32 value."""
+    if activation not in ACTIVATIONS:
+        raise UnsupportedError("Unknown activation", expected=" | ".join(ACTIVATIONS), got=repr(activation))
+    return x if activation == "none" else value("float32", f"iso_{activation}", x)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """The shape and the epilogue of a linear: `rows` tokens, k inputs, n outputs."""
+
+    rows: Size
+    k: int
+    n: int
+    activation: str
+    gated: bool
+    bias: bool
+    residual: bool
+
+    @property
+    def packed(self) -> int:
+        """Rows of the packed matrix, padded: a multiple of 16."""
+        return ceil_to(packed_rows(self.n, self.gated), LANES)
+
+    @property
+    def tag(self) -> str:
+        """A part of kernels' names that says all of this but the number of rows."""
+        flags = ("g" if self.gated else "") + ("b" if self.bias else "") + ("r" if self.residual else "")
+        return f"{self.n}x{self.k}_{self.activation}{'_' + flags if flags else ''}"
+
+    def tensors(self) -> list[Tensor]:
+        """Arguments of the epilogue: bias and residual where they are there, then the result."""
+        found = []
+        if self.bias:
+            found.append(Tensor("bias", (self.packed if self.gated else self.n,), "float32"))
+        if self.residual:
+            found.append(Tensor("residual", (self.rows, self.n), "float32"))
+        return [*found, Tensor("y", (self.rows, self.n), "float32")]
+
+    def finish(self, frame: Frame, token: Any, feature: Any, product: Any) -> None:
+        """Write output `feature` of a token.
+
+        product: the value of a packed row before the bias.
+        """
+        if self.gated:
+            gate_row = T.truncdiv(feature, T.int32(LANES)) * (2 * LANES) + T.truncmod(feature, T.int32(LANES))
+            gate, up = product(gate_row), product(gate_row + LANES)
+            if self.bias:
+                gate, up = gate + get(frame["bias"], gate_row), up + get(frame["bias"], gate_row + LANES)
+            result = activated(gate, self.activation) * up
+        else:
+            result = product(feature)
+            if self.bias:
+                result = result + get(frame["bias"], feature)
+            result = activated(result, self.activation)
+        index = wide(token) * self.n + wide(feature)
+        if self.residual:
+            result = result + get(frame["residual"], index)
+        put(frame["y"], index, result)
+
+    def guard(self, frame: Frame, token: Any, feature: Any) -> Any:
+        """`when` the output is there."""
+        inside = wide(token) < frame.size(self.rows)
+        return when(T.And(inside, feature < self.n))
