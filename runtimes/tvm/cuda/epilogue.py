@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tvm.tirx.script.builder import ir as T
-
 from ....compiler.dialect.activation import ACTIVATIONS
 from ....compiler.dialect.linear_packed import packed_rows
 from ....compiler.dialect.packing import LANES, ceil_to
 from ....compiler.errors import UnsupportedError
-from .builder import Frame, Size, Tensor, get, put, value, when, wide
+from .builder import Frame, Size, Tensor, div, get, mod, put, value, wide
 
 
 def activated(x: Any, activation: str) -> Any:
@@ -53,28 +51,21 @@ class Linear:
             found.append(Tensor("residual", (self.rows, self.n), "float32"))
         return [*found, Tensor("y", (self.rows, self.n), "float32")]
 
-    def finish(self, frame: Frame, token: Any, feature: Any, product: Any) -> None:
-        """Write output `feature` of a token.
+    def packed_row(self, feature: Any) -> Any:
+        """The packed row of an output, that of the gate where rows are interleaved (the up row is 16 further)."""
+        if not self.gated:
+            return feature
+        return div(feature, LANES) * (2 * LANES) + mod(feature, LANES)
 
-        product: the value of a packed row before the bias.
-        """
+    def finish(self, frame: Frame, token: Any, feature: Any, value: Any, up: Any = None) -> None:
+        """Write output `feature` of a token: `value` is its sum before the bias (the gate's, with `up` the up row's)."""
+        row = self.packed_row(feature)
+        if self.bias:
+            value = value + get(frame["bias"], row)
+        result = activated(value, self.activation)
         if self.gated:
-            gate_row = T.truncdiv(feature, T.int32(LANES)) * (2 * LANES) + T.truncmod(feature, T.int32(LANES))
-            gate, up = product(gate_row), product(gate_row + LANES)
-            if self.bias:
-                gate, up = gate + get(frame["bias"], gate_row), up + get(frame["bias"], gate_row + LANES)
-            result = activated(gate, self.activation) * up
-        else:
-            result = product(feature)
-            if self.bias:
-                result = result + get(frame["bias"], feature)
-            result = activated(result, self.activation)
+            result = result * (up + get(frame["bias"], row + LANES) if self.bias else up)
         index = wide(token) * self.n + wide(feature)
         if self.residual:
             result = result + get(frame["residual"], index)
         put(frame["y"], index, result)
-
-    def guard(self, frame: Frame, token: Any, feature: Any) -> Any:
-        """`when` the output is there."""
-        inside = wide(token) < frame.size(self.rows)
-        return when(T.And(inside, feature < self.n))

@@ -13,13 +13,13 @@ are rounded to float16. A group's sum is scaled in float32.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from ....compiler.dialect.packing import LANES, alignment, ceil_to
+from ....compiler.dialect.packing import LANES
 from .builder import (
     Frame,
     Tensor,
@@ -41,7 +41,8 @@ from .builder import (
     wide,
 )
 from .epilogue import Linear
-from .layouts import CodebookLayout, CodedLayout, IntegerLayout, Layout
+from .layouts import CodebookLayout
+from .weights import Activations, Weights
 
 STEP = 32
 """Inputs of a step: four lanes, eight inputs each."""
@@ -49,39 +50,6 @@ TILE = 32
 """Packed rows of a block."""
 DEPTH = 3
 """Chunks of the ring: one is multiplied while the others arrive."""
-
-Activations = Literal["codes", "float"]
-
-
-@dataclass(frozen=True)
-class Weights:
-    """How weights are stored: layout, groups, and the exact factor on everything."""
-
-    layout: Layout
-    group_size: int
-    multiplier: float
-    zero: bool = False
-    scale: Literal["float32", "float16", "e8m0", "e4m3"] = "float16"
-
-    def tensors(self, linear: Linear, kp: int) -> list[Tensor]:
-        """Arguments: weight, scale and what else decoding needs."""
-        panels = linear.packed // LANES
-        groups = kp // self.group_size if self.group_size else 1
-        dtype = "uint16" if getattr(self.layout, "code_bytes", 1) == 2 else "uint8"
-        if self.layout.name == "int8":
-            dtype = "int8"
-        count = panels * self.layout.panel_bytes * kp // 8 // (2 if dtype == "uint16" else 1)
-        stored = self.scale if self.scale.startswith("float") else "uint8"
-        found = [Tensor("weight", (count,), dtype), Tensor("scale", (panels * groups * LANES,), stored)]
-        if self.zero:
-            found.append(Tensor("zero", (panels * groups * LANES,), "int8"))
-        layout = self.layout
-        if isinstance(layout, CodebookLayout):
-            found.append(Tensor("codebooks", (layout.passes << 8 * layout.code_bytes << 3,), "float16"))
-        if isinstance(layout, CodedLayout) and layout.form is not None and layout.form.is_table:
-            found.append(Tensor("table", (16,), "float32"))
-        return found
-
 
 @dataclass(frozen=True)
 class Skinny:
@@ -93,18 +61,18 @@ class Skinny:
     tiles: int
     static_params: bool = False
     warps: int = 8
-    kp: int = field(init=False, default=0)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "kp", ceil_to(self.linear.k, alignment(self.weights.group_size)))
+    @property
+    def kp(self) -> int:
+        """Inputs with padding."""
+        return self.weights.padded(self.linear.k)
 
     @property
     def name(self) -> str:
         """The kernel's name."""
-        w = self.weights
-        group = f"g{w.group_size}{'z' if w.zero else ''}"
         kind = "a8" if self.activations == "codes" else "a16"
-        return f"skinny_{w.layout.name}{group}_{kind}_{self.linear.tag}_t{self.tiles}".replace(".", "_")
+        pair = "s" if self.static_params else ""
+        return f"skinny_{self.weights.tag}_{kind}{pair}_{self.linear.tag}_t{self.tiles}"
 
     def tensors(self) -> list[Tensor]:
         """Arguments, in order."""
@@ -117,15 +85,10 @@ class Skinny:
             first, last = [Tensor("x", (rows, k), "float32")], []
         return [*first, *self.weights.tensors(self.linear, self.kp), *last, *self.linear.tensors()]
 
-    @property
-    def grouped(self) -> bool:
-        """Whether sums are scaled group by group (NVFP4 scales weights instead)."""
-        return self.weights.group_size > 0 and self.weights.scale != "e4m3"
-
     def emit(self, frame: Frame) -> None:
         """Write the kernel."""
         steps = self.kp // STEP
-        wanted = self.weights.group_size // STEP if self.grouped else 16 // self.weights.layout.words
+        wanted = self.weights.group_size // STEP if self.weights.grouped else 16 // self.weights.layout.words
         chunk = next(c for c in range(max(1, wanted), 0, -1) if steps % c == 0)
         warps = max(1, min(self.warps, steps // chunk))
         rows = frame.size(self.linear.rows)
@@ -152,8 +115,7 @@ class _Body:
         # An odd number of panels: the last tile reads its panel twice, and nobody keeps the second.
         self.panel = bind(T.min(wanted, T.int32(panels - 1)) if panels % 2 else wanted)
         self.step_bytes = 32 * sum(count for _, count in self.layout.loads(0, 0))
-        scale_bytes = {"float16": 8, "e8m0": 4}.get(self.weights.scale, 0) if spec.grouped else 0
-        self.zero_at = chunk * self.step_bytes + 32 * scale_bytes
+        self.zero_at = chunk * self.step_bytes + 32 * self.weights.scale_bytes
         self.chunk_bytes = self.zero_at + (128 if self.weights.zero else 0)
         board = 4 * warps * 8 * spec.tiles * TILE
         self.memory = shared_dynamic(max(DEPTH * warps * self.chunk_bytes, board))
@@ -200,8 +162,8 @@ class _Body:
                     slot + i * self.step_bytes, self.lane,
                 )  # fmt: skip
             index = self._scale_index(self._group(chunk))
-            if self.spec.grouped:
-                bytes_ = 8 if self.weights.scale == "float16" else 4
+            if self.weights.grouped:
+                bytes_ = self.weights.scale_bytes
                 to = slot + self.chunk * self.step_bytes + self.lane * bytes_
                 call(f"iso_copy{bytes_}", at(self.memory, to), at(self.frame["scale"], index), bytes_)
             if self.weights.zero:
@@ -210,11 +172,11 @@ class _Body:
         call("iso_copy_commit")
 
     def _group(self, chunk: Any) -> Any:
-        return chunk if self.spec.grouped else 0
+        return chunk if self.weights.grouped else 0
 
     def _multiply(self, chunk: Any, slot: Any) -> None:
         kind = "int32" if self.codes else "float32"
-        direct = not self.spec.grouped and not self.codes
+        direct = not self.weights.grouped and not self.codes
         sums = self.accumulators if direct else local(self.spec.tiles * 8, kind)
         totals = local(self.spec.tiles * 4, "int32")
         if not direct:
@@ -223,7 +185,7 @@ class _Body:
         if self.codes and self.weights.zero:
             for i in range(self.spec.tiles * 4):
                 put(totals, i, T.int32(0))
-        zeros = self._zeros(slot) if self.weights.zero or self._needs_offsets else None
+        zeros = self._zeros(slot) if self.weights.zero or (self.weights.offsets and not self.codes) else None
         for i in range(self.chunk):
             unit = bind((chunk * self.chunk + i) * 4 + self.t)
             registers = local(self.layout.words, "uint32")
@@ -235,43 +197,23 @@ class _Body:
         if not direct:
             self._scale(slot, sums, totals, zeros)
 
-    @property
-    def _needs_offsets(self) -> bool:
-        return not self.codes and isinstance(self.layout, IntegerLayout)
-
     def _zeros(self, slot: Any) -> Any:
-        """Zero points of the lane's four rows in decoded steps (int32), or offsets of halves."""
         stored = local(1, "uint32")
-        weights = self.spec.weights
-        steps = 16 if isinstance(self.layout, IntegerLayout) and self.layout.bits < 4 else 1
-        factor = int(self.layout.factor) // steps
-        if weights.zero:
+        if self.weights.zero:
             call("iso_load4", at(stored, 0), at(self.memory, slot + self.zero_at + self.lane * 4))
-        found = local(4, "int32" if self.codes else "uint32")
-        for row in range(4):
-            zero = value("int32", "iso_signed_byte", get(stored, 0), row) * factor if weights.zero else T.int32(0)
-            if not self.codes:
-                zero = value("uint32", "iso_half_twice", T.cast(zero + 1152, "float32"))
-            put(found, row, zero)
-        return found
+        return self.weights.zeros(get(stored, 0), self.spec.activations)
 
     def _scale_index(self, group: Any) -> Any:
-        groups = self.spec.kp // self.spec.weights.group_size if self.spec.weights.group_size else 1
-        return (self.panel * groups + group) * LANES + self.quad * 4
+        return self.weights.scale_index(self.spec.kp, self.panel, group, self.quad)
 
     def _scales(self, slot: Any) -> list[Any]:
         """Scales of the lane's four rows, float32."""
-        if not self.spec.grouped:
+        if not self.weights.grouped:
             return [T.float32(1)] * 4
-        words = local(2, "uint32")
-        at_ = slot + self.chunk * self.step_bytes
-        if self.weights.scale == "float16":
-            call("iso_load8", at(words, 0), at(self.memory, at_ + self.lane * 8))
-            halves = [get(words, row // 2) >> T.uint32(16 * (row % 2)) for row in range(4)]
-            return [value("float32", "iso_half_to_float", h & T.uint32(0xFFFF)) for h in halves]
-        call("iso_load4", at(words, 0), at(self.memory, at_ + self.lane * 4))
-        codes = [(get(words, 0) >> T.uint32(8 * row)) & T.uint32(255) for row in range(4)]
-        return [value("float32", "iso_e8m0", code) for code in codes]
+        words, size = local(2, "uint32"), self.weights.scale_bytes
+        source = at(self.memory, slot + self.chunk * self.step_bytes + self.lane * size)
+        call(f"iso_load{size}", at(words, 0), source)
+        return self.weights.scales(words)
 
     def _token(self, tile: int) -> Any:
         return (self.column * self.spec.tiles + tile) * 8 + self.g
@@ -314,7 +256,7 @@ class _Body:
             a = local(16, "uint32")
             for row in range(4):
                 four = local(4, "uint32")
-                extra = zeros if self._needs_offsets else self.extra
+                extra = zeros if self.weights.offsets else self.extra
                 self.layout.halves(registers, row, unit, four, extra, index)
                 if self.spec.weights.scale == "e4m3":
                     self._scale_halves(unit, row, four)
@@ -365,17 +307,18 @@ class _Body:
             where = bind(self.column * tokens + token)
             inside = T.And(item < tokens * width, feature < linear.n)
             with when(T.And(inside, wide(where) < self.frame.size(linear.rows))):
-                linear.finish(self.frame, where, feature, lambda row: self._value(board, token, where, row))
+                row = bind(linear.packed_row(feature))
+                up = self._value(board, token, where, row + LANES) if linear.gated else None
+                linear.finish(self.frame, where, feature, self._value(board, token, where, row), up)
 
     def _value(self, board: Any, token: Any, where: Any, row: Any) -> Any:
         tokens, weights = 8 * self.spec.tiles, self.spec.weights
         total = get(board, token * TILE + (row - self.tile * TILE))
         for warp in range(1, self.warps):
             total = total + get(board, (warp * tokens + token) * TILE + (row - self.tile * TILE))
-        factor = self.layout.factor if weights.scale != "e4m3" else 1.0
         if not weights.group_size:
             total = total * get(self.frame["scale"], row)
-        total = bind(total * T.float32(weights.multiplier / factor))
+        total = bind(total * T.float32(weights.epilogue_factor))
         if not self.codes:
             return total
         pair = 0 if self.spec.static_params else wide(where) * 2
