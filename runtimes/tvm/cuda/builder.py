@@ -191,13 +191,18 @@ def loop(begin: Any, end: Any) -> Any:
     return T.serial(narrow(begin), narrow(end))
 
 
+def equal(a: Any, b: int) -> Any:
+    """`a == b` as a condition."""
+    return tirx.EQ(a, tirx.const(b, str(a.ty.dtype)))
+
+
 @contextmanager
 def when(condition: Any) -> Iterator[None]:
     """`if (condition)`; nothing to test where the condition is a Python bool and true."""
     if condition is True:
         yield
         return
-    with T.If(condition), T.Then():
+    with T.If(tirx.const(0, "bool") if condition is False else condition), T.Then():
         yield
 
 

@@ -317,3 +317,13 @@ ISO_FN void iso_halves_scale(uint32_t* d, float power, uint32_t scale_code) {
   for (int i = 0; i < 4; ++i) d[i] = iso_mul2(iso_mul2(d[i], p), s);
 }
 ISO_FN int32_t iso_signed_byte(uint32_t word, int index) { return (int8_t)(word >> 8 * index); }
+ISO_FN void iso_store16(void* p, const uint32_t* d) {
+  iso_u4 v = {d[0], d[1], d[2], d[3]};
+  *(iso_u4*)p = v;
+}
+// Sums of halves, rounded once more: codebooks of several vectors where the sum is stored.
+ISO_FN void iso_halves_add(uint32_t* d, const uint32_t* more) {
+  for (int i = 0; i < 4; ++i)
+    d[i] = iso_half2(iso_half_to_float(d[i] & 0xFFFF) + iso_half_to_float(more[i] & 0xFFFF),
+                     iso_half_to_float(d[i] >> 16) + iso_half_to_float(more[i] >> 16));
+}

@@ -74,7 +74,8 @@ def emulator_library(folder: Path, sanitize: bool = False) -> Callable[[DeviceSo
 def compile_emulated(source: DeviceSource, folder: Path, sanitize: bool = False) -> Path:
     """Compile a source for the emulator; the path of the shared library. Raises UnsupportedError where g++ refuses."""
     body = source.code[source.code.index('extern "C" __global__') :]  # without the types of CUDA's headers
-    body = re.sub(r"extern __shared__ (.*?)(\w+)\[\];", r"#define \2 isofold_emulator::dynamic_memory", body)
+    dynamic = r"extern __shared__ (?:\w+\(\d+\) )?([\w ]+) (\w+)\[\];"
+    body = re.sub(dynamic, r"\1* \2 = (\1*)isofold_emulator::dynamic_memory;", body)
     body = re.sub(r"__shared__ (alignas\(\d+\))", r"\1 __shared__", body)  # where C++ wants it
     text = "\n".join(
         ["#define ISOFOLD_EMULATE", '#include "emulator.h"', with_header(body), _GLUE, *map(_wrapper, source.kernels)]

@@ -32,8 +32,8 @@ class Layout:
     """A packed layout as a lane reads it.
 
     name: for names of kernels. words: registers of a step. panel_bytes: bytes of a panel for each 8 inputs. factor: power
-    of two on decoded values. signed_bytes: whether :meth:`byte_words` exists. passes: products over the same
-    activations (codebooks add up in the accumulators).
+    of two on decoded values. passes: products over the same activations (codebooks add up in the accumulators).
+    dtype, argument: of the kernel's tensor.
     """
 
     name: str
@@ -41,12 +41,21 @@ class Layout:
     panel_bytes: int
     factor: float
     order: int = NATURAL
-    signed_bytes: bool = False
     passes: int = 1
+    dtype: str = "uint8"
+    argument: str = "weight"
 
     def loads(self, unit: Any, quad: Any) -> Iterator[tuple[Any, int]]:
         """(byte offset in the panel, bytes) of each load of a step."""
         raise NotImplementedError
+
+    def read(self, weight: Any, panel: Any, k: int, unit: Any, quad: Any, registers: Any) -> None:
+        """Read a lane's step from global memory to registers."""
+        done, size = 0, element_bytes(weight)
+        for offset, count in self.loads(unit, quad):
+            source = at(weight, div(panel * (self.panel_bytes * k // 8) + offset, size))
+            call(f"iso_load{count}", at(registers, done), source)
+            done += count // 4
 
     def copy(self, weight: Any, panel: Any, k: int, unit: Any, quad: Any, ring: Any, slot: Any, lane: Any) -> None:
         """Start the copies of a lane's step to its own places in shared memory, from `slot` on."""
@@ -106,7 +115,7 @@ class IntegerLayout(Layout):
 def integer_layout(bits: int) -> IntegerLayout:
     """The layout of integer weights."""
     words, factor = {8: (8, 1.0), 4: (4, 16.0), 3: (12, 32.0), 2: (4, 64.0)}[bits]
-    return IntegerLayout(f"int{bits}", words, 16 * bits, factor, signed_bytes=True, bits=bits)
+    return IntegerLayout(f"int{bits}", words, 16 * bits, factor, bits=bits, dtype="int8" if bits == 8 else "uint8")
 
 
 @dataclass(frozen=True)
@@ -181,4 +190,5 @@ def codebook_layout(name: str) -> CodebookLayout:
     """The layout of `linear_codebook`'s format, such as 2x8."""
     count, bits = (int(part) for part in name.split("x"))
     size = bits // 8
-    return CodebookLayout(f"book{name}", count * size, 16 * count * size, 1.0, passes=count, code_bytes=size)
+    dtype = "uint8" if size == 1 else "uint16"
+    return CodebookLayout(f"book{name}", count * size, 16 * count * size, 1.0, passes=count, dtype=dtype, code_bytes=size)

@@ -27,6 +27,7 @@ from .builder import (
     Tensor,
     bind,
     div,
+    equal,
     get,
     launch,
     local,
@@ -172,7 +173,7 @@ class Rows:
         warps = self.threads // 32
         board = shared(warps)
         warp = value("float32", f"iso_warp_{how}", get(cell, 0))
-        with when(T.equal(mod(tx, 32), T.int32(0))):
+        with when(equal(mod(tx, 32), 0)):
             put(board, div(tx, 32), warp)
         sync()
         total = get(board, 0)
@@ -274,7 +275,7 @@ class Rows:
             below, above = self._block(low, tx, "max"), self._block(high, tx, "max")
             s = bind(T.Select(above + below > T.float32(0), (above + below) / levels, T.float32(1)))
             z = bind(T.min(T.max(value("float32", "rintf", below / s), T.float32(0)), levels))
-            with when(T.equal(tx, T.int32(0))):
+            with when(equal(tx, 0)):
                 put(frame["params"], wide(row) * 2, s)
                 put(frame["params"], wide(row) * 2 + 1, z)
         else:

@@ -158,7 +158,7 @@ class _Body:
             for i in range(self.chunk):
                 unit = bind((chunk * self.chunk + i) * 4 + self.t)
                 self.layout.copy(
-                    self.frame["weight"], self.panel, self.spec.kp, unit, self.quad, self.memory,
+                    self.frame[self.layout.argument], self.panel, self.spec.kp, unit, self.quad, self.memory,
                     slot + i * self.step_bytes, self.lane,
                 )  # fmt: skip
             index = self._scale_index(self._group(chunk))
@@ -316,9 +316,7 @@ class _Body:
         total = get(board, token * TILE + (row - self.tile * TILE))
         for warp in range(1, self.warps):
             total = total + get(board, (warp * tokens + token) * TILE + (row - self.tile * TILE))
-        if not weights.group_size:
-            total = total * get(self.frame["scale"], row)
-        total = bind(total * T.float32(weights.epilogue_factor))
+        total = bind(weights.finish(self.frame, total, row))
         if not self.codes:
             return total
         pair = 0 if self.spec.static_params else wide(where) * 2

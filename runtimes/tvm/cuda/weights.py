@@ -8,7 +8,7 @@ from typing import Any, Literal
 from tvm.tirx.script.builder import ir as T
 
 from ....compiler.dialect.packing import LANES, alignment, ceil_to
-from .builder import Tensor, get, local, put, value
+from .builder import Frame, Tensor, get, local, put, value
 from .epilogue import Linear
 from .layouts import CodebookLayout, CodedLayout, IntegerLayout, Layout
 
@@ -18,32 +18,35 @@ Activations = Literal["codes", "float"]
 
 @dataclass(frozen=True)
 class Weights:
-    """How weights are stored: layout, groups, and the exact factor on everything."""
+    """How weights are stored: layout, groups, type of the scales, and steps of the zero points (0: there are none)."""
 
     layout: Layout
     group_size: int
-    multiplier: float
-    zero: bool = False
     scale: Literal["float32", "float16", "e8m0", "e4m3"] = "float16"
+    zero_steps: int = 0
 
     def tensors(self, linear: Linear, kp: int) -> list[Tensor]:
         """Arguments: weight, scale and what else decoding needs."""
         panels = linear.packed // LANES
         groups = kp // self.group_size if self.group_size else 1
-        dtype = "uint16" if getattr(self.layout, "code_bytes", 1) == 2 else "uint8"
-        if self.layout.name == "int8":
-            dtype = "int8"
-        count = panels * self.layout.panel_bytes * kp // 8 // (2 if dtype == "uint16" else 1)
+        layout = self.layout
+        count = panels * layout.panel_bytes * kp // 8 // (2 if layout.dtype == "uint16" else 1)
         stored = self.scale if self.scale.startswith("float") else "uint8"
-        found = [Tensor("weight", (count,), dtype), Tensor("scale", (panels * groups * LANES,), stored)]
+        found = [Tensor(layout.argument, (count,), layout.dtype), Tensor("scale", (panels * groups * LANES,), stored)]
         if self.zero:
             found.append(Tensor("zero", (panels * groups * LANES,), "int8"))
-        layout = self.layout
+        if self.group_size:
+            found.append(Tensor("multiplier", (1,), "float32"))
         if isinstance(layout, CodebookLayout):
             found.append(Tensor("codebooks", (layout.passes << 8 * layout.code_bytes << 3,), "float16"))
         if isinstance(layout, CodedLayout) and layout.form is not None and layout.form.is_table:
             found.append(Tensor("table", (16,), "float32"))
         return found
+
+    @property
+    def zero(self) -> bool:
+        """Whether there are zero points."""
+        return self.zero_steps > 0
 
     @property
     def grouped(self) -> bool:
@@ -78,9 +81,7 @@ class Weights:
 
     def zeros(self, word: Any, activations: Activations) -> Any:
         """Zero points of four rows in decoded steps (int32), or as offsets of halves; word: the four stored bytes."""
-        layout = self.layout
-        steps = 16 if isinstance(layout, IntegerLayout) and layout.bits < 4 else 1
-        factor = int(layout.factor) // steps
+        factor = int(self.layout.factor) // (self.zero_steps or 1)
         found = local(4, "int32" if activations == "codes" else "uint32")
         for row in range(4):
             zero = value("int32", "iso_signed_byte", word, row) * factor if self.zero else T.int32(0)
@@ -89,10 +90,10 @@ class Weights:
             put(found, row, zero)
         return found
 
-    @property
-    def epilogue_factor(self) -> float:
-        """What sums of decoded values are multiplied with, beside scales that are not yet in them."""
-        return self.multiplier / (self.layout.factor if self.scale != "e4m3" else 1.0)
+    def finish(self, frame: Frame, total: Any, row: Any) -> Any:
+        """A sum of decoded values with what is not in it yet: a row's scale, or the multiplier of all groups'."""
+        factor = T.float32(1.0 if self.scale == "e4m3" else 1.0 / self.layout.factor)
+        return total * (get(frame["multiplier"], 0) if self.group_size else get(frame["scale"], row)) * factor
 
     @property
     def tag(self) -> str:

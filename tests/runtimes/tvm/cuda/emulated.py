@@ -12,7 +12,8 @@ import numpy as np
 import torch
 import tvm
 from torch import Tensor
-from tvm import arith, tirx
+from tvm import tirx
+from tvm.sym import Analyzer
 
 from isofold.compiler.dialect import OPERATORS
 from isofold.runtimes.tvm.cuda.emulate import emulated
@@ -34,8 +35,13 @@ def dtype_of(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def call_of(name: str, arguments: Mapping[str, Any], symbolic: Mapping[str, tuple[int, ...]] | None = None) -> Call:
-    """The call as an emitter sees it; symbolic: dimensions of tensors that it must not know, equal sizes being one."""
+def call_of(
+    name: str, arguments: Mapping[str, Any], symbolic: Mapping[str, tuple[int, ...]] | None = None
+) -> tuple[Call, dict[Any, int]]:
+    """The call as an emitter sees it, and values of its symbols.
+
+    symbolic: dimensions of tensors that the emitter must not know; equal sizes are one symbol.
+    """
     operands: dict[str, Operand | None] = {}
     attributes: dict[str, Any] = {}
     variables: dict[int, Any] = {}
@@ -50,9 +56,7 @@ def call_of(name: str, arguments: Mapping[str, Any], symbolic: Mapping[str, tupl
             for axis in (symbolic or {}).get(argument, ()):
                 shape[axis] = variables.setdefault(shape[axis], tirx.Var(f"d{len(variables)}", "int64"))
             operands[argument] = Operand(tuple(shape), dtype_of(value))
-    call = Call(operands, attributes)
-    object.__setattr__(call, "sizes", {v: k for k, v in variables.items()})
-    return call
+    return Call(operands, attributes), {variable: size for size, variable in variables.items()}
 
 
 def _tensor_names(name: str) -> set[str]:
@@ -70,25 +74,28 @@ def run_plan(plan: Plan, arguments: Mapping[str, Any], sizes: Mapping[Any, int] 
         return [s if isinstance(s, int) else symbols[s] for s in shape]
 
     for name, shape in plan.views.items():
-        values[name] = arguments[name].contiguous().reshape(shape_of(shape))
+        values[name] = tvm.runtime.tensor(arguments[name].contiguous().reshape(shape_of(shape)).numpy())
     for name, table in plan.constants.items():
-        values[name] = torch.from_numpy(np.ascontiguousarray(table))
+        values[name] = tvm.runtime.tensor(table)
     for stage in plan.stages:
         for tensor in stage.outputs:
-            values[tensor.name] = _poisoned(shape_of(tensor.shape), getattr(torch, tensor.dtype))
+            values[tensor.name] = tvm.runtime.tensor(_poisoned(shape_of(tensor.shape), tensor.dtype))
         names = [*stage.inputs, *(t.name for t in stage.outputs)]
-        module[stage.name](*(tvm.runtime.from_dlpack(values[n]) for n in names))
-    return [None if name is None else values.get(name, arguments.get(name)) for name in plan.results]
+        module[stage.name](*(values[n] for n in names))
+    made = {t.name: torch.from_numpy(values[t.name].numpy()) for stage in plan.stages for t in stage.outputs}
+    return [None if name is None else made.get(name, arguments.get(name)) for name in plan.results]
 
 
-def _poisoned(shape: list[int], dtype: torch.dtype) -> Tensor:
+def _poisoned(shape: list[int], dtype: str) -> np.ndarray[Any, Any]:
     """Memory in which what nobody writes shows."""
-    return torch.full(shape, torch.nan if dtype.is_floating_point else 99, dtype=dtype)
+    return np.full(shape, np.nan if dtype.startswith("float") else 99, dtype)
 
 
 def _evaluate(expression: Any, sizes: Mapping[Any, int]) -> int:
-    bound = {v: tirx.const(n, "int64") for v, n in sizes.items()}
-    return int(arith.Analyzer().simplify(tirx.stmt_functor.substitute(expression, bound)))
+    analyzer = Analyzer()
+    for variable, size in sizes.items():
+        analyzer.bind(variable, tirx.const(size, "int64"))
+    return int(analyzer.simplify(expression))
 
 
 def emulate_operator(
@@ -96,9 +103,8 @@ def emulate_operator(
 ) -> list[Any]:
     """An operator's results from its GPU kernels, in the reference's shapes."""
     full = arguments_of(name, arguments)
-    call = call_of(name, full, symbolic)
-    plan = EMITTERS[name](call)
-    results = run_plan(plan, full, getattr(call, "sizes", {}))
+    call, sizes = call_of(name, full, symbolic)
+    results = run_plan(EMITTERS[name](call), full, sizes)
     shapes = OPERATORS[name].overload(**{k: v.to("meta") if isinstance(v, Tensor) else v for k, v in full.items()})
     shapes = shapes if isinstance(shapes, (tuple, list)) else (shapes,)
     return [None if r is None else r.reshape(s.shape) for r, s in zip(results, shapes, strict=True)]

@@ -1,0 +1,21 @@
+"""The emitters: for every dialect operator, the function that plans its kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from . import linears, row_operators
+from .plan import Call, Plan
+
+EMITTERS: dict[str, Callable[[Call], Plan]] = {
+    "hadamard": row_operators.hadamard,
+    "linear_codebook": linears.linear_codebook,
+    "linear_coded": linears.linear_coded,
+    "linear_packed": linears.linear_packed,
+    "linear_packed_float": linears.linear_packed_float,
+    "norm": row_operators.norm,
+    "norm_quantize": row_operators.norm_quantize,
+    "quantize_activation": row_operators.quantize_activation,
+    "quantize_linear_packed": linears.quantize_linear_packed,
+}
+"""Dialect operator → its plan on the GPU."""
