@@ -298,6 +298,9 @@ class _Body:
     def _scale_index(self, row: int, group: Any) -> Any:
         panels = self.spec.linear.packed // LANES
         panel = T.min(self.block_n * (self.tile.features // LANES) + self._panel(row), T.int32(panels - 1))
+        if self.weights.grouped and self.spec.kp // 32 % self.steps:
+            # The last stage is not full; its empty steps have sums of 0, which any scale leaves.
+            group = T.min(group, T.int32(self.spec.kp // self.weights.group_size - 1))
         return self.weights.scale_index(self.spec.kp, panel, group, self.quad)
 
     def _zeros(self, row: int, group: Any) -> Any:

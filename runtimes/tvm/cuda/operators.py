@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import linears, row_operators
+from . import convolution, linears, pointwise, row_operators, samples
 from .plan import Call, Plan
 
 EMITTERS: dict[str, Callable[[Call], Plan]] = {
+    "conv_packed": convolution.conv_packed,
+    "dequantize_codebook": pointwise.dequantize_codebook,
+    "dequantize_coded": pointwise.dequantize_coded,
+    "dequantize_weight": pointwise.dequantize_weight,
+    "embedding_packed": pointwise.embedding_packed,
+    "gated": pointwise.gated,
     "hadamard": row_operators.hadamard,
     "linear_codebook": linears.linear_codebook,
     "linear_coded": linears.linear_coded,
@@ -16,6 +22,8 @@ EMITTERS: dict[str, Callable[[Call], Plan]] = {
     "norm": row_operators.norm,
     "norm_quantize": row_operators.norm_quantize,
     "quantize_activation": row_operators.quantize_activation,
+    "quantize_dequantize": samples.quantize_dequantize,
     "quantize_linear_packed": linears.quantize_linear_packed,
+    "rotary": pointwise.rotary,
 }
 """Dialect operator → its plan on the GPU."""

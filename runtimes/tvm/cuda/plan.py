@@ -74,7 +74,7 @@ class Plan:
     """Everything an operator runs on the GPU.
 
     results: names of the operator's results; a name that no stage writes is an argument handed through, None a result
-    nobody asked for. views: shapes under which the stages read the operator's tensors.
+    nobody asked for. views: shapes under which the stages read the operator's tensors; `x@rows` is another view of x.
     """
 
     views: dict[str, tuple[Size, ...]] = field(default_factory=dict)

@@ -74,7 +74,7 @@ def run_plan(plan: Plan, arguments: Mapping[str, Any], sizes: Mapping[Any, int] 
         return [s if isinstance(s, int) else symbols[s] for s in shape]
 
     for name, shape in plan.views.items():
-        values[name] = tvm.runtime.tensor(arguments[name].contiguous().reshape(shape_of(shape)).numpy())
+        values[name] = tvm.runtime.tensor(arguments[name.partition("@")[0]].contiguous().reshape(shape_of(shape)).numpy())
     for name, table in plan.constants.items():
         values[name] = tvm.runtime.tensor(table)
     for stage in plan.stages:
