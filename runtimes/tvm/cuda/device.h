@@ -327,3 +327,19 @@ ISO_FN void iso_halves_add(uint32_t* d, const uint32_t* more) {
     d[i] = iso_half2(iso_half_to_float(d[i] & 0xFFFF) + iso_half_to_float(more[i] & 0xFFFF),
                      iso_half_to_float(d[i] >> 16) + iso_half_to_float(more[i] >> 16));
 }
+
+// ---- sparse rows: bits of a word below a lane
+
+ISO_FN int32_t iso_rank(uint32_t word, int lane) { return __popc(word & ((1u << lane) - 1u)); }
+ISO_FN int32_t iso_ones(uint32_t word) { return __popc(word); }
+
+// ---- attention
+
+// Four floats of a row that ends after `left`; `wide`: rows are multiples of 16 bytes.
+ISO_FN void iso_load_floats4(float* d, const float* p, int left, int wide) {
+  if (wide && left >= 4) {
+    iso_load16((uint32_t*)d, p);
+  } else {
+    for (int i = 0; i < 4; ++i) d[i] = i < left ? p[i] : 0.0f;
+  }
+}

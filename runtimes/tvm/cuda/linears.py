@@ -10,7 +10,7 @@ Where the number of rows is not known when compiling, all are in one function ea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -121,14 +121,15 @@ def add_product(plan: Plan, linear: Linear, weights: Weights, activations: Activ
         add(plan, expand, rows, witness)
     if activations == "float":
         add(plan, CastRows(rows, linear.k, weights.padded(linear.k), weights.layout.order), rows)
-    many = Gemm(linear, read, activations, _tile(linear, read), static)
+    many = Gemm(linear, read, activations, product_tile(linear, read), static)
     if isinstance(rows, int):
         add(plan, many)
     else:
-        _add_choice(plan, [*((8 * s.tiles, s) for s in few)], many)
+        add_choice(plan, [*((8 * s.tiles, s) for s in few)], many)
 
 
-def _tile(linear: Linear, weights: Weights) -> Tile:
+def product_tile(linear: Linear, weights: Weights) -> Tile:
+    """The tile of a product of many rows."""
     large = GROUPED if weights.grouped or weights.zero else LARGE
     # Sequences of at least two tiles are taken for granted where their length is not known.
     rows = linear.rows if isinstance(linear.rows, int) else 256
@@ -143,11 +144,13 @@ def _inputs_and_outputs(kernel: Any) -> tuple[list[Tensor], list[Tensor]]:
     return tensors[:-1], tensors[-1:]
 
 
-def add(plan: Plan, kernel: Any, beyond: Size = 0, witness: Tensor | None = None) -> None:
+def add(
+    plan: Plan, kernel: Any, beyond: Size = 0, witness: Tensor | None = None, renamed: dict[str, str] | None = None
+) -> None:
     """Append a kernel to a plan.
 
     beyond: a symbol of rows of which it is launched only where they are not few. witness: an argument that has that
-    many rows, where the kernel itself reads none.
+    many rows, where the kernel itself reads none. renamed: names of the plan for arguments that are called otherwise.
     """
     inputs, outputs = _inputs_and_outputs(kernel)
     emit: Callable[[Frame], None] = kernel.emit
@@ -160,10 +163,13 @@ def add(plan: Plan, kernel: Any, beyond: Size = 0, witness: Tensor | None = None
             with when(frame.size(beyond) > FEW_ROWS):
                 kernel.emit(frame)
 
-    plan.stages.append(Stage(prim_func(kernel.name, tensors, emit), tuple(t.name for t in inputs), tuple(outputs)))
+    names = tuple((renamed or {}).get(t.name, t.name) for t in inputs)
+    plan.stages.append(Stage(prim_func(kernel.name, tensors, emit), names, tuple(outputs)))
 
 
-def _add_choice(plan: Plan, few: list[tuple[int, Skinny]], many: Gemm) -> None:
+def add_choice(
+    plan: Plan, few: Sequence[tuple[int, Any]], many: Gemm, renamed: dict[str, str] | None = None
+) -> None:
     """Append one function that launches the kernel for the number of rows it finds."""
     inputs: dict[str, Tensor] = {}
     for kernel in (*(k for _, k in few), many):
@@ -171,7 +177,7 @@ def _add_choice(plan: Plan, few: list[tuple[int, Skinny]], many: Gemm) -> None:
     outputs = _inputs_and_outputs(many)[1]
 
     def emit(frame: Frame) -> None:
-        def choose(left: list[tuple[int, Skinny]]) -> None:
+        def choose(left: Sequence[tuple[int, Any]]) -> None:
             if not left:
                 many.emit(frame)
                 return
@@ -185,4 +191,5 @@ def _add_choice(plan: Plan, few: list[tuple[int, Skinny]], many: Gemm) -> None:
         choose(few)
 
     function = prim_func(f"linear_{many.name}", [*inputs.values(), *outputs], emit)
-    plan.stages.append(Stage(function, tuple(inputs), tuple(outputs)))
+    names = tuple((renamed or {}).get(name, name) for name in inputs)
+    plan.stages.append(Stage(function, names, tuple(outputs)))

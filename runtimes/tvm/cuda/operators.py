@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import convolution, linears, pointwise, row_operators, samples
+from . import convolution, linears, pointwise, row_operators, samples, sparse_operators
 from .plan import Call, Plan
 
 EMITTERS: dict[str, Callable[[Call], Plan]] = {
@@ -19,6 +19,8 @@ EMITTERS: dict[str, Callable[[Call], Plan]] = {
     "linear_coded": linears.linear_coded,
     "linear_packed": linears.linear_packed,
     "linear_packed_float": linears.linear_packed_float,
+    "linear_sparse": sparse_operators.linear_sparse,
+    "linear_sparse_float": sparse_operators.linear_sparse_float,
     "norm": row_operators.norm,
     "norm_quantize": row_operators.norm_quantize,
     "quantize_activation": row_operators.quantize_activation,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .builder import prim_func
+from .builder import Tensor, get, prim_func
 from .plan import Call, Plan, Stage
+from .pointwise import add_pointwise
 from .rows import Rows
 
 
@@ -80,6 +81,12 @@ def hadamard(call: Call) -> Plan:
     plan = Plan()
     orders = tuple(order for order in call.attributes["orders"] if order > 1)
     operand = call["x"]
+    if not orders:
+        count = plan.rows(operand, keep=0)
+        inputs = [Tensor(plan.view("x", count), (count,), "float32")]
+        add_pointwise(plan, "copy", inputs, Tensor("y", (count,), "float32"), lambda k, i: get(k["x"], i))
+        plan.results = ("y",)
+        return plan
     block = math.prod(orders)
     n = int(operand.shape[-1])
     rows = plan.size("m", math.prod(operand.shape[:-1]) * (n // block))
