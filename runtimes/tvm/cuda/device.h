@@ -343,3 +343,6 @@ ISO_FN void iso_load_floats4(float* d, const float* p, int left, int wide) {
     for (int i = 0; i < 4; ++i) d[i] = i < left ? p[i] : 0.0f;
   }
 }
+ISO_FN void iso_zero_floats(float* d, int count) {
+  for (int i = 0; i < count; ++i) d[i] = 0.0f;
+}

@@ -114,6 +114,8 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 struct half { uint16_t bits; };
 typedef half __half;
 struct __nv_bfloat16 { uint16_t bits; };
+#define CUDART_INF_F INFINITY
+#define CUDART_NAN_F NAN
 typedef unsigned char uchar;
 typedef unsigned short ushort;
 typedef unsigned int uint;

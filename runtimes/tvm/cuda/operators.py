@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import convolution, linears, pointwise, row_operators, samples, sparse_operators
+from . import attention_operators, convolution, linears, pointwise, row_operators, samples, sparse_operators
 from .plan import Call, Plan
 
 EMITTERS: dict[str, Callable[[Call], Plan]] = {
+    "attention": attention_operators.attention,
     "conv_packed": convolution.conv_packed,
     "dequantize_codebook": pointwise.dequantize_codebook,
     "dequantize_coded": pointwise.dequantize_coded,
