@@ -191,3 +191,34 @@ def compile_module(
         executable = build(scheduled(module, target), target, cuda_graphs)
     resources = sorted((r for cubin in made for r in cubin.resources), key=lambda r: r.kernel)
     return CompiledCuda(executable, arch, tuple(resources), sum(len(c.data) for c in made))
+
+
+def compile_cuda(
+    program: Any, library: Path, weights: Path, *, target: str, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Compile a program into `library` and write its tensors to `weights`. Returns facts for the report.
+
+    Raises InputError (unknown architecture) and UnsupportedError (no nvcc; an operator that is not lowered).
+    """
+    # The Relax lowering needs torch and the whole dialect; this module is also read where only cubins are made.
+    from ....compiler.artefact import replacing
+    from ....compiler.tensor_file import write_tensors
+    from ..artefact import weight_entries
+    from ..lower import lower
+
+    say = progress or (lambda _: None)
+    arch = arch_of(target)
+    say("lower to Relax")
+    lowered = lower(program)
+    say("write weights")
+    with replacing(weights) as file:
+        size = write_tensors(file, weight_entries(program, lowered), {"format": "isofold", "target": target})
+    compiled = compile_module(lowered.module, arch, progress=say)
+    say("link")
+    compiled.executable.export_library(str(library))
+    return {
+        **compiled.facts(),
+        "fallbacks": lowered.fallbacks,
+        "files": {library.name: library.stat().st_size, weights.name: size},
+        "prepared": lowered.prepared,
+    }

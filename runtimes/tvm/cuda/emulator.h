@@ -107,6 +107,28 @@ inline void __syncthreads() { isofold_emulator::arrive(isofold_emulator::block);
 inline void __syncwarp() { isofold_emulator::exchange(nullptr, 0); }
 using std::max;
 using std::min;
+// Shuffles that TVM writes for its own reductions, by all lanes of a warp.
+template <class T> inline T isofold_from_lane(T v, int lane, int width) {
+  static_assert(sizeof(T) == 4, "a shuffle moves 32 bits");
+  uint32_t word;
+  memcpy(&word, &v, 4);
+  const uint32_t(*all)[8] = isofold_emulator::exchange(&word, 1);
+  int own = isofold_emulator::lane();
+  if (lane / width != own / width || lane < 0) lane = own;  // outside of the segment: its own value
+  memcpy(&v, all[lane], 4);
+  return v;
+}
+template <class T> inline T __shfl_sync(unsigned, T v, int lane, int width = 32) {
+  int own = isofold_emulator::lane();
+  return isofold_from_lane(v, own / width * width + lane % width, width);
+}
+template <class T> inline T __shfl_down_sync(unsigned, T v, int delta, int width = 32) {
+  return isofold_from_lane(v, isofold_emulator::lane() + delta, width);
+}
+template <class T> inline T __shfl_xor_sync(unsigned, T v, int mask, int width = 32) {
+  return isofold_from_lane(v, isofold_emulator::lane() ^ mask, width);
+}
+inline unsigned __activemask() { return 0xFFFFFFFFu; }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __int_as_float(int x) { float y; memcpy(&y, &x, 4); return y; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
