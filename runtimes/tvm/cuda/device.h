@@ -346,3 +346,4 @@ ISO_FN void iso_load_floats4(float* d, const float* p, int left, int wide) {
 ISO_FN void iso_zero_floats(float* d, int count) {
   for (int i = 0; i < count; ++i) d[i] = 0.0f;
 }
+ISO_FN void iso_store4(void* p, uint32_t word) { *(uint32_t*)p = word; }

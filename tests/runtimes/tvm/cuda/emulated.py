@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import tvm
+import tvm_ffi
 from torch import Tensor
 from tvm import tirx
 from tvm.sym import Analyzer
@@ -64,24 +65,46 @@ def _tensor_names(name: str) -> set[str]:
     return {a.name for a in schema.arguments if "Tensor" in str(a.type)}
 
 
-def run_plan(plan: Plan, arguments: Mapping[str, Any], sizes: Mapping[Any, int] | None = None) -> list[Any]:
-    """The results of a plan (None where it makes none), flat as the kernels write them."""
-    module = emulated({stage.name: stage.function for stage in plan.stages}, CACHE)
+def unique_functions(plans: Sequence[Plan]) -> tuple[dict[str, tirx.PrimFunc], list[list[str]]]:
+    """The functions of plans under names of their own (equal ones once), and these names stage by stage."""
+    functions: dict[str, tirx.PrimFunc] = {}
+    names: list[list[str]] = []
+    for plan in plans:
+        names.append([])
+        for stage in plan.stages:
+            key = f"{stage.name}_{tvm_ffi.structural_hash(stage.function.without_attr('global_symbol')) & (2**64 - 1):x}"
+            functions[key] = stage.function.with_attr("global_symbol", key)
+            names[-1].append(key)
+    return functions, names
+
+
+def run_plans(
+    plans: Sequence[Plan], arguments: Sequence[Mapping[str, Any]], sizes: Sequence[Mapping[Any, int]]
+) -> list[list[Any]]:
+    """The results of plans (None where one makes none), flat as the kernels write them; compiled together."""
+    functions, names = unique_functions(plans)
+    module = emulated(functions, CACHE)
+    return [_run(module, *each) for each in zip(plans, names, arguments, sizes, strict=True)]
+
+
+def _run(
+    module: Any, plan: Plan, names: list[str], arguments: Mapping[str, Any], sizes: Mapping[Any, int]
+) -> list[Any]:
     values: dict[str, Any] = {}
-    symbols = {name: _evaluate(expression, sizes or {}) for name, expression in plan.symbols.items()}
+    symbols = {name: _evaluate(expression, sizes) for name, expression in plan.symbols.items()}
 
     def shape_of(shape: tuple[Any, ...]) -> list[int]:
         return [s if isinstance(s, int) else symbols[s] for s in shape]
 
     for name, shape in plan.views.items():
-        values[name] = tvm.runtime.tensor(arguments[name.partition("@")[0]].contiguous().reshape(shape_of(shape)).numpy())
+        source = arguments[name.partition("@")[0]].contiguous()
+        values[name] = tvm.runtime.tensor(source.reshape(shape_of(shape)).numpy())
     for name, table in plan.constants.items():
         values[name] = tvm.runtime.tensor(table)
-    for stage in plan.stages:
+    for stage, function in zip(plan.stages, names, strict=True):
         for tensor in stage.outputs:
             values[tensor.name] = tvm.runtime.tensor(_poisoned(shape_of(tensor.shape), tensor.dtype))
-        names = [*stage.inputs, *(t.name for t in stage.outputs)]
-        module[stage.name](*(values[n] for n in names))
+        module[function](*(values[n] for n in [*stage.inputs, *(t.name for t in stage.outputs)]))
     made = {t.name: torch.from_numpy(values[t.name].numpy()) for stage in plan.stages for t in stage.outputs}
     return [None if name is None else made.get(name, arguments.get(name)) for name in plan.results]
 
@@ -99,12 +122,23 @@ def _evaluate(expression: Any, sizes: Mapping[Any, int]) -> int:
 
 
 def emulate_operator(
-    name: str, arguments: Mapping[str, Any], symbolic: Mapping[str, tuple[int, ...]] | None = None
-) -> list[Any]:
-    """An operator's results from its GPU kernels, in the reference's shapes."""
-    full = arguments_of(name, arguments)
-    call, sizes = call_of(name, full, symbolic)
-    results = run_plan(EMITTERS[name](call), full, sizes)
-    shapes = OPERATORS[name].overload(**{k: v.to("meta") if isinstance(v, Tensor) else v for k, v in full.items()})
+    name: str, cases: Sequence[Mapping[str, Any]], symbolic: Mapping[str, tuple[int, ...]] | None = None
+) -> list[list[Any]]:
+    """Results of several uses of an operator from its GPU kernels, in the reference's shapes."""
+    full = [arguments_of(name, arguments) for arguments in cases]
+    calls = [call_of(name, arguments, symbolic) for arguments in full]
+    results = run_plans([EMITTERS[name](call) for call, _ in calls], full, [sizes for _, sizes in calls])
+    return [_shaped(name, arguments, found) for arguments, found in zip(full, results, strict=True)]
+
+
+def reference_of(name: str, arguments: Mapping[str, Any]) -> list[Tensor]:
+    """The reference's results."""
+    found = OPERATORS[name].reference(**arguments_of(name, arguments))
+    return list(found) if isinstance(found, (tuple, list)) else [found]
+
+
+def _shaped(name: str, arguments: Mapping[str, Any], results: Sequence[Any]) -> list[Any]:
+    meta = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    shapes = OPERATORS[name].overload(**meta)
     shapes = shapes if isinstance(shapes, (tuple, list)) else (shapes,)
     return [None if r is None else r.reshape(s.shape) for r, s in zip(results, shapes, strict=True)]
