@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from tvm.tirx import compilation_pipeline
 
 from ....compiler.errors import InputError
 from ....compiler.processor import cache_folder
-from .device_module import DeviceSource, creating, target_for, with_header
+from .device_module import DeviceSource, build_kernels, creating, target_for, with_header
 from .driver import cubin_module, prepare
 from .rewrite import rewrite_dialect
 from .toolkit import ARCHS, Cubin, Resources, check_arch, compile_cubin
@@ -176,12 +177,22 @@ def making_cubins(arch: str, made: list[Cubin], say: Progress, cache: Path | Non
         yield
 
 
+def compile_functions(
+    functions: dict[str, tirx.PrimFunc], arch: str, progress: Progress | None = None
+) -> tuple[Any, Cubin]:
+    """A module of kernels alone, by name (tests, benchmarks), and its cubin. Raises as :func:`compile_module`."""
+    made: list[Cubin] = []
+    with making_cubins(check_arch(arch), made, progress or (lambda _: None), cache_folder() / "cubins"):
+        module = build_kernels(functions, target_for(arch))
+    return module, made[0]
+
+
 def compile_module(
     module: tvm.IRModule, arch: str, *, cuda_graphs: bool = True, progress: Progress | None = None
 ) -> CompiledCuda:
     """Compile a Relax module for one architecture.
 
-    Raises InputError (unknown architecture) and UnsupportedError (no nvcc; an operator without kernels).
+    Raises InputError (unknown architecture) and ToolchainError (no nvcc) and UnsupportedError (an operator without kernels).
     """
     say = progress or (lambda _: None)
     target = target_for(check_arch(arch))
@@ -198,13 +209,13 @@ def compile_cuda(
 ) -> dict[str, Any]:
     """Compile a program into `library` and write its tensors to `weights`. Returns facts for the report.
 
-    Raises InputError (unknown architecture) and UnsupportedError (no nvcc; an operator that is not lowered).
+    Raises InputError (unknown architecture) and ToolchainError (no nvcc) and UnsupportedError (an operator that is not lowered).
     """
-    # The Relax lowering needs torch and the whole dialect; this module is also read where only cubins are made.
-    from ....compiler.artefact import replacing
-    from ....compiler.tensor_file import write_tensors
-    from ..artefact import weight_entries
-    from ..lower import lower
+    # Not at the top: lowering needs the whole backend, and this module is also read where only kernels are compiled.
+    replacing = import_module("isofold.compiler.artefact").replacing
+    write_tensors = import_module("isofold.compiler.tensor_file").write_tensors
+    weight_entries = import_module("isofold.runtimes.tvm.artefact").weight_entries
+    lower = import_module("isofold.runtimes.tvm.lower").lower
 
     say = progress or (lambda _: None)
     arch = arch_of(target)

@@ -19,7 +19,7 @@ from typing import Any
 
 import tvm
 
-from ....compiler.errors import UnsupportedError
+from ....compiler.errors import ToolchainError
 from .device_module import CREATE, DeviceSource
 
 _FUNCTIONS = (
@@ -37,13 +37,13 @@ def cubin_module(source: DeviceSource, cubin: bytes) -> Any:
 
 @cache
 def _creator() -> Any:
-    """TVM's own function that makes CUDA modules. Raises UnsupportedError."""
+    """TVM's own function that makes CUDA modules. Raises ToolchainError."""
     hooked = tvm.get_global_func(CREATE, allow_missing=True)
     if hooked is None:
         _load_runtime()
         hooked = tvm.get_global_func(CREATE, allow_missing=True)
     if hooked is None:
-        raise UnsupportedError("TVM's CUDA runtime makes no modules", expected=f"the global function {CREATE}")
+        raise ToolchainError("TVM's CUDA runtime makes no modules", expected=f"the global function {CREATE}")
     return hooked
 
 
@@ -57,7 +57,7 @@ def _load_runtime() -> None:
     folders = list(spec.submodule_search_locations or []) if spec is not None else []
     found = [p for folder in folders for p in Path(folder).glob("lib*/libtvm_runtime_cuda.so")]
     if not found:
-        raise UnsupportedError(
+        raise ToolchainError(
             "This TVM has no CUDA runtime", expected="libtvm_runtime_cuda.so in the package tvm (apache-tvm for Linux)"
         )
     try:
@@ -67,7 +67,7 @@ def _load_runtime() -> None:
     try:
         ctypes.CDLL(str(found[0]), ctypes.RTLD_GLOBAL)
     except OSError as error:
-        raise UnsupportedError(
+        raise ToolchainError(
             "TVM's CUDA runtime cannot be loaded",
             where=str(found[0]),
             expected="the CUDA runtime library (libcudart) of the version that TVM was built with",
@@ -83,5 +83,5 @@ def _load_stand_in() -> None:
         command = [*compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", str(code), "-o", str(library)]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         if run.returncode:
-            raise UnsupportedError("A C compiler is needed to compile for CUDA", got=run.stderr.strip()[:2000])
+            raise ToolchainError("A C compiler is needed to compile for CUDA", got=run.stderr.strip()[:2000])
         ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)

@@ -23,7 +23,7 @@ import tvm
 import tvm_ffi
 from tvm import tirx
 
-from ....compiler.errors import UnsupportedError
+from ....compiler.errors import ToolchainError
 from .device_module import DeviceSource, KernelInfo, build_kernels, creating, target_for, with_header
 
 HERE = Path(__file__).parent
@@ -72,7 +72,7 @@ def emulator_library(folder: Path, sanitize: bool = False) -> Callable[[DeviceSo
 
 
 def compile_emulated(source: DeviceSource, folder: Path, sanitize: bool = False) -> Path:
-    """Compile a source for the emulator; the path of the shared library. Raises UnsupportedError where g++ refuses."""
+    """Compile a source for the emulator; the path of the shared library. Raises ToolchainError where g++ refuses."""
     body = source.code[source.code.index('extern "C" __global__') :]  # without the types of CUDA's headers
     dynamic = r"extern __shared__ (?:\w+\(\d+\) )?([\w ]+) (\w+)\[\];"
     body = re.sub(dynamic, r"\1* \2 = (\1*)isofold_emulator::dynamic_memory;", body)
@@ -96,7 +96,7 @@ def compile_emulated(source: DeviceSource, folder: Path, sanitize: bool = False)
     ]  # fmt: skip
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
-        raise UnsupportedError(
+        raise ToolchainError(
             "Generated CUDA source does not compile for the emulator",
             expected="a C++17 compiler in CXX (g++)",
             got=run.stderr.strip()[:4000],

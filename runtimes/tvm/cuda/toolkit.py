@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from ....compiler.errors import InputError, UnsupportedError
+from ....compiler.errors import InputError, ToolchainError
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a")
 """Architectures that kernels are written for: tensor cores with int8, float16 and asynchronous copies."""
@@ -62,12 +62,12 @@ def check_arch(arch: str) -> str:
 
 
 def find_nvcc() -> Path:
-    """The nvcc of ISOFOLD_NVCC, of PATH or of CUDA_HOME. Raises UnsupportedError."""
+    """The nvcc of ISOFOLD_NVCC, of PATH or of CUDA_HOME. Raises ToolchainError."""
     asked = os.environ.get("ISOFOLD_NVCC")
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     found = shutil.which(asked or "nvcc") or (None if asked else shutil.which(f"{home}/bin/nvcc"))
     if found is None:
-        raise UnsupportedError(
+        raise ToolchainError(
             "There is no nvcc to compile CUDA kernels with",
             expected="nvcc of CUDA 12.0 or later in PATH, in CUDA_HOME, or named by ISOFOLD_NVCC",
             got=f"ISOFOLD_NVCC={asked!r}" if asked else "none",
@@ -86,7 +86,7 @@ def nvcc_version(nvcc: Path) -> str:
 def compile_cubin(source: str, arch: str, cache_folder: Path | None = None) -> Cubin:
     """Compile CUDA source to a cubin.
 
-    cache_folder: equal sources are compiled once. Raises InputError (architecture) and UnsupportedError (no nvcc, or
+    cache_folder: equal sources are compiled once. Raises InputError (architecture) and ToolchainError (no nvcc, or
     it refuses the source).
     """
     nvcc = find_nvcc()
@@ -98,10 +98,10 @@ def compile_cubin(source: str, arch: str, cache_folder: Path | None = None) -> C
     with tempfile.TemporaryDirectory() as scratch:
         code, out = Path(scratch, "kernels.cu"), Path(scratch, "kernels.cubin")
         code.write_text(source)
-        command = [str(nvcc), "-cubin", f"-arch={arch}", "-O3", "-std=c++17", "-Xptxas", "-v", "-w"]
+        command = [str(nvcc), "-cubin", f"-arch={arch}", "-O3", "-std=c++17", "-Xptxas", "-v,--register-usage-level=10", "-w"]
         run = subprocess.run([*command, "-o", str(out), str(code)], capture_output=True, text=True, check=False)
         if run.returncode:
-            raise UnsupportedError(
+            raise ToolchainError(
                 f"nvcc does not compile the kernels for {arch}",
                 expected="a toolkit that knows the architecture, and source it accepts",
                 got=(run.stderr or run.stdout).strip()[-4000:],
