@@ -1,14 +1,14 @@
 """Attention of few queries over a long cache of keys and values: keys are split over blocks, then combined.
 
-A block takes one key head of one sample, up to `ROWS` of the queries that share it (heads of its group, and positions),
-and a range of keys. Eight lanes share a key: each holds an eighth of its depth (pieces of 4 floats, so that eight lanes
-read 128 consecutive bytes), 32 keys are on their way in a block. Every eight lanes keep their own maximum, sum and weighted
-values; they meet in shared memory at the end:
+A block takes one key head of one sample, up to `ROWS` of the queries that share it (heads of its group, and
+positions), and a range of keys. Eight lanes share a key: each holds an eighth of its depth (pieces of 4 floats, so
+that eight lanes read 128 consecutive bytes), 32 keys are on their way in a block. Every eight lanes keep their own
+maximum, sum and weighted values; they meet in shared memory at the end:
 
     m = max_i m_i,   l = sum_i l_i e^(m_i - m),   o = sum_i o_i e^(m_i - m)
 
-and so do the ranges of the blocks, in a second kernel, unless there is only one. A query that sees nothing has l = 0 and
-gives 0.
+and so do the ranges of the blocks, in a second kernel, unless there is only one. A query that sees nothing has l = 0
+and gives 0.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ LOWEST = -3.0e38
 class Attention:
     """Shapes and options that all kernels of an attention share.
 
-    mask: sizes of the mask's dimensions (1: broadcast), or None. q_heads, k_heads, v_heads: of the tensors, of which the
-    operator uses `heads` and `kv_heads` from its starts on.
+    mask: sizes of the mask's dimensions (1: broadcast), or None. q_heads, k_heads, v_heads: of the tensors, of which
+    the operator uses `heads` and `kv_heads` from its starts on.
     """
 
     batch: Size
@@ -83,8 +83,18 @@ class Attention:
     @property
     def tag(self) -> str:
         """A part of kernels' names."""
-        mask = "" if self.mask is None else self.mask_dtype + "".join("1" if s == 1 else "n" for s in self.mask)
-        numbers = (self.heads, self.kv_heads, self.depth, self.width, self.q_heads, self.k_heads, self.v_heads)
+        mask = (
+            "" if self.mask is None else self.mask_dtype + "".join("1" if s == 1 else "n" for s in self.mask)
+        )
+        numbers = (
+            self.heads,
+            self.kv_heads,
+            self.depth,
+            self.width,
+            self.q_heads,
+            self.k_heads,
+            self.v_heads,
+        )
         starts = (self.q_start, self.k_start, self.v_start)
         options = f"{self.scale:.8g}_{self.softcap:g}{'c' if self.causal else ''}{mask}"
         text = "_".join(map(str, (*numbers, *starts, options)))
@@ -117,7 +127,9 @@ class Attention:
         length, heads, depth = sizes[name]
         return ((wide(sample) * wide(frame.size(length)) + wide(position)) * heads + wide(head)) * depth
 
-    def logit(self, frame: Frame, score: Any, sample: Any, head: Any, query: Any, key: Any, cell: Any) -> None:
+    def logit(
+        self, frame: Frame, score: Any, sample: Any, head: Any, query: Any, key: Any, cell: Any
+    ) -> None:
         """Turn a product of q and k into a logit in `cell`: scale, cap and mask; -inf where the key is not visible."""
         score = score * T.float32(self.scale)
         if self.softcap > 0:
@@ -175,7 +187,10 @@ class _Few:
 
     def __init__(self, spec: FewQueries, frame: Frame, split: Any, head: Any, first: Any, tx: Any) -> None:
         self.spec, self.frame, self.shape, self.split, self.tx = spec, frame, spec.shape, split, tx
-        self.sample, self.key_head = bind(div(head, self.shape.kv_heads)), bind(mod(head, self.shape.kv_heads))
+        self.sample, self.key_head = (
+            bind(div(head, self.shape.kv_heads)),
+            bind(mod(head, self.shape.kv_heads)),
+        )
         self.first = first
         lane = bind(mod(tx, 32))
         self.part, self.slot = bind(mod(lane, 8)), bind(div(tx, 8))
@@ -215,7 +230,11 @@ class _Few:
                 self._load("q", offset, shape.depth, queries, row * count)
         keys = wide(frame.size(shape.keys))
         # Ranges of whole rounds of the block.
-        each = bind(T.truncdiv(T.truncdiv(keys + (self.spec.splits - 1), wide(self.spec.splits)) + (KEYS - 1), wide(KEYS)))
+        each = bind(
+            T.truncdiv(
+                T.truncdiv(keys + (self.spec.splits - 1), wide(self.spec.splits)) + (KEYS - 1), wide(KEYS)
+            )
+        )
         begin = bind(wide(self.split) * each * KEYS)
         with T.serial(wide(0), each) as round_:
             key = bind(begin + round_ * KEYS + wide(self.slot))
@@ -224,13 +243,27 @@ class _Few:
             call("iso_zero_floats", at(k, 0), self.depth_pieces * 4)
             call("iso_zero_floats", at(v, 0), self.width_pieces * 4)
             with when(inside):
-                self._load("k", shape.offset(frame, "k", self.sample, key, self.key_head + shape.k_start), shape.depth, k, 0)
-                self._load("v", shape.offset(frame, "v", self.sample, key, self.key_head + shape.v_start), shape.width, v, 0)
+                self._load(
+                    "k",
+                    shape.offset(frame, "k", self.sample, key, self.key_head + shape.k_start),
+                    shape.depth,
+                    k,
+                    0,
+                )
+                self._load(
+                    "v",
+                    shape.offset(frame, "v", self.sample, key, self.key_head + shape.v_start),
+                    shape.width,
+                    v,
+                    0,
+                )
             for row in range(ROWS):
                 self._update(row, rows[row], queries, k, v, key, inside)
         self._finish(rows)
 
-    def _update(self, row: int, place: tuple[Any, Any, Any], queries: Any, k: Any, v: Any, key: Any, inside: Any) -> None:
+    def _update(
+        self, row: int, place: tuple[Any, Any, Any], queries: Any, k: Any, v: Any, key: Any, inside: Any
+    ) -> None:
         there, position, head = place
         count = self.depth_pieces * 4
         score: Any = T.float32(0)
@@ -254,7 +287,7 @@ class _Few:
 
     def _finish(self, rows: list[tuple[Any, Any, Any]]) -> None:
         """Combine the block's groups of eight lanes, one row after another."""
-        shape, frame, groups = self.shape, self.frame, KEYS
+        shape, _frame, groups = self.shape, self.frame, KEYS
         width = self.width_pieces * 32
         board, maxima, totals = shared(groups * width), shared(groups), shared(groups)
         for row, (there, position, head) in enumerate(rows):
@@ -289,7 +322,9 @@ class _Few:
             index = shape.offset(frame, "y", self.sample, position, head) + wide(d)
             put(frame["y"], index, T.Select(weight > T.float32(0), total / weight, T.float32(0)))
             return
-        line = (wide(self.sample) * wide(frame.size(shape.queries)) + wide(position)) * shape.heads + wide(head)
+        line = (wide(self.sample) * wide(frame.size(shape.queries)) + wide(position)) * shape.heads + wide(
+            head
+        )
         start = bind((line * self.spec.splits + wide(self.split)) * (shape.width + 2))
         put(frame["parts"], start + wide(d), total)
         with when(equal(d, 0)):
@@ -327,7 +362,9 @@ class Combine:
                 start = bind(row * (splits * (shape.width + 2)))
                 highest: Any = T.float32(LOWEST)
                 for split in range(splits):
-                    highest = T.max(highest, get(frame["parts"], start + split * (shape.width + 2) + shape.width))
+                    highest = T.max(
+                        highest, get(frame["parts"], start + split * (shape.width + 2) + shape.width)
+                    )
                 highest = bind(highest)
                 with T.serial(T.int32(0), T.int32(-(-shape.width // 32))) as turn:
                     d = bind(turn * 32 + lane)
@@ -337,7 +374,9 @@ class Combine:
                     with when(d < shape.width):
                         for split in range(splits):
                             part = start + split * (shape.width + 2)
-                            factor = value("float32", "expf", get(frame["parts"], part + shape.width) - highest)
+                            factor = value(
+                                "float32", "expf", get(frame["parts"], part + shape.width) - highest
+                            )
                             put(sums, 0, get(sums, 0) + factor * get(frame["parts"], part + wide(d)))
                             put(sums, 1, get(sums, 1) + factor * get(frame["parts"], part + shape.width + 1))
                         y = T.Select(get(sums, 1) > T.float32(0), get(sums, 0) / get(sums, 1), T.float32(0))

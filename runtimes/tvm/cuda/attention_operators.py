@@ -63,7 +63,13 @@ def _add_choice(plan: Plan, few: FewQueries, combine: Combine | None, many: Many
                     otherwise(frame)
 
     if combine is None:
-        _append(plan, f"{many.name}_or_few", few.inputs(), [shape.output()], lambda f: choose(f, few.emit, many.emit))
+        _append(
+            plan,
+            f"{many.name}_or_few",
+            few.inputs(),
+            [shape.output()],
+            lambda f: choose(f, few.emit, many.emit),
+        )
         return
     _append(plan, few.name, few.inputs(), few.outputs(), lambda f: choose(f, few.emit, None))
     inputs = [*combine.inputs(), *many.inputs()]

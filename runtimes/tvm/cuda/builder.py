@@ -1,8 +1,9 @@
 """Writing GPU kernels in TIR: tensors with symbolic sizes, flat views of them, threads, and calls of device functions.
 
     def emit(k: Frame) -> None:
-        with k.grid(rows), k.threads(256) as tx:
-            k.set(k["y"], tx, k.get(k["x"], tx) * 2)
+        with launch([k.size("m")], 256) as ((row,), tx):
+            i = wide(row) * 256 + wide(tx)
+            put(k["y"], i, get(k["x"], i) * 2)
 
     double = prim_func("double", [Tensor("x", ("m", 256), "float32"), Tensor("y", ("m", 256), "float32")], emit)
 

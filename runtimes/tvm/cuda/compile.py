@@ -69,7 +69,9 @@ def arch_of(target: str) -> str:
     """The architecture of "cuda" or "cuda:sm_90a". Raises InputError."""
     kind, _, arch = target.partition(":")
     if kind != "cuda":
-        raise InputError("Not a CUDA target", expected="cuda | " + " | ".join(f"cuda:{a}" for a in ARCHS), got=target)
+        raise InputError(
+            "Not a CUDA target", expected="cuda | " + " | ".join(f"cuda:{a}" for a in ARCHS), got=target
+        )
     return check_arch(arch or DEFAULT_ARCH)
 
 
@@ -77,7 +79,11 @@ def scheduled(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
     """The module with the dialect's kernels in it and everything else fused and scheduled."""
     with target:
         # Reshapes are recognised before our kernels come in: TVM looks for them in the blocks of every kernel.
-        first = [transform.CanonicalizeBindings(), transform.LegalizeOps(), transform.RewriteDataflowReshape()]
+        first = [
+            transform.CanonicalizeBindings(),
+            transform.LegalizeOps(),
+            transform.RewriteDataflowReshape(),
+        ]
         module = tvm.transform.Sequential(first)(module)
         module = mark_own(rewrite_dialect(module))
         return tvm.transform.Sequential(
@@ -130,7 +136,8 @@ def relax_pipeline(cuda_graphs: bool = True) -> tvm.transform.Pass:
 
 
 def _tir_pipeline() -> Any:
-    """Our kernels go through TVM's pipeline that adds no barriers (they have their own), the others through the usual."""
+    """Our kernels go through TVM's pipeline that adds no barriers (they have their own), the others through the
+    usual."""
     own, host, device = compilation_pipeline.tirx_pipeline()
     usual, _, _ = compilation_pipeline.PIPELINE_MAP["s_tir"]()
 
@@ -159,7 +166,9 @@ def build(module: tvm.IRModule, target: tvm.target.Target, cuda_graphs: bool = T
     """Build a scheduled module with whatever makes device modules at the moment (`device_module.creating`)."""
     options = {"relax.backend.use_cuda_graph": cuda_graphs}
     with tvm.transform.PassContext(opt_level=3, config=options):
-        return relax.build(module, target=target, relax_pipeline=relax_pipeline(cuda_graphs), tir_pipeline=PIPELINE)
+        return relax.build(
+            module, target=target, relax_pipeline=relax_pipeline(cuda_graphs), tir_pipeline=PIPELINE
+        )
 
 
 @contextmanager
@@ -192,7 +201,8 @@ def compile_module(
 ) -> CompiledCuda:
     """Compile a Relax module for one architecture.
 
-    Raises InputError (unknown architecture) and ToolchainError (no nvcc) and UnsupportedError (an operator without kernels).
+    Raises InputError (unknown architecture) and ToolchainError (no nvcc) and UnsupportedError (an operator without
+    kernels).
     """
     say = progress or (lambda _: None)
     target = target_for(check_arch(arch))
@@ -209,7 +219,8 @@ def compile_cuda(
 ) -> dict[str, Any]:
     """Compile a program into `library` and write its tensors to `weights`. Returns facts for the report.
 
-    Raises InputError (unknown architecture) and ToolchainError (no nvcc) and UnsupportedError (an operator that is not lowered).
+    Raises InputError (unknown architecture) and ToolchainError (no nvcc) and UnsupportedError (an operator that is
+    not lowered).
     """
     # Not at the top: lowering needs the whole backend, and this module is also read where only kernels are compiled.
     replacing = import_module("isofold.compiler.artefact").replacing

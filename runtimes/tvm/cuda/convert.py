@@ -17,7 +17,23 @@ from typing import Any
 from tvm.tirx.script.builder import ir as T
 
 from ....compiler.dialect.packing import LANES
-from .builder import Frame, Size, Tensor, at, bind, call, ceil_div, div, get, launch, local, mod, put, when, wide
+from .builder import (
+    Frame,
+    Size,
+    Tensor,
+    at,
+    bind,
+    call,
+    ceil_div,
+    div,
+    get,
+    launch,
+    local,
+    mod,
+    put,
+    when,
+    wide,
+)
 from .epilogue import Linear
 from .layouts import CodebookLayout, Layout, integer_layout
 from .weights import Activations, Weights
@@ -57,7 +73,9 @@ class CastRows:
                 four = local(4, "uint32")
                 left = T.cast(self.k - unit * 8, "int32")
                 source = at(frame["x"], row * self.k + unit * 8)
-                call("iso_halves_floats", at(four, 0), source, left, T.uint32(self.order), int(self.k % 4 == 0))
+                call(
+                    "iso_halves_floats", at(four, 0), source, left, T.uint32(self.order), int(self.k % 4 == 0)
+                )
                 call("iso_store16", at(frame["xh"], row * self.kp + unit * 8), at(four, 0))
 
 

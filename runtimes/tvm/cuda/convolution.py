@@ -3,8 +3,8 @@
     u[(b, p), k] = code of x at (channel, kernel position) k of pixel p, the zero point where it is padding
     y[(b, p), o] = the packed linear;   result[b, o, p]
 
-The matrix of codes is one byte for each output pixel and input; a convolution whose input is read many times from it pays
-in memory, not in arithmetic.
+The matrix of codes is one byte for each output pixel and input; a convolution whose input is read many times from it
+pays in memory, not in arithmetic.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class Window:
     def outputs(self, space: Sequence[Dimension]) -> list[Dimension]:
         """Sizes of the result for sizes of the input (ints or int64 expressions)."""
         found = []
-        for size, k, s, p, d in zip(space, self.kernel, self.stride, self.padding, self.dilation, strict=True):
+        for size, k, s, p, d in zip(
+            space, self.kernel, self.stride, self.padding, self.dilation, strict=True
+        ):
             last = size + (2 * p - d * (k - 1) - 1)
             found.append((last // s if isinstance(size, int) else T.truncdiv(last, T.int64(s))) + 1)
         return found
@@ -47,7 +49,9 @@ class Window:
     @property
     def tag(self) -> str:
         """A part of kernels' names."""
-        return "_".join("x".join(map(str, v)) for v in (self.kernel, self.stride, self.padding, self.dilation))
+        return "_".join(
+            "x".join(map(str, v)) for v in (self.kernel, self.stride, self.padding, self.dilation)
+        )
 
 
 def conv_packed(call: Call) -> Plan:
@@ -77,7 +81,14 @@ def conv_packed(call: Call) -> Plan:
 
 
 def _add_codes(
-    plan: Plan, window: Window, channels: int, batch: Size, space: list[Size], rows: Size, k: int, static: bool
+    plan: Plan,
+    window: Window,
+    channels: int,
+    batch: Size,
+    space: list[Size],
+    rows: Size,
+    k: int,
+    static: bool,
 ) -> None:
     kp = ceil_to(k, 32)
     image = Tensor(plan.view("x", batch, channels, *space), (batch, channels, *space), "float32")
@@ -100,7 +111,9 @@ def _add_codes(
         index: Any = sample * channels + rest
         inside: Any = place < k
         for axis, size in enumerate(sizes):
-            spot = where[axis] * window.stride[axis] + taps[axis] * window.dilation[axis] - window.padding[axis]
+            spot = (
+                where[axis] * window.stride[axis] + taps[axis] * window.dilation[axis] - window.padding[axis]
+            )
             spot = bind(spot)
             inside = T.And(inside, T.And(spot >= 0, spot < wide(size)))
             index = index * wide(size) + spot

@@ -1,8 +1,8 @@
 """Device modules from cubins, made without a GPU.
 
-TVM's CUDA runtime (`libtvm_runtime_cuda.so`) makes and saves modules of machine code, but needs the driver's library to be
-loaded. Where there is none, a library of the same name whose functions all fail is compiled and loaded first: nothing calls
-them while a module is only made and saved.
+TVM's CUDA runtime (`libtvm_runtime_cuda.so`) makes and saves modules of machine code, but needs the driver's library
+to be loaded. Where there is none, a library of the same name whose functions all fail is compiled and loaded first:
+nothing calls them while a module is only made and saved.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def _load_runtime() -> None:
     found = [p for folder in folders for p in Path(folder).glob("lib*/libtvm_runtime_cuda.so")]
     if not found:
         raise ToolchainError(
-            "This TVM has no CUDA runtime", expected="libtvm_runtime_cuda.so in the package tvm (apache-tvm for Linux)"
+            "This TVM has no CUDA runtime",
+            expected="libtvm_runtime_cuda.so in the package tvm (apache-tvm for Linux)",
         )
     try:
         ctypes.CDLL("libcuda.so.1", ctypes.RTLD_GLOBAL)

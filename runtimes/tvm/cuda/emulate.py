@@ -4,9 +4,9 @@
     module["double"](x, y)                  # tensors of the CPU
 
 The source is compiled with the C++ compiler for the emulator's CUDA; each kernel becomes a function of TVM's calling
-convention, and the library takes the place of the cubin under the host module. The grid, the branches on symbolic sizes and
-the launch parameters are therefore those of the GPU. What differs: tensors are the CPU's, and matrix products follow PTX's
-tables in float32 or int32 arithmetic, in the order of their inputs.
+convention, and the library takes the place of the cubin under the host module. The grid, the branches on symbolic
+sizes and the launch parameters are therefore those of the GPU. What differs: tensors are the CPU's, and matrix
+products follow PTX's tables in float32 or int32 arithmetic, in the order of their inputs.
 """
 
 from __future__ import annotations
@@ -78,7 +78,13 @@ def compile_emulated(source: DeviceSource, folder: Path, sanitize: bool = False)
     body = re.sub(dynamic, r"\1* \2 = (\1*)isofold_emulator::dynamic_memory;", body)
     body = re.sub(r"__shared__ (alignas\(\d+\))", r"\1 __shared__", body)  # where C++ wants it
     text = "\n".join(
-        ["#define ISOFOLD_EMULATE", '#include "emulator.h"', with_header(body), _GLUE, *map(_wrapper, source.kernels)]
+        [
+            "#define ISOFOLD_EMULATE",
+            '#include "emulator.h"',
+            with_header(body),
+            _GLUE,
+            *map(_wrapper, source.kernels),
+        ]
     )
     headers = "".join((HERE / name).read_text() for name in ("emulator.h", "emulator.cc"))
     digest = hashlib.sha256((text + headers + str(sanitize)).encode()).hexdigest()[:24]

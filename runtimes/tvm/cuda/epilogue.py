@@ -58,7 +58,8 @@ class Linear:
         return div(feature, LANES) * (2 * LANES) + mod(feature, LANES)
 
     def finish(self, frame: Frame, token: Any, feature: Any, value: Any, up: Any = None) -> None:
-        """Write output `feature` of a token: `value` is its sum before the bias (the gate's, with `up` the up row's)."""
+        """Write output `feature` of a token: `value` is its sum before the bias (the gate's, with `up` the up
+        row's)."""
         row = self.packed_row(feature)
         if self.bias:
             value = value + get(frame["bias"], row)

@@ -1,7 +1,7 @@
 """Running a CUDA executable with TVM's runtime alone: no compiler, no torch, not even the `tvm` package.
 
-Needed are `tvm_ffi`, `libtvm_runtime.so`, `libtvm_runtime_cuda.so`, a driver and a GPU. Weights are copied to the GPU once;
-inputs and results are NumPy arrays, copied on each call, or tensors that are there already.
+Needed are `tvm_ffi`, `libtvm_runtime.so`, `libtvm_runtime_cuda.so`, a driver and a GPU. Weights are copied to the GPU
+once; inputs and results are NumPy arrays, copied on each call, or tensors that are there already.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def _library(name: str) -> Path:
         for place in ("lib", "."):
             if (Path(folder) / place / name).is_file():
                 return Path(folder) / place / name
-    raise ToolchainError(f"{name} is not installed", expected="in the package tvm", hint="pip install apache-tvm")
+    raise ToolchainError(
+        f"{name} is not installed", expected="in the package tvm", hint="pip install apache-tvm"
+    )
 
 
 class CudaExecutor:
@@ -61,7 +63,11 @@ class CudaExecutor:
     """
 
     def __init__(
-        self, library: Path, weights: Mapping[str, np.ndarray[Any, Any]], device: int = 0, device_type: int = CUDA
+        self,
+        library: Path,
+        weights: Mapping[str, np.ndarray[Any, Any]],
+        device: int = 0,
+        device_type: int = CUDA,
     ) -> None:
         self.ffi = load_runtime(device_type)
         self._allocate = self.ffi.get_global_func("runtime.TVMTensorAllocWithScope")
@@ -84,7 +90,7 @@ class CudaExecutor:
                 "TVM's runtime cannot open the executable on the GPU",
                 where=str(library),
                 got=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
-                hint="it needs the TVM version and the GPU architecture it was compiled for, and memory for its weights",
+                hint="it needs the TVM version and the GPU architecture it was compiled for, and memory",
             ) from error
 
     def _arity(self, function: str) -> int:
@@ -101,7 +107,9 @@ class CudaExecutor:
     def place(self, array: np.ndarray[Any, Any]) -> Any:
         """A copy of an array on the device."""
         array = np.ascontiguousarray(array)
-        made = self._allocate(self.ffi.Shape(array.shape), self.ffi.dtype(str(array.dtype)), self.device, None)
+        made = self._allocate(
+            self.ffi.Shape(array.shape), self.ffi.dtype(str(array.dtype)), self.device, None
+        )
         self._from_bytes(made, ctypes.c_void_p(array.ctypes.data), array.nbytes)
         return made
 

@@ -6,8 +6,8 @@ float32, so queries, keys, weights and values are rounded to float16 (their prod
     S = Q K^T     a lane's operands are 8 consecutive depths of a query and of a key: any order of depths will do
     O = P V       P is S's result as it lies in registers; V is stored transposed, two keys to a word
 
-Running maxima and sums of a query are those of the four lanes that hold its scores. With causal masks the tiles behind the
-block's last query are not visited.
+Running maxima and sums of a query are those of the four lanes that hold its scores. With causal masks the tiles
+behind the block's last query are not visited.
 """
 
 from __future__ import annotations
@@ -126,13 +126,17 @@ class _Body:
                 four = local(4, "uint32")
                 call("iso_zero", at(four, 0), 4)
                 with when(wide(query) < wide(frame.size(shape.queries))):
-                    self._halves("q", query, self.head + shape.q_start, step * 32 + self.t * 8, shape.depth, four)
+                    self._halves(
+                        "q", query, self.head + shape.q_start, step * 32 + self.t * 8, shape.depth, four
+                    )
                 for word in range(4):
                     # Operands of the two products of a step: words (0, 1) and (2, 3).
                     put(self.queries, step * 8 + (word // 2) * 4 + (word % 2) * 2 + half, get(four, word))
 
     def _halves(self, name: str, position: Any, head: Any, start: Any, size: int, four: Any) -> None:
-        source = at(self.frame[name], self.shape.offset(self.frame, name, self.sample, position, head) + wide(start))
+        source = at(
+            self.frame[name], self.shape.offset(self.frame, name, self.sample, position, head) + wide(start)
+        )
         call("iso_halves_floats", at(four, 0), source, size - start, T.uint32(NATURAL), int(size % 4 == 0))
 
     def _load_keys(self, first: Any, keys: Any) -> None:
@@ -143,7 +147,9 @@ class _Body:
             four = local(4, "uint32")
             call("iso_zero", at(four, 0), 4)
             with when(first + wide(row) < keys):
-                self._halves("k", first + wide(row), self.key_head + shape.k_start, piece * 8, shape.depth, four)
+                self._halves(
+                    "k", first + wide(row), self.key_head + shape.k_start, piece * 8, shape.depth, four
+                )
             call("iso_store16", at(self.memory, row * self.key_bytes + piece * 16), at(four, 0))
 
     def _load_values(self, first: Any, keys: Any) -> None:
@@ -159,7 +165,9 @@ class _Body:
                 for i in range(2):
                     key = first + wide(pair * 2 + i)
                     with when(key < keys):
-                        offset = shape.offset(self.frame, "v", self.sample, key, self.key_head + shape.v_start)
+                        offset = shape.offset(
+                            self.frame, "v", self.sample, key, self.key_head + shape.v_start
+                        )
                         source, left = at(self.frame["v"], offset + wide(quad * 4)), shape.width - quad * 4
                         call("iso_load_floats4", at(both, 4 * i), source, left, int(shape.width % 4 == 0))
                 for i in range(4):
@@ -205,7 +213,11 @@ class _Body:
                     put(scores, at_, get(cell, 0))
                     put(highest, 0, T.max(get(highest, 0), get(cell, 0)))
             for mask in (1, 2):
-                put(highest, 0, T.max(get(highest, 0), value("float32", "iso_shuffle_xor", get(highest, 0), mask)))
+                put(
+                    highest,
+                    0,
+                    T.max(get(highest, 0), value("float32", "iso_shuffle_xor", get(highest, 0), mask)),
+                )
             new = bind(get(highest, 0))
             kept = value("float32", "expf", get(self.maximum, half) - new)
             put(self.maximum, half, new)

@@ -1,16 +1,17 @@
-"""Products of packed weights with many rows of activations: tiles in shared memory, several stages of copies, tensor cores.
+"""Products of packed weights with many rows of activations: tiles in shared memory, several stages of copies, tensor
+cores.
 
 A block computes `features` x `tokens` outputs. Weights (16-byte pieces of panels, as they are packed) and activations
-(64 bytes of a token: 64 codes, or 32 halves) come by asynchronous copies into a ring of `STAGES`, one barrier a stage.
-Weights are the 16-row operand: a lane's four rows of a panel and unit are one 16-byte piece (int4; two for int8, four for
-halves), which decodes in registers to its operands. Pieces are stored at places permuted within a line of 128 bytes so that
-the eight lanes that a shared-memory access serves at once hit 32 different banks.
+(64 bytes of a token: 64 codes, or 32 halves) come by asynchronous copies into a ring of `STAGES`, one barrier a
+stage. Weights are the 16-row operand: a lane's four rows of a panel and unit are one 16-byte piece (int4; two for
+int8, four for halves), which decodes in registers to its operands. Pieces are stored at places permuted within a line
+of 128 bytes so that the eight lanes that a shared-memory access serves at once hit 32 different banks.
 
     weights   the lanes (g = 0, 1; t = 0..3) of an access differ in piece g and unit t
     tokens    the lanes (g = 0..3; t = 0..3) differ in token g and 8 bytes at 8 t
 
-Sums are int32 or float32 in registers; a group's are scaled into a float32 copy. A lane ends with four consecutive outputs
-of each of its tokens, eight lanes with 32, so results go straight from registers to memory.
+Sums are int32 or float32 in registers; a group's are scaled into a float32 copy. A lane ends with four consecutive
+outputs of each of its tokens, eight lanes with 32, so results go straight from registers to memory.
 """
 
 from __future__ import annotations
@@ -208,7 +209,12 @@ class _Body:
                 source = wide(panel) * row_bytes + wide(whole * (64 * self.pieces) + piece * 16)
                 index = T.Select(there, T.truncdiv(source, T.int64(size)), T.int64(0))
                 to = slot + local_panel * self.panel_bytes + self._place(unit, piece)
-                call("iso_copy16", at(self.memory, to), at(weight, index), T.Select(there, T.int32(16), T.int32(0)))
+                call(
+                    "iso_copy16",
+                    at(self.memory, to),
+                    at(weight, index),
+                    T.Select(there, T.int32(16), T.int32(0)),
+                )
 
     def _copy_tokens(self, stage: Any, slot: Any) -> None:
         count = self.tile.tokens * (TOKEN_BYTES // 16)
@@ -223,7 +229,12 @@ class _Body:
                 there = T.And(where < self.frame.size(self.spec.linear.rows), k < kp)
                 index = T.Select(there, where * kp + wide(k), T.int64(0))
                 place = token * TOKEN_BYTES + self._token_piece(token, piece) * 16
-                call("iso_copy16", at(self.memory, slot + place), at(source, index), T.Select(there, T.int32(16), T.int32(0)))
+                call(
+                    "iso_copy16",
+                    at(self.memory, slot + place),
+                    at(source, index),
+                    T.Select(there, T.int32(16), T.int32(0)),
+                )
 
     def _token_piece(self, token: Any, piece: Any) -> Any:
         return T.bitwise_xor(piece, mod(div(token, 2), 2) * 2) if self.codes else piece
@@ -255,7 +266,9 @@ class _Body:
                 at_ = (row * self.tile.columns + column) * 8
                 for pair in range(2):
                     if self.codes:
-                        call("iso_mma_s8u8", at(self.sums, at_ + 4 * pair), at(a, row * 8 + pair * 4), at(b, 0))
+                        call(
+                            "iso_mma_s8u8", at(self.sums, at_ + 4 * pair), at(a, row * 8 + pair * 4), at(b, 0)
+                        )
                         continue
                     for half in range(2):
                         operand = at(a, row * 16 + pair * 8 + half * 4)
@@ -275,7 +288,13 @@ class _Body:
         base = slot + self._panel(row) * self.panel_bytes
         registers = local(4 * self.pieces, "uint32")
         for j in range(self.pieces):
-            piece = self.quad if self.pieces == 1 else 4 * j + self.quad if self.pieces == 2 else self.quad * 4 + j
+            piece = (
+                self.quad
+                if self.pieces == 1
+                else 4 * j + self.quad
+                if self.pieces == 2
+                else self.quad * 4 + j
+            )
             call("iso_load16", at(registers, 4 * j), at(self.memory, base + self._place(unit, piece)))
         zeros = None
         if not self.codes and self.weights.offsets:

@@ -1,10 +1,10 @@
 """How a lane reads packed weights (docs/dialect.md): four rows of a panel and a unit of eight inputs at a time.
 
-The four lanes t = 0..3 of a row group read units 4 s + t of step s, 32 inputs together; lanes g = 0..7 read the four rows
-4 (g % 4) .. + 3 of panel g / 4 of a tile of two panels. What a lane reads in a step are `words` registers; a row of
-it decodes to two words of signed bytes (times `factor`), or to four words of halves (times `factor`) in pairs of
-inputs given by `order`. An index of an input inside a product is free as long as weights and activations agree, which is
-why the packed order of bytes needs no shuffling on its way to a tensor core.
+The four lanes t = 0..3 of a row group read units 4 s + t of step s, 32 inputs together; lanes g = 0..7 read the four
+rows 4 (g % 4) .. + 3 of panel g / 4 of a tile of two panels. What a lane reads in a step are `words` registers; a row
+of it decodes to two words of signed bytes (times `factor`), or to four words of halves (times `factor`) in pairs of
+inputs given by `order`. An index of an input inside a product is free as long as weights and activations agree, which
+is why the packed order of bytes needs no shuffling on its way to a tensor core.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def element_bytes(buffer: Any) -> int:
 class Layout:
     """A packed layout as a lane reads it.
 
-    name: for names of kernels. words: registers of a step. panel_bytes: bytes of a panel for each 8 inputs. factor: power
-    of two on decoded values. passes: products over the same activations (codebooks add up in the accumulators).
+    name: for names of kernels. words: registers of a step. panel_bytes: bytes of a panel for each 8 inputs. factor:
+    power of two on decoded values. passes: products over the same activations (codebooks add up in the accumulators).
     dtype, argument: of the kernel's tensor.
     """
 
@@ -57,7 +57,9 @@ class Layout:
             call(f"iso_load{count}", at(registers, done), source)
             done += count // 4
 
-    def copy(self, weight: Any, panel: Any, k: int, unit: Any, quad: Any, ring: Any, slot: Any, lane: Any) -> None:
+    def copy(
+        self, weight: Any, panel: Any, k: int, unit: Any, quad: Any, ring: Any, slot: Any, lane: Any
+    ) -> None:
         """Start the copies of a lane's step to its own places in shared memory, from `slot` on."""
         size = element_bytes(weight)
         for offset, count in self.loads(unit, quad):
@@ -115,7 +117,9 @@ class IntegerLayout(Layout):
 def integer_layout(bits: int) -> IntegerLayout:
     """The layout of integer weights."""
     words, factor = {8: (8, 1.0), 4: (4, 16.0), 3: (12, 32.0), 2: (4, 64.0)}[bits]
-    return IntegerLayout(f"int{bits}", words, 16 * bits, factor, bits=bits, dtype="int8" if bits == 8 else "uint8")
+    return IntegerLayout(
+        f"int{bits}", words, 16 * bits, factor, bits=bits, dtype="int8" if bits == 8 else "uint8"
+    )
 
 
 @dataclass(frozen=True)
@@ -191,4 +195,6 @@ def codebook_layout(name: str) -> CodebookLayout:
     count, bits = (int(part) for part in name.split("x"))
     size = bits // 8
     dtype = "uint8" if size == 1 else "uint16"
-    return CodebookLayout(f"book{name}", count * size, 16 * count * size, 1.0, passes=count, dtype=dtype, code_bytes=size)
+    return CodebookLayout(
+        f"book{name}", count * size, 16 * count * size, 1.0, passes=count, dtype=dtype, code_bytes=size
+    )

@@ -5,7 +5,8 @@
 | up to 32 | `skinny`: the weights stream past once |
 | more | `gemm`; before it `convert.CastRows` (float activations) and `convert.Expand` (layouts it does not read) |
 
-Where the number of rows is not known when compiling, all are in one function each and the host chooses when it launches.
+Where the number of rows is not known when compiling, all are in one function each and the host chooses when it
+launches.
 """
 
 from __future__ import annotations
@@ -88,7 +89,9 @@ def _float_linear(call: Call, weights: Weights, constants: dict[str, Any] | None
     return _product(plan, call, rows, weights, "float", False)
 
 
-def _product(plan: Plan, call: Call, rows: Size, weights: Weights, activations: Activations, static: bool) -> Plan:
+def _product(
+    plan: Plan, call: Call, rows: Size, weights: Weights, activations: Activations, static: bool
+) -> Plan:
     attributes = call.attributes
     linear = Linear(
         rows, attributes["k"], attributes["n"], attributes["activation"], attributes["gated"], call.has("bias"),
@@ -117,7 +120,9 @@ def add_product(plan: Plan, linear: Linear, weights: Weights, activations: Activ
         expand = Expand(linear, weights, activations)
         read = expand.result
         k, kp = linear.k, weights.padded(linear.k)
-        witness = Tensor("u", (rows, kp), "uint8") if activations == "codes" else Tensor("x", (rows, k), "float32")
+        witness = (
+            Tensor("u", (rows, kp), "uint8") if activations == "codes" else Tensor("x", (rows, k), "float32")
+        )
         add(plan, expand, rows, witness)
     if activations == "float":
         add(plan, CastRows(rows, linear.k, weights.padded(linear.k), weights.layout.order), rows)
@@ -145,7 +150,11 @@ def _inputs_and_outputs(kernel: Any) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def add(
-    plan: Plan, kernel: Any, beyond: Size = 0, witness: Tensor | None = None, renamed: dict[str, str] | None = None
+    plan: Plan,
+    kernel: Any,
+    beyond: Size = 0,
+    witness: Tensor | None = None,
+    renamed: dict[str, str] | None = None,
 ) -> None:
     """Append a kernel to a plan.
 

@@ -1,9 +1,10 @@
 """A dialect operator on the GPU: the kernels it takes, and what passes between them.
 
-An emitter (`operators.py`) gets a :class:`Call`, shapes and attributes only, and answers with a :class:`Plan`: stages in
-their order, each one TIR function that reads named tensors and writes new ones. Names are those of the operator's schema,
-of constants the plan brings (tables), and of tensors that earlier stages wrote. Kernels see flattened views of the
-operator's tensors (`[..., K]` as `[m, K]`), in `views`; a size that is not known when compiling is a symbol of the plan.
+An emitter (`operators.py`) gets a :class:`Call`, shapes and attributes only, and answers with a :class:`Plan`: stages
+in their order, each one TIR function that reads named tensors and writes new ones. Names are those of the operator's
+schema, of constants the plan brings (tables), and of tensors that earlier stages wrote. Kernels see flattened views
+of the operator's tensors (`[..., K]` as `[m, K]`), in `views`; a size that is not known when compiling is a symbol of
+the plan.
 """
 
 from __future__ import annotations

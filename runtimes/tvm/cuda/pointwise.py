@@ -13,7 +13,21 @@ import numpy as np
 from tvm.tirx.script.builder import ir as T
 
 from ....compiler.dialect.element_formats import element_format
-from .builder import Frame, Size, Tensor, bind, ceil_div, get, launch, local, prim_func, put, value, when, wide
+from .builder import (
+    Frame,
+    Size,
+    Tensor,
+    bind,
+    ceil_div,
+    get,
+    launch,
+    local,
+    prim_func,
+    put,
+    value,
+    when,
+    wide,
+)
 from .epilogue import activated
 from .plan import Call, Plan, Stage
 
@@ -239,4 +253,3 @@ def dequantize_codebook(call: Call) -> Plan:
     add_pointwise(plan, name, inputs, Tensor("y", (n, k_), "float32"), body)
     plan.results = ("y",)
     return plan
-

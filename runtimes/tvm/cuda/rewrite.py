@@ -2,11 +2,11 @@
 
 The lowering (`runtimes/tvm/lower.py`) leaves a dialect operator as
 
-    call_dps_packed("isofold_op", ("QuantizeActivation in=1011 out=11 align=i:32 bits=i:8 ... node=s:NAME", tensors...), types)
+    call_dps_packed("isofold_op", ("QuantizeActivation in=1011 out=11 align=i:32 ... node=s:NAME", tensors...), types)
 
 with the tensors that `in` says are there and the results that `out` says are wanted. For CUDA each becomes what its
-plan says: reshapes to views (no copies), tables as constants, a `call_tir` for each stage, and a reshape of the results.
-Memory between stages is thereby planned with everything else, and captured in CUDA graphs.
+plan says: reshapes to views (no copies), tables as constants, a `call_tir` for each stage, and a reshape of the
+results. Memory between stages is thereby planned with everything else, and captured in CUDA graphs.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def read_description(text: str) -> tuple[Operator, list[bool], list[bool], dict[
     operator = _BY_ONNX_NAME.get(name)
     if operator is None or operator.name not in EMITTERS:
         raise UnsupportedError(
-            f"The operator {name} has no GPU kernels", where=facts.get("node", ""), expected=", ".join(sorted(EMITTERS))
+            f"The operator {name} has no GPU kernels",
+            where=facts.get("node", ""),
+            expected=", ".join(sorted(EMITTERS)),
         )
     flags = [[c == "1" for c in facts.pop(key)] for key in ("in", "out")]
     node = facts.pop("node", "s:").removeprefix("s:")
@@ -70,7 +72,9 @@ def is_tensor(argument: Any) -> bool:
     return str(argument.type) in ("Tensor", "Optional[Tensor]")
 
 
-def call_of(operator: Operator, present: list[bool], wanted: list[bool], attributes: dict[str, Any], types: list[Any]) -> Call:
+def call_of(
+    operator: Operator, present: list[bool], wanted: list[bool], attributes: dict[str, Any], types: list[Any]
+) -> Call:
     """A call as emitters take it; types: Relax types of the tensors that are there."""
     names = [a.name for a in operator.overload._schema.arguments if is_tensor(a)]
     operands: dict[str, Operand | None] = dict.fromkeys(names)
@@ -126,7 +130,9 @@ def emit_plan(builder: relax.BlockBuilder, plan: Plan, tensors: dict[str, Any], 
         place = builder.add_func(stage.function.without_attr("global_symbol"), stage.name)
         types = [relax.TensorType([size(s) for s in t.shape], t.dtype) for t in stage.outputs]
         inputs = relax.Tuple([values[n] for n in stage.inputs])
-        made = builder.emit(relax.call_tir(place, inputs, types if len(types) > 1 else types[0]), name_hint=node or "y")
+        made = builder.emit(
+            relax.call_tir(place, inputs, types if len(types) > 1 else types[0]), name_hint=node or "y"
+        )
         for i, tensor in enumerate(stage.outputs):
             values[tensor.name] = builder.emit(relax.TupleGetItem(made, i)) if len(types) > 1 else made
     return [None if name is None else values.get(name, tensors.get(name)) for name in plan.results]

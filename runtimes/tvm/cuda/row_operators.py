@@ -23,7 +23,17 @@ def add_rows(plan: Plan, spec: Rows, renamed: dict[str, str] | None = None) -> N
 def quantize_activation(call: Call) -> Plan:
     """`isofold.quantize_activation`."""
     plan = Plan()
-    quantize_into(plan, call, "x", call["x"], call.attributes["align"], "params", "shift", "scale", call.attributes["bits"])
+    quantize_into(
+        plan,
+        call,
+        "x",
+        call["x"],
+        call.attributes["align"],
+        "params",
+        "shift",
+        "scale",
+        call.attributes["bits"],
+    )
     plan.results = ("u", "params")
     return plan
 
@@ -95,5 +105,3 @@ def hadamard(call: Call) -> Plan:
     add_rows(plan, spec)
     plan.results = ("transformed",)
     return plan
-
-

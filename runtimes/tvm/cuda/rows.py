@@ -5,8 +5,8 @@
     v = ((y - shift) * scale) H         (quantizers and `hadamard`)
     u, (s, z) = codes of v              (quantizers), bit for bit the formula of docs/dialect.md
 
-The row stays in shared memory between the steps. H is applied there: a power of two in stages of butterflies, a core as a
-small matrix product along its axis, its sums in registers, so that one copy of the row is enough.
+The row stays in shared memory between the steps. H is applied there: a power of two in stages of butterflies, a core
+as a small matrix product along its axis, its sums in registers, so that one copy of the row is enough.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ class Rows:
     def __post_init__(self) -> None:
         if self.k > ROW_LIMIT:
             raise UnsupportedError(
-                "A row of activations is too long for one block", expected=f"at most {ROW_LIMIT}", got=str(self.k)
+                "A row of activations is too long for one block",
+                expected=f"at most {ROW_LIMIT}",
+                got=str(self.k),
             )
 
     @property
@@ -92,14 +94,17 @@ class Rows:
     @property
     def name(self) -> str:
         """The kernel's name."""
-        flags = "".join(
-            letter
-            for letter, there in zip(
-                "rwbsyfvt", (self.residual, self.weight, self.bias, self.sum, self.y, self.shift, self.scale, self.transpose),
-                strict=True,
-            )
-            if there
-        )  # fmt: skip
+        there = (
+            self.residual,
+            self.weight,
+            self.bias,
+            self.sum,
+            self.y,
+            self.shift,
+            self.scale,
+            self.transpose,
+        )
+        flags = "".join(letter for letter, is_there in zip("rwbsyfvt", there, strict=True) if is_there)
         parts = ["rows", self.norm, str(self.k), flags, *(f"h{o}" for o in self.orders)]
         if self.norm:
             parts.append(f"e{self.eps:g}")
@@ -148,7 +153,9 @@ class Rows:
             if self.norm:
                 self._normalize(frame, line, start, tx)
             else:
-                self._each(tx, lambda i: put(line, i, self._affine(frame, get(frame["x"], start + wide(i)), i)))
+                self._each(
+                    tx, lambda i: put(line, i, self._affine(frame, get(frame["x"], start + wide(i)), i))
+                )
             if self.orders:
                 sync()
                 self._hadamard(frame, line, tx)
@@ -205,7 +212,9 @@ class Rows:
 
             self._each(tx, deviate)
             total = self._block(cell, tx, "sum")
-        inverse = bind(T.float32(1) / value("float32", "sqrtf", total / T.float32(self.k) + T.float32(self.eps)))
+        inverse = bind(
+            T.float32(1) / value("float32", "sqrtf", total / T.float32(self.k) + T.float32(self.eps))
+        )
 
         def write(i: Any) -> None:
             y = (get(line, i) - mean) * inverse if self.norm == "layer" else get(line, i) * inverse

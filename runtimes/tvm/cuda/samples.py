@@ -1,7 +1,7 @@
 """Quantizers of long rows, which do not fit shared memory and may have a symbolic length: samples of a batch.
 
-`quantize_dequantize` (per token and per sample), and for convolutions the pair (s, z) of each sample. A block goes over its
-row in global memory twice: the range, then the values.
+`quantize_dequantize` (per token and per sample), and for convolutions the pair (s, z) of each sample. A block goes
+over its row in global memory twice: the range, then the values.
 """
 
 from __future__ import annotations
@@ -120,6 +120,8 @@ def quantize_dequantize(call: Call) -> Plan:
 
     output = Tensor("y", (rows, length), "float32")
     name = f"quantize_dequantize_a{bits}{'s' if static else ''}"
-    plan.stages.append(Stage(prim_func(name, [*inputs, output], emit), tuple(t.name for t in inputs), (output,)))
+    plan.stages.append(
+        Stage(prim_func(name, [*inputs, output], emit), tuple(t.name for t in inputs), (output,))
+    )
     plan.results = ("y",)
     return plan

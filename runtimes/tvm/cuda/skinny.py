@@ -2,12 +2,14 @@
 
 A block computes a tile of two panels (32 packed rows) for up to 8 `tiles` tokens; its warps share the inputs between
 them in chunks (a group, or 64 to 128 inputs) and add up through shared memory at the end. Weights and scales come by
-asynchronous copies to a ring of `DEPTH` chunks: a lane copies what it will read itself, so that the ring needs no barrier,
-and 2 to 6 KB of every warp are on their way whatever the compiler does with registers. The tile of weights is the 16-row
-operand of the product and the tokens its 8 columns: up to 8 tokens cost what one does. Products are of int8 and uint8 (`codes`), or of halves where activations are floats, which
-are rounded to float16. A group's sum is scaled in float32.
+asynchronous copies to a ring of `DEPTH` chunks: a lane copies what it will read itself, so that the ring needs no
+barrier, and 2 to 6 KB of every warp are on their way whatever the compiler does with registers. The tile of weights
+is the 16-row operand of the product and the tokens its 8 columns: up to 8 tokens cost what one does. Products are of
+int8 and uint8 (`codes`), or of halves where activations are floats, which are rounded to float16. A group's sum is
+scaled in float32.
 
-    codes:   y = s ( sum_g scale_g ( I_g - zero_g U_g ) - z wsum ) + bias,   I_g = sum u w, U_g = sum u (a product with ones)
+    codes:   y = s ( sum_g scale_g ( I_g - zero_g U_g ) - z wsum ) + bias,   I_g = sum u w
+                                                                             U_g = sum u: a product with ones
     floats:  y = sum_g scale_g sum_k x (w - zero_g) + bias
 """
 
@@ -36,7 +38,6 @@ from .builder import (
     put,
     shared_dynamic,
     sync,
-    value,
     when,
     wide,
 )
@@ -50,6 +51,7 @@ TILE = 32
 """Packed rows of a block."""
 DEPTH = 3
 """Chunks of the ring: one is multiplied while the others arrive."""
+
 
 @dataclass(frozen=True)
 class Skinny:
@@ -151,7 +153,8 @@ class _Body:
         return bind((self.warp * DEPTH + mod(round_, DEPTH)) * self.chunk_bytes)
 
     def _copy(self, round_: Any, chunks: int) -> None:
-        """Start the copies of the warp's chunk of a round; a group of copies even where there is none, to count them."""
+        """Start the copies of the warp's chunk of a round; a group of copies even where there is none, to count
+        them."""
         chunk = bind(round_ * self.warps + self.warp)
         slot = self._slot(round_)
         with when(chunk < chunks):
@@ -291,7 +294,9 @@ class _Body:
     def _reduce(self) -> None:
         """Add up the warps' sums, and write the outputs."""
         spec, linear, tokens = self.spec, self.spec.linear, 8 * self.spec.tiles
-        board = T.decl_buffer((self.warps * tokens * TILE,), "float32", data=self.memory.data, scope="shared.dyn", layout=None)
+        board = T.decl_buffer(
+            (self.warps * tokens * TILE,), "float32", data=self.memory.data, scope="shared.dyn", layout=None
+        )
         sync()  # the ring is free
         for tile in range(spec.tiles):
             for i in range(8):

@@ -1,8 +1,8 @@
 """Linears on sparse weights (mask, values and offsets of rows).
 
-A warp computes an output: lanes are the columns of a 32-bit word of the mask, and a lane's value is at the number of ones
-below it, so that values are read in order and without gaps. Eight tokens share what a warp decodes. With many rows,
-weights are written out densely once and multiplied as such (`Densify`); floats then become float16.
+A warp computes an output: lanes are the columns of a 32-bit word of the mask, and a lane's value is at the number of
+ones below it, so that values are read in order and without gaps. Eight tokens share what a warp decodes. With many
+rows, weights are written out densely once and multiplied as such (`Densify`); floats then become float16.
 """
 
 from __future__ import annotations
@@ -86,7 +86,10 @@ class SparseRows:
             feature = bind(block * WARPS + div(tx, 32))
             with when(True if linear.n % WARPS == 0 else feature < linear.n):
                 row = bind(linear.packed_row(feature))
-                sums = [self._row(frame, r, column, lane) for r in ((row, row + LANES) if linear.gated else (row,))]
+                sums = [
+                    self._row(frame, r, column, lane)
+                    for r in ((row, row + LANES) if linear.gated else (row,))
+                ]
                 for token in range(TOKENS):
                     where = bind(column * TOKENS + token)
                     totals = [value("float32", "iso_warp_sum", self._total(s, token)) for s in sums]
@@ -155,7 +158,9 @@ class Densify:
         """The weights that this kernel writes."""
         if self.codes:
             return Weights(replace(integer_layout(8), name="byte_sparse", argument="expanded"), 0, "float32")
-        return Weights(HalvesLayout("half_sparse", 16, 256, 1.0, dtype="uint16", argument="expanded"), 0, "float32")
+        return Weights(
+            HalvesLayout("half_sparse", 16, 256, 1.0, dtype="uint16", argument="expanded"), 0, "float32"
+        )
 
     def inputs(self) -> list[Tensor]:
         """Arguments that are read."""

@@ -7,8 +7,8 @@ import numpy as np
 from .builder import Size, Tensor
 from .convert import CastRows
 from .epilogue import Linear
-from .linears import FEW_ROWS, add, add_choice, product_tile
 from .gemm import Gemm
+from .linears import FEW_ROWS, add, add_choice, product_tile
 from .plan import Call, Plan
 from .sparse import Densify, SparseRows
 
@@ -54,13 +54,22 @@ def _sparse(call: Call, codes: bool) -> Plan:
 
 
 def _add_dense(
-    plan: Plan, linear: Linear, dense: Densify, few: SparseRows, codes: bool, rows: Size, width: int, static: bool
+    plan: Plan,
+    linear: Linear,
+    dense: Densify,
+    few: SparseRows,
+    codes: bool,
+    rows: Size,
+    width: int,
+    static: bool,
 ) -> None:
     witness = Tensor("u" if codes else "x", (rows, width), "uint8" if codes else "float32")
     add(plan, dense, rows, witness)
     if not codes:
         add(plan, CastRows(rows, linear.k, dense.kp, dense.result.layout.order), rows)
-    many = Gemm(linear, dense.result, "codes" if codes else "float", product_tile(linear, dense.result), static)
+    many = Gemm(
+        linear, dense.result, "codes" if codes else "float", product_tile(linear, dense.result), static
+    )
     renamed = {} if codes else {"scale": "ones"}
     if isinstance(rows, int):
         add(plan, many, renamed=renamed)

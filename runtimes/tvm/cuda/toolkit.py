@@ -25,7 +25,8 @@ _SHARED = re.compile(r"(\d+) bytes smem")
 
 @dataclass(frozen=True)
 class Resources:
-    """What one kernel takes: registers a thread, bytes of local memory, of spills, and of static shared memory a block."""
+    """What one kernel takes: registers a thread, bytes of local memory, of spills, and of static shared memory a
+    block."""
 
     kernel: str
     registers: int
@@ -98,8 +99,10 @@ def compile_cubin(source: str, arch: str, cache_folder: Path | None = None) -> C
     with tempfile.TemporaryDirectory() as scratch:
         code, out = Path(scratch, "kernels.cu"), Path(scratch, "kernels.cubin")
         code.write_text(source)
-        command = [str(nvcc), "-cubin", f"-arch={arch}", "-O3", "-std=c++17", "-Xptxas", "-v,--register-usage-level=10", "-w"]
-        run = subprocess.run([*command, "-o", str(out), str(code)], capture_output=True, text=True, check=False)
+        command = [str(nvcc), "-cubin", f"-arch={arch}", "-O3", "-std=c++17", "-Xptxas", "-v", "-w"]
+        run = subprocess.run(
+            [*command, "-o", str(out), str(code)], capture_output=True, text=True, check=False
+        )
         if run.returncode:
             raise ToolchainError(
                 f"nvcc does not compile the kernels for {arch}",

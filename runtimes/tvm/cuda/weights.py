@@ -32,7 +32,10 @@ class Weights:
         layout = self.layout
         count = panels * layout.panel_bytes * kp // 8 // (2 if layout.dtype == "uint16" else 1)
         stored = self.scale if self.scale.startswith("float") else "uint8"
-        found = [Tensor(layout.argument, (count,), layout.dtype), Tensor("scale", (panels * groups * LANES,), stored)]
+        found = [
+            Tensor(layout.argument, (count,), layout.dtype),
+            Tensor("scale", (panels * groups * LANES,), stored),
+        ]
         if self.zero:
             found.append(Tensor("zero", (panels * groups * LANES,), "int8"))
         if self.group_size:

@@ -72,7 +72,8 @@ def unique_functions(plans: Sequence[Plan]) -> tuple[dict[str, tirx.PrimFunc], l
     for plan in plans:
         names.append([])
         for stage in plan.stages:
-            key = f"{stage.name}_{tvm_ffi.structural_hash(stage.function.without_attr('global_symbol')) & (2**64 - 1):x}"
+            digest = tvm_ffi.structural_hash(stage.function.without_attr("global_symbol")) & (2**64 - 1)
+            key = f"{stage.name}_{digest:x}"
             functions[key] = stage.function.with_attr("global_symbol", key)
             names[-1].append(key)
     return functions, names

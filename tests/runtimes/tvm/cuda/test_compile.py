@@ -38,13 +38,19 @@ def description(name: str, present: set[str], attributes: dict[str, Any], wanted
         return "l:" + ",".join(map(str, value)) if kind == "List[int]" else f"s:{value}"
 
     flags = "".join("01"[a.name in present] for a in declared if is_tensor(a))
-    rest = [f"{a.name}={text(str(a.type), attributes.get(a.name, a.default_value))}" for a in declared if not is_tensor(a)]
+    rest = [
+        f"{a.name}={text(str(a.type), attributes.get(a.name, a.default_value))}"
+        for a in declared
+        if not is_tensor(a)
+    ]
     return " ".join([operator.onnx_name, f"in={flags}", f"out={wanted}", *rest, "node=s:here"])
 
 
 def module_of(symbolic: bool) -> tvm.IRModule:
     """x → 2 x → quantized linear → (normed and quantized, softmax)."""
-    lead = [tirx.Var("batch", "int64"), tirx.IntImm("int64", 5)] if symbolic else [tirx.IntImm("int64", 1)] * 2
+    lead = (
+        [tirx.Var("batch", "int64"), tirx.IntImm("int64", 5)] if symbolic else [tirx.IntImm("int64", 1)] * 2
+    )
     bb = relax.BlockBuilder()
     x = relax.Var("x", relax.TensorType([*lead, K], "float32"))
     weights = [
@@ -53,9 +59,8 @@ def module_of(symbolic: bool) -> tvm.IRModule:
         relax.Var("wsum", relax.TensorType([N], "float32")),
     ]
     linear = description(
-        "quantize_linear_packed", {"x", "weight", "scale", "wsum"},
-        {"n": N, "k": K, "bits": 4, "group_size": GROUP, "scale_multiplier": 0.0625, "activation": "gelu", "gated": False},
-        "1",
+        "quantize_linear_packed", {"x", "weight", "scale", "wsum"}, {"n": N, "k": K, "bits": 4, "group_size": GROUP,
+        "scale_multiplier": 0.0625, "activation": "gelu", "gated": False}, "1",
     )  # fmt: skip
     norm = description("norm_quantize", {"x"}, {"eps": 1e-5, "kind": "rms", "align": 32}, "0111")
     with bb.function("main", [x, *weights]):
@@ -102,12 +107,16 @@ def test_cubins_are_embedded(arch: str, tmp_path: Path) -> None:
     path = tmp_path / "model.so"
     compiled.executable.export_library(str(path))
     data = path.read_bytes()
-    assert arch.encode() in data and data.count(b"\x7fELF") >= 2
+    assert arch.encode() in data
+    assert data.count(b"\x7fELF") >= 2
     assert b"blockIdx.x) *" not in data  # no source
     names = {r.kernel for r in compiled.resources}
-    assert any("skinny_int4g32" in n for n in names) and any("softmax" in n for n in names)
+    assert any("skinny_int4g32" in n for n in names)
+    assert any("softmax" in n for n in names)
     facts = compiled.facts()
-    assert facts["arch"] == arch and facts["spilled"] == {} and facts["kernels"] == len(names)
+    assert facts["arch"] == arch
+    assert facts["spilled"] == {}
+    assert facts["kernels"] == len(names)
 
 
 def test_static_modules_are_captured_in_graphs_and_symbolic_ones_are_not() -> None:

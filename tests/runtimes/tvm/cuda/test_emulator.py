@@ -1,4 +1,4 @@
-"""The emulator shows what it is for: lanes of matrix products, missing barriers, missing waits, barriers not all reach."""
+"""The emulator shows what it is for: lanes of products, missing barriers and waits, barriers that not all reach."""
 
 from __future__ import annotations
 
@@ -12,7 +12,20 @@ import numpy as np
 import pytest
 import tvm
 
-from isofold.runtimes.tvm.cuda.builder import Frame, Tensor, at, call, get, launch, local, prim_func, put, shared, sync, wide
+from isofold.runtimes.tvm.cuda.builder import (
+    Frame,
+    Tensor,
+    at,
+    call,
+    get,
+    launch,
+    local,
+    prim_func,
+    put,
+    shared,
+    sync,
+    wide,
+)
 from isofold.runtimes.tvm.cuda.emulate import emulated
 
 
@@ -113,11 +126,16 @@ def test_barrier_that_not_all_reach_ends_with_a_message(tmp_path: Path) -> None:
                     sync()
                 put(k["y"], tx, 1.0)
 
-        module = emulated({{"kernel": prim_func("kernel", [Tensor("y", (64,), "float32")], emit)}}, Path({str(tmp_path)!r}))
+        function = prim_func("kernel", [Tensor("y", (64,), "float32")], emit)
+        module = emulated({{"kernel": function}}, Path({str(tmp_path)!r}))
         module["kernel"](tvm.runtime.tensor(np.zeros(64, np.float32)))
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
     assert done.returncode != 0
     assert "a barrier or warp operation that not all threads reach: 40 of 64 threads" in done.stderr

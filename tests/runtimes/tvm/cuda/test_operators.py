@@ -38,7 +38,7 @@ def check(name: str, what: str, got: list[Any], expected: list[Tensor], limit: f
     for position, (g, e) in enumerate(zip(got, expected, strict=True)):
         if g is None:
             continue
-        assert g.shape == e.shape and g.dtype == e.dtype, (what, position)
+        assert (g.shape, g.dtype) == (e.shape, e.dtype), (what, position)
         if not e.dtype.is_floating_point:
             # Codes of a norm or a transform may differ by the last bit of what was rounded.
             assert int((g.int() - e.int()).abs().max()) <= 1, (what, position)
@@ -53,16 +53,30 @@ def test_every_operator_has_kernels() -> None:
     assert set(CASES) == set(OPERATORS)
 
 
-@pytest.mark.parametrize("order", ["forwards", "backwards"])
-@pytest.mark.parametrize("name", sorted(OPERATORS))
-def test_scheduled_kernels_agree_with_the_reference(
-    name: str, order: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ISOFOLD_EMULATOR_ORDER", order)
-    chosen = CASES[name] if len(CASES[name]) <= 24 else CASES[name][:: len(CASES[name]) // 20]
+def spread(items: list[Any], most: int) -> list[Any]:
+    """At most so many items, evenly from all of them."""
+    return items if len(items) <= most else [items[i * len(items) // most] for i in range(most)]
+
+
+def agree(name: str, chosen: list[tuple[str, dict[str, Any]]]) -> None:
     results = emulate_operator(name, [arguments for _, arguments in chosen])
     for (what, arguments), got in zip(chosen, results, strict=True):
         check(name, what, got, reference_of(name, arguments), tolerance(name))
+
+
+@pytest.mark.parametrize("name", sorted(OPERATORS))
+def test_scheduled_kernels_agree_with_the_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In both orders of threads: a barrier that is missing gives a wrong result in one of them."""
+    for order in ("forwards", "backwards"):
+        monkeypatch.setenv("ISOFOLD_EMULATOR_ORDER", order)
+        agree(name, spread(CASES[name], 8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(OPERATORS))
+def test_all_cases(name: str) -> None:
+    for start in range(0, len(CASES[name]), 16):
+        agree(name, CASES[name][start : start + 16])
 
 
 def repeated(arguments: dict[str, Any], times: int) -> dict[str, Any]:
@@ -79,9 +93,8 @@ LINEARS = [name for name in sorted(OPERATORS) if "linear" in name]
 @pytest.mark.parametrize("name", LINEARS)
 def test_products_of_many_rows(name: str, symbolic: bool) -> None:
     """Rows beyond a tile, and fewer than one, through the products in shared memory."""
-    every = max(1, len(CASES[name]) // 12)
-    chosen = [(what, repeated(a, 12 if symbolic else 9)) for what, a in CASES[name][1::every]]
-    axes = {n: (0,) for n in ROWS} if symbolic else None
+    chosen = [(what, repeated(a, 12 if symbolic else 9)) for what, a in spread(CASES[name], 10)[symbolic::2]]
+    axes = dict.fromkeys(ROWS, (0,)) if symbolic else None
     static = {what for what, a in chosen if a.get("params") is not None and a["params"].dim() == 1}
     chosen = [(what, a) for what, a in chosen if not (symbolic and what in static)]
     results = emulate_operator(name, [a for _, a in chosen], axes)
@@ -94,7 +107,11 @@ def test_products_of_many_rows(name: str, symbolic: bool) -> None:
 def test_few_rows_at_the_edges_of_tiles(rows: int) -> None:
     what, arguments = next(c for c in CASES["linear_packed"] if "w4g64-zero" in c[0] and "gated" in c[0])
     more = repeated(arguments, rows)
-    lead = {n: more[n].reshape(-1, more[n].shape[-1])[:rows] for n in ROWS if more.get(n) is not None and n in more}
+    lead = {
+        n: more[n].reshape(-1, more[n].shape[-1])[:rows]
+        for n in ROWS
+        if more.get(n) is not None and n in more
+    }
     arguments = {**more, **{n: v for n, v in lead.items() if not (n == "params" and more[n].dim() == 1)}}
     (got,) = emulate_operator("linear_packed", [arguments])
     check("linear_packed", f"{what} rows {rows}", got, reference_of("linear_packed", arguments), 3e-6)
