@@ -96,6 +96,22 @@ def _shape(plan: Plan, call: Call) -> Attention:
         mask = tuple(1 if isinstance(s, int) and s == 1 else full[i] for i, s in enumerate(sizes))
         plan.view("mask", *mask)
     return Attention(
-        batch, queries, keys, a["heads"], a["kv_heads"], depth, width, *heads, a["q_start"], a["k_start"], a["v_start"],
-        float(a["scale"]), bool(a["causal"]), float(a["softcap"]), mask, call["mask"].dtype if mask else "bool",
-    )  # fmt: skip
+        batch,
+        queries,
+        keys,
+        a["heads"],
+        a["kv_heads"],
+        depth,
+        width,
+        heads[0],
+        heads[1],
+        heads[2],
+        a["q_start"],
+        a["k_start"],
+        a["v_start"],
+        float(a["scale"]),
+        bool(a["causal"]),
+        float(a["softcap"]),
+        mask,
+        call["mask"].dtype if mask else "bool",
+    )

@@ -92,7 +92,7 @@ def operand_of(kind: Any) -> Operand:
 
 
 @mutator
-class _Writer(PyExprMutator):  # type: ignore[misc] # TVM is untyped
+class _Writer(PyExprMutator):
     def visit_call_(self, call: relax.Call) -> relax.Expr:
         """Rewrite one call, or leave it."""
         call = super().visit_call_(call)

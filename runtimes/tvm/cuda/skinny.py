@@ -51,6 +51,8 @@ TILE = 32
 """Packed rows of a block."""
 DEPTH = 3
 """Chunks of the ring: one is multiplied while the others arrive."""
+RING_LIMIT = 96 << 10
+"""Most bytes of a block's ring: what every architecture has."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,12 @@ class Skinny:
         steps = self.kp // STEP
         wanted = self.weights.group_size // STEP if self.weights.grouped else 16 // self.weights.layout.words
         chunk = next(c for c in range(max(1, wanted), 0, -1) if steps % c == 0)
-        warps = max(1, min(self.warps, steps // chunk))
+        layout = self.weights.layout
+        step_bytes = 32 * sum(count for _, count in layout.loads(0, 0))
+        ring = DEPTH * (
+            chunk * step_bytes + 32 * self.weights.scale_bytes + (128 if self.weights.zero else 0)
+        )
+        warps = max(1, min(self.warps, steps // chunk, RING_LIMIT // ring))
         rows = frame.size(self.linear.rows)
         grid = [ceil_div(self.linear.packed, TILE), ceil_div(rows, 8 * self.tiles)]
         with launch(grid, 32 * warps) as ((tile, column), tx):
