@@ -162,11 +162,13 @@ ISO_FN void iso_mma_s8u8(int32_t* c, const uint32_t* a, const uint32_t* b) {
 }
 
 // ---- asynchronous copies to shared memory; bytes beyond `valid` are zeros
+//
+// "memory": what was copied is read without a barrier by the thread that copied it, and must not be read earlier.
 
 ISO_FN void iso_copy16(void* shared, const void* global, int valid) {
 #ifndef ISOFOLD_EMULATE
   uint32_t to = (uint32_t)__cvta_generic_to_shared(shared);
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(valid));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(valid) : "memory");
 #else
   isofold_emulator::copy(shared, global, 16, valid);
 #endif
@@ -174,7 +176,7 @@ ISO_FN void iso_copy16(void* shared, const void* global, int valid) {
 ISO_FN void iso_copy8(void* shared, const void* global, int valid) {
 #ifndef ISOFOLD_EMULATE
   uint32_t to = (uint32_t)__cvta_generic_to_shared(shared);
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(global), "r"(valid));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(global), "r"(valid) : "memory");
 #else
   isofold_emulator::copy(shared, global, 8, valid);
 #endif
@@ -182,21 +184,21 @@ ISO_FN void iso_copy8(void* shared, const void* global, int valid) {
 ISO_FN void iso_copy4(void* shared, const void* global, int valid) {
 #ifndef ISOFOLD_EMULATE
   uint32_t to = (uint32_t)__cvta_generic_to_shared(shared);
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(global), "r"(valid));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(global), "r"(valid) : "memory");
 #else
   isofold_emulator::copy(shared, global, 4, valid);
 #endif
 }
 ISO_FN void iso_copy_commit() {
 #ifndef ISOFOLD_EMULATE
-  asm volatile("cp.async.commit_group;");
+  asm volatile("cp.async.commit_group;" ::: "memory");
 #else
   isofold_emulator::copy_commit();
 #endif
 }
 // Wait until at most `pending` groups are on their way.
 #ifndef ISOFOLD_EMULATE
-#define iso_copy_wait(pending) asm volatile("cp.async.wait_group %0;" ::"n"(pending))
+#define iso_copy_wait(pending) asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory")
 #else
 #define iso_copy_wait(pending) isofold_emulator::copy_wait(pending)
 #endif

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ....compiler.errors import ArtefactError, ToolchainError
+from ....compiler.errors import ArtefactError, InputError, ToolchainError
 
 CPU, CUDA = 1, 2
 _POOLED = 2
@@ -123,6 +123,22 @@ class CudaExecutor:
         """Run once on tensors of the device; the results stay there, and the GPU may still be at work."""
         return list(self._main(*tensors))
 
-    def run(self, arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
-        """Run once on arrays in the order of the inputs."""
-        return [self.fetch(result) for result in self.run_placed([self.place(a) for a in arrays])]
+    def run(
+        self, arrays: Sequence[np.ndarray[Any, Any]], threads: int | None = None
+    ) -> list[np.ndarray[Any, Any]]:
+        """Run once on arrays in the order of the inputs. threads: of no meaning here, as the CPU's executor has it."""
+        del threads
+        try:
+            return [self.fetch(result) for result in self.run_placed([self.place(a) for a in arrays])]
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            shapes = ", ".join(str(list(array.shape)) for array in arrays)
+            text = str(error).strip()
+            raise InputError(
+                "TVM failed on these inputs on the GPU",
+                got=f"{text.splitlines()[0] if text else type(error).__name__} (inputs: {shapes})",
+                hint="sizes must lie in the ranges that the model was captured with; a GPU out of memory says so above",
+            ) from error
+
+    def watch(self, instrument: Any) -> None:
+        """Call `instrument(function, name, before, result, *arguments)` around every call of the virtual machine."""
+        self._machine["set_instrument"](instrument)

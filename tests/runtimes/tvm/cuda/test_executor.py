@@ -9,7 +9,7 @@ import pytest
 import tvm
 from tvm import relax
 
-from isofold.compiler.errors import ArtefactError, IsofoldError
+from isofold.compiler.errors import ArtefactError, InputError, IsofoldError
 from isofold.runtimes.tvm.cuda.executor import CPU, CudaExecutor
 
 
@@ -33,6 +33,15 @@ def test_weights_are_bound_and_arrays_copied(tmp_path: Path) -> None:
         x = np.random.default_rng(seed).standard_normal((3, 5)).astype(np.float32)
         (y,) = executor.run([x])
         np.testing.assert_array_equal(y, x + w)
+
+
+def test_wrong_shapes_are_an_input_error(tmp_path: Path) -> None:
+    executor = CudaExecutor(
+        library(tmp_path / "model.so"), {"w": np.zeros((3, 5), np.float32)}, device_type=CPU
+    )
+    with pytest.raises(InputError, match="TVM failed on these inputs") as error:
+        executor.run([np.zeros((4, 5), np.float32)])
+    assert "[4, 5]" in str(error.value)
 
 
 def test_damaged_library(tmp_path: Path) -> None:
