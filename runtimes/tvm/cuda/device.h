@@ -349,3 +349,8 @@ ISO_FN void iso_zero_floats(float* d, int count) {
   for (int i = 0; i < count; ++i) d[i] = 0.0f;
 }
 ISO_FN void iso_store4(void* p, uint32_t word) { *(uint32_t*)p = word; }
+// Eight floats in registers to halves in the pairs of `order`.
+ISO_FN void iso_halves_eight(uint32_t* d, const uint32_t* floats, uint32_t order) {
+  for (int i = 0; i < 4; ++i)
+    d[i] = iso_half2(__int_as_float(floats[order >> 8 * i & 7]), __int_as_float(floats[order >> (8 * i + 4) & 7]));
+}

@@ -51,6 +51,8 @@ TILE = 32
 """Packed rows of a block."""
 DEPTH = 3
 """Chunks of the ring: one is multiplied while the others arrive."""
+ACTIVE_WORDS = 32
+"""Registers for activations that are loaded ahead."""
 RING_LIMIT = 96 << 10
 """Most bytes of a block's ring: what every architecture has."""
 
@@ -128,6 +130,13 @@ class _Body:
         self.chunk_bytes = self.zero_at + (128 if self.weights.zero else 0)
         board = 4 * warps * 8 * spec.tiles * TILE
         self.memory = shared_dynamic(max(DEPTH * warps * self.chunk_bytes, board))
+        self.whole_units = not self.codes and spec.linear.k % 8 == 0
+        self.active_words = 2 if self.codes else 8 if self.whole_units else 4
+        self.ahead = max(1, ACTIVE_WORDS // (spec.tiles * self.active_words))
+        self.active = local(min(self.ahead, chunk) * spec.tiles * self.active_words, "uint32")
+        rows, width = wide(frame.size(spec.linear.rows)), spec.kp if self.codes else spec.linear.k
+        tokens = [wide((column * spec.tiles + tile_) * 8 + self.g) for tile_ in range(spec.tiles)]
+        self.token_rows = [bind(T.min(token, rows - 1) * width) for token in tokens]
         self.accumulators = local(spec.tiles * 8)
         for i in range(spec.tiles * 8):
             put(self.accumulators, i, T.float32(0))
@@ -198,12 +207,14 @@ class _Body:
         zeros = self._zeros(slot) if self.weights.zero or (self.weights.offsets and not self.codes) else None
         for i in range(self.chunk):
             unit = bind((chunk * self.chunk + i) * 4 + self.t)
+            if i % self.ahead == 0:
+                self._load_activations(chunk * self.chunk + i, min(self.ahead, self.chunk - i))
             registers = local(self.layout.words, "uint32")
             self.layout.fetch(self.memory, slot + i * self.step_bytes, self.lane, registers)
             if self.codes:
-                self._step_codes(unit, registers, sums, totals)
+                self._step_codes(unit, registers, sums, totals, i % self.ahead)
             else:
-                self._step_floats(unit, registers, sums, zeros)
+                self._step_floats(unit, registers, sums, zeros, i % self.ahead)
         if not direct:
             self._scale(slot, sums, totals, zeros)
 
@@ -225,10 +236,30 @@ class _Body:
         call(f"iso_load{size}", at(words, 0), source)
         return self.weights.scales(words)
 
-    def _token(self, tile: int) -> Any:
-        return (self.column * self.spec.tiles + tile) * 8 + self.g
+    def _load_activations(self, first: Any, count: int) -> None:
+        """Start the loads of some steps' activations, together.
 
-    def _step_codes(self, unit: Any, registers: Any, sums: Any, totals: Any) -> None:
+        There is no branch around them, which would make each wait for the one before: lanes whose token is not there
+        read the last one's, and nobody keeps the sums of their columns.
+        """
+        for i in range(count):
+            unit = bind((first + i) * 4 + self.t)
+            for tile in range(self.spec.tiles):
+                place = (i * self.spec.tiles + tile) * self.active_words
+                source = self.token_rows[tile] + wide(unit * 8)
+                if self.codes:
+                    call("iso_load8", at(self.active, place), at(self.frame["u"], source))
+                elif self.whole_units:
+                    call("iso_load16", at(self.active, place), at(self.frame["x"], source))
+                    call("iso_load16", at(self.active, place + 4), at(self.frame["x"], source + 4))
+                else:
+                    k, order = self.spec.linear.k, T.uint32(self.layout.order)
+                    row = at(self.frame["x"], source)
+                    call(
+                        "iso_halves_floats", at(self.active, place), row, k - unit * 8, order, int(k % 4 == 0)
+                    )
+
+    def _step_codes(self, unit: Any, registers: Any, sums: Any, totals: Any, step: int) -> None:
         a = local(8, "uint32")
         for row in range(4):
             pair = local(2, "uint32")
@@ -240,28 +271,22 @@ class _Body:
             for i in range(4):
                 put(ones, i, T.uint32(0x01010101))
         for tile in range(self.spec.tiles):
-            b = local(2, "uint32")
-            call("iso_zero", at(b, 0), 2)
-            with when(wide(self._token(tile)) < self.frame.size(self.spec.linear.rows)):
-                start = wide(self._token(tile)) * self.spec.kp + wide(unit * 8)
-                call("iso_load8", at(b, 0), at(self.frame["u"], start))
+            b = at(self.active, (step * self.spec.tiles + tile) * self.active_words)
             for pair_ in range(2):
-                call("iso_mma_s8u8", at(sums, tile * 8 + pair_ * 4), at(a, pair_ * 4), at(b, 0))
+                call("iso_mma_s8u8", at(sums, tile * 8 + pair_ * 4), at(a, pair_ * 4), b)
             if self.spec.weights.zero:
-                call("iso_mma_s8u8", at(totals, tile * 4), at(ones, 0), at(b, 0))
+                call("iso_mma_s8u8", at(totals, tile * 4), at(ones, 0), b)
 
-    def _step_floats(self, unit: Any, registers: Any, sums: Any, zeros: Any) -> None:
-        k = self.spec.linear.k
+    def _step_floats(self, unit: Any, registers: Any, sums: Any, zeros: Any, step: int) -> None:
         columns = local(4 * self.spec.tiles, "uint32")
         for tile in range(self.spec.tiles):
-            call("iso_zero", at(columns, 4 * tile), 4)
-            with when(wide(self._token(tile)) < self.frame.size(self.spec.linear.rows)):
-                start = wide(self._token(tile)) * k + wide(unit * 8)
+            place = (step * self.spec.tiles + tile) * self.active_words
+            if self.whole_units:
                 order = T.uint32(self.layout.order)
-                call(
-                    "iso_halves_floats", at(columns, 4 * tile), at(self.frame["x"], start), k - unit * 8, order,
-                    int(k % 4 == 0),
-                )  # fmt: skip
+                call("iso_halves_eight", at(columns, 4 * tile), at(self.active, place), order)
+            else:
+                for word in range(4):
+                    put(columns, 4 * tile + word, get(self.active, place + word))
         for index in range(self.layout.passes):
             a = local(16, "uint32")
             for row in range(4):
