@@ -28,12 +28,12 @@ from ....compiler.processor import cache_folder
 from .device_module import DeviceSource, build_kernels, creating, target_for, with_header
 from .driver import cubin_module, prepare
 from .rewrite import rewrite_dialect
-from .toolkit import ARCHS, Cubin, Resources, check_arch, compile_cubin
+from .toolkit import ARCHS, Cubin, Resources, architectures, compile_cubin
 
 Progress = Callable[[str], None]
 
-DEFAULT_ARCH = "sm_80"
-"""The oldest architecture that the kernels run on; its code runs on the newer ones of the same major version."""
+DEFAULT_ARCH = "sm_80,sm_90a"
+"""What "cuda" alone means: code of sm_80 runs on every 8.x, sm_90a on the GPUs that it does not run on."""
 OWN = "isofold.cuda"
 """Attribute of the kernels of this folder."""
 PIPELINE = "isofold_cuda"
@@ -55,24 +55,32 @@ class CompiledCuda:
 
     def facts(self) -> dict[str, Any]:
         """For the report."""
+        rows = [
+            {
+                "kernel": r.kernel,
+                "arch": r.arch,
+                "registers": r.registers,
+                "spill_bytes": r.spill_stores + r.spill_loads,
+                "shared_bytes": r.shared,
+            }
+            for r in self.resources
+        ]
         return {
             "arch": self.arch,
-            "kernels": len(self.resources),
+            "kernels": len({r.kernel for r in self.resources}),
             "cubin_bytes": self.cubin_bytes,
-            "spilled": {r.kernel: r.spill_stores + r.spill_loads for r in self.spilled},
-            "registers": {r.kernel: r.registers for r in self.resources},
-            "shared_bytes": {r.kernel: r.shared for r in self.resources if r.shared},
+            "resources": rows,
         }
 
 
 def arch_of(target: str) -> str:
-    """The architecture of "cuda" or "cuda:sm_90a". Raises InputError."""
+    """The architectures of "cuda", "cuda:sm_90a" or "cuda:sm_80,sm_90a". Raises InputError."""
     kind, _, arch = target.partition(":")
     if kind != "cuda":
         raise InputError(
             "Not a CUDA target", expected="cuda | " + " | ".join(f"cuda:{a}" for a in ARCHS), got=target
         )
-    return check_arch(arch or DEFAULT_ARCH)
+    return ",".join(architectures(arch or DEFAULT_ARCH))
 
 
 def scheduled(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
@@ -191,21 +199,22 @@ def compile_functions(
 ) -> tuple[Any, Cubin]:
     """A module of kernels alone, by name (tests, benchmarks), and its cubin. Raises as :func:`compile_module`."""
     made: list[Cubin] = []
-    with making_cubins(check_arch(arch), made, progress or (lambda _: None), cache_folder() / "cubins"):
-        module = build_kernels(functions, target_for(arch))
+    target = target_for(architectures(arch)[0])
+    with making_cubins(arch, made, progress or (lambda _: None), cache_folder() / "cubins"):
+        module = build_kernels(functions, target)
     return module, made[0]
 
 
 def compile_module(
     module: tvm.IRModule, arch: str, *, cuda_graphs: bool = True, progress: Progress | None = None
 ) -> CompiledCuda:
-    """Compile a Relax module for one architecture.
+    """Compile a Relax module for one architecture, or several ("sm_80,sm_90a").
 
     Raises InputError (unknown architecture) and ToolchainError (no nvcc) and UnsupportedError (an operator without
     kernels).
     """
     say = progress or (lambda _: None)
-    target = target_for(check_arch(arch))
+    target = target_for(architectures(arch)[0])
     made: list[Cubin] = []
     with making_cubins(arch, made, say, cache_folder() / "cubins"):
         say("schedule")

@@ -58,14 +58,15 @@ ISO_FN float iso_half_to_float(uint32_t h) {
   return iso_half_value((uint16_t)h);
 #endif
 }
-// Two floats to two halves, low one first; beyond the range of a half the largest one, not infinity.
+// Two floats to two halves, low one first; beyond the range of a half the largest one, not infinity; NaN stays NaN.
 ISO_FN uint32_t iso_half2(float a, float b) {
-  a = fminf(fmaxf(a, -65504.0f), 65504.0f);
-  b = fminf(fmaxf(b, -65504.0f), 65504.0f);
 #ifndef ISOFOLD_EMULATE
-  __half2 h = __floats2half2_rn(a, b);
-  return *(uint32_t*)&h;
+  uint32_t h;
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(h) : "f"(b), "f"(a));
+  return h;
 #else
+  a = a > 65504.0f ? 65504.0f : a < -65504.0f ? -65504.0f : a;
+  b = b > 65504.0f ? 65504.0f : b < -65504.0f ? -65504.0f : b;
   return iso_half_bits(a) | (uint32_t)iso_half_bits(b) << 16;
 #endif
 }

@@ -143,11 +143,12 @@ typedef unsigned short ushort;
 typedef unsigned int uint;
 
 // Vectors of TVM's schedules, which it computes element by element.
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(8) int2 { int x, y; };
-struct alignas(16) int4 { int x, y, z, w; };
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline int2 make_int2(int x, int y) { return {x, y}; }
-inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+#define ISO_VECTORS(type, name) \
+  struct alignas(2 * sizeof(type)) name##2 { type x, y; }; \
+  struct alignas(16) name##4 { type x, y, z, w; }; \
+  inline name##2 make_##name##2(type x, type y) { return {x, y}; } \
+  inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
+ISO_VECTORS(float, float)
+ISO_VECTORS(int, int)
+ISO_VECTORS(unsigned, uint)
+ISO_VECTORS(int64_t, longlong)

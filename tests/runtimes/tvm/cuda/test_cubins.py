@@ -68,26 +68,28 @@ ptxas info    : Used 8 registers, used 0 barriers, 368 bytes cmem[0]
 
 def test_resources_are_read_from_the_log() -> None:
     another, first = toolkit.parse_resources(LOG)
-    assert (another.kernel, another.registers, another.shared, another.spill_loads) == (
-        "another_kernel",
-        8,
-        0,
-        0,
-    )
-    assert (first.kernel, first.registers, first.stack, first.spill_stores) == ("first_kernel", 40, 16, 8)
+    found = [(r.kernel, r.arch, r.registers, r.stack, r.spill_stores) for r in (another, first)]
+    assert found == [("another_kernel", "sm_80", 8, 0, 0), ("first_kernel", "sm_80", 40, 16, 8)]
+    assert (another.shared, another.spill_loads) == (0, 0)
     assert (first.spill_loads, first.shared) == (12, 4096)
-    assert toolkit.Cubin("sm_80", b"", (another, first)).spilled == (first,)
+    assert toolkit.Cubin(("sm_80",), b"", (another, first)).spilled == (first,)
 
 
-@pytest.mark.parametrize("target", ["cuda:sm_75", "cuda:90", "cuda:"])
+def test_several_architectures_are_one_fat_binary() -> None:
+    assert arch_of("cuda") == "sm_80,sm_90a"
+    source = 'extern "C" __global__ void k(float* x) { x[threadIdx.x] = 1.0f; }'
+    cubin = toolkit.compile_cubin(source, "sm_90a,sm_80")
+    assert cubin.archs == ("sm_80", "sm_90a")
+    assert int.from_bytes(cubin.data[:4], "little") == 0xBA55ED50  # of fat binaries
+    assert [(r.kernel, r.arch) for r in cubin.resources] == [("k", "sm_80"), ("k", "sm_90a")]
+
+
+@pytest.mark.parametrize("target", ["cuda:sm_75", "cuda:90", "cuda:sm_80,sm_20"])
 def test_unknown_architecture(target: str) -> None:
-    if target == "cuda:":
-        assert arch_of(target) == arch_of("cuda") == "sm_80"
-        return
     with pytest.raises(InputError, match="Unknown architecture of a CUDA target") as error:
         arch_of(target)
     assert "cuda:sm_90a" in str(error.value)
-    assert target.partition(":")[2] in str(error.value)
+    assert target.rpartition(":")[2].rpartition(",")[2] in str(error.value)
 
 
 def test_missing_nvcc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -115,3 +115,16 @@ def test_few_rows_at_the_edges_of_tiles(rows: int) -> None:
     arguments = {**more, **{n: v for n, v in lead.items() if not (n == "params" and more[n].dim() == 1)}}
     (got,) = emulate_operator("linear_packed", [arguments])
     check("linear_packed", f"{what} rows {rows}", got, reference_of("linear_packed", arguments), 3e-6)
+
+
+def test_activations_that_are_no_halves() -> None:
+    """Beyond float16's range they are its largest number; NaN reaches the outputs of its token, and no other."""
+    what, arguments = next(c for c in CASES["linear_packed_float"] if "w4g32" in c[0])
+    x = arguments["x"].clone()
+    x[0, 0, 0], x[0, 1, 3] = 1e6, torch.nan
+    (got,) = emulate_operator("linear_packed_float", [{**arguments, "x": x}])
+    (expected,) = reference_of("linear_packed_float", {**arguments, "x": x.clamp(-65504, 65504)})
+    assert got[0][0, 1].isnan().all()
+    assert not got[0].isnan().any(-1).flatten()[[0, 2, 3, 4, 5]].any()
+    finite = torch.where(expected.isnan(), 0, expected)
+    check("linear_packed_float", what, [torch.where(got[0].isnan(), 0, got[0])], [finite], 2e-3)
