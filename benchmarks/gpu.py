@@ -1,0 +1,302 @@
+"""The CUDA kernels on a GPU: numerics of every operator, then speed beside the GPU's own rates.
+
+    python benchmarks/gpu.py [--json FILE] [--quick] [--numerics-only] [--layers N]
+
+Needs an NVIDIA GPU of sm_80 or later, its driver, nvcc and isofold; PyTorch with CUDA for the rates of matrix
+products and for the decoding step it is compared with (without it these rows are left out, and a note says so).
+Kernels are timed inside CUDA graphs on layers whose weights together exceed the second-level cache several times.
+
+Bars (issue 5): W4A16 with one token at 4096 and 8192 at least 75 % of the bandwidth of a copy, 16 tokens within 25 %
+of the one token's time; W8A8 with 512 tokens and more at least 60 % of the measured int8 (or bfloat16) rate; a
+Llama-shaped decoding step at least 2.5 times the same model in torch float16 with CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gpu_device import Gpu
+from gpu_llama import decode_rows
+from harness import HERE, Results, main, parse
+from isofold.compiler.dialect import OPERATORS
+from isofold.runtimes.tvm.cuda.compile import compile_functions
+from isofold.runtimes.tvm.cuda.operators import EMITTERS
+from isofold.runtimes.tvm.cuda.plan import Call, Operand, Plan
+from isofold.runtimes.tvm.cuda.rewrite import is_tensor
+
+COLD_BYTES = 512 << 20
+"""Weights of all layers of a measurement: several times any second-level cache."""
+HALVES = {"linear_packed_float", "linear_coded", "linear_codebook", "linear_sparse_float", "attention"}
+
+
+def call_of(name: str, arguments: dict[str, Any]) -> tuple[Call, dict[str, np.ndarray]]:
+    """An operator's use as emitters take it, and its tensors as arrays."""
+    declared = OPERATORS[name].overload._schema.arguments
+    given = {a.name: arguments.get(a.name, a.default_value) for a in declared}
+    tensors = {a.name: given[a.name] for a in declared if is_tensor(a)}
+    arrays = {n: t.contiguous().numpy() for n, t in tensors.items() if t is not None}
+    operands = {
+        n: None if t is None else Operand(tuple(t.shape), str(arrays[n].dtype)) for n, t in tensors.items()
+    }
+    return Call(operands, {n: v for n, v in given.items() if n not in tensors}), arrays
+
+
+class Runner:
+    """Plans compiled together, ready to be launched."""
+
+    def __init__(self, gpu: Gpu, plans: list[Plan], arch: str, folder: Path) -> None:
+        self.gpu, self.plans = gpu, plans
+        functions = {}
+        self.names = []
+        for number, plan in enumerate(plans):
+            self.names.append([f"{stage.name}_p{number}" for stage in plan.stages])
+            for name, stage in zip(self.names[-1], plan.stages, strict=True):
+                functions[name] = stage.function.with_attr("global_symbol", name)
+        module, self.cubin = compile_functions(functions, arch)
+        library = folder / f"kernels{len(list(folder.iterdir()))}.so"
+        module.export_library(str(library))
+        self.module = gpu.load(library)
+
+    def prepared(
+        self, number: int, arrays: dict[str, np.ndarray]
+    ) -> tuple[Callable[[], None], dict[str, Any]]:
+        """What launches a plan on these arguments, and its tensors by name."""
+        plan, values = self.plans[number], {}
+        for name, shape in plan.views.items():
+            values[name] = self.gpu.place(arrays[name.partition("@")[0]].reshape(shape))
+        for name, table in plan.constants.items():
+            values[name] = self.gpu.place(table)
+        calls = []
+        for name, stage in zip(self.names[number], plan.stages, strict=True):
+            for tensor in stage.outputs:
+                values[tensor.name] = self.gpu.empty(tensor.shape, tensor.dtype)
+            calls.append(
+                (self.module[name], [values[n] for n in (*stage.inputs, *(t.name for t in stage.outputs))])
+            )
+
+        def run() -> None:
+            for function, given in calls:
+                function(*given)
+
+        return run, values
+
+
+def operator_cases() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """The uses of all operators that the tests have, and products of many rows."""
+    path = HERE.parent / "tests" / "runtimes" / "onnx" / "operator_cases.py"
+    spec = importlib.util.spec_from_file_location("operator_cases", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name, what, arguments in module.cases():
+        yield name, what, arguments
+        if "linear" in name and arguments.get("params") is None:
+            rows = {
+                n: torch.cat([arguments[n]] * 40) for n in ("x", "residual") if arguments.get(n) is not None
+            }
+            if rows:
+                yield name, f"{what}-many", {**arguments, **rows}
+
+
+def numerics(results: Results, gpu: Gpu, arch: str, folder: Path, quick: bool) -> None:
+    """The largest relative error of every operator against its reference."""
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for name, _, arguments in operator_cases():
+        by_name.setdefault(name, []).append(arguments)
+    for name, cases in sorted(by_name.items()):
+        cases = cases[:: 8 if quick else 2]
+        calls = [call_of(name, arguments) for arguments in cases]
+        runner = Runner(gpu, [EMITTERS[name](call) for call, _ in calls], arch, folder)
+        worst = 0.0
+        for number, (arguments, (_, arrays)) in enumerate(zip(cases, calls, strict=True)):
+            run, values = runner.prepared(number, arrays)
+            run()
+            expected = OPERATORS[name].overload(**arguments)
+            expected = expected if isinstance(expected, (tuple, list)) else (expected,)
+            for result, reference in zip(runner.plans[number].results, expected, strict=True):
+                if result in values and reference.dtype.is_floating_point:
+                    got = torch.from_numpy(gpu.fetch(values[result])).reshape(reference.shape)
+                    scale = max(float(reference.abs().max()), 1e-6)
+                    worst = max(worst, float((got.double() - reference.double()).abs().max()) / scale)
+        results.add(f"{name}: error", worst, "of the largest", f"<= {2e-3 if name in HALVES else 1e-5}")
+
+
+def linear_arguments(n: int, k: int, bits: int, group: int, rows: int, floats: bool) -> dict[str, Any]:
+    """A linear on random bytes: speed does not depend on them."""
+    g = torch.Generator().manual_seed(n + k + rows)
+    per = {8: (4, torch.int8), 4: (8, torch.uint8)}[bits]
+    weight = torch.randint(0, 127, (n // 16, k // per[0], 16, 4), generator=g, dtype=torch.int32).to(per[1])
+    groups = k // group if group else 1
+    scale = torch.rand(n // 16, groups, 16, generator=g).to(torch.float16 if group else torch.float32)
+    shared = {
+        "weight": weight, "scale": scale, "zero": None, "bias": None, "residual": None, "n": n, "k": k, "bits": bits,
+        "group_size": group, "scale_multiplier": 0.01, "activation": "none", "gated": False,
+    }  # fmt: skip
+    if floats:
+        return {"x": torch.randn(rows, k, generator=g), **shared}
+    u = torch.randint(0, 255, (rows, k), generator=g, dtype=torch.int32).to(torch.uint8)
+    return {"u": u, "params": torch.rand(rows, 2, generator=g), "wsum": torch.rand(n, generator=g), **shared}
+
+
+def time_linear(
+    gpu: Gpu,
+    arch: str,
+    folder: Path,
+    n: int,
+    k: int,
+    bits: int,
+    group: int,
+    rows: int,
+    floats: bool,
+    rounds: int,
+) -> tuple[list[float], int]:
+    """Seconds of one product inside a graph of many layers, and its bytes of weights and scales."""
+    arguments = linear_arguments(n, k, bits, group, rows, floats)
+    name = "linear_packed_float" if floats else "linear_packed"
+    call, arrays = call_of(name, arguments)
+    runner = Runner(gpu, [EMITTERS[name](call)], arch, folder)
+    size = arrays["weight"].nbytes + arrays["scale"].nbytes
+    layers = max(2, -(-COLD_BYTES // size)) if rows <= 32 else 4
+    launches = [runner.prepared(0, arrays)[0] for _ in range(layers)]
+
+    def every() -> None:
+        for launch in launches:
+            launch()
+
+    times = gpu.seconds(gpu.graph(every), rounds)
+    return [t / layers for t in times], size
+
+
+def gemv_rows(results: Results, gpu: Gpu, arch: str, folder: Path, quick: bool) -> None:
+    """Few tokens: shares of the copy's bandwidth."""
+    rounds = 5 if quick else 30
+    copy = gpu.copy_bandwidth(rounds)
+    results.add("copy", copy / 1e9, "GB/s")
+    kinds = [
+        ("W4A16 g128", 4, 128, True),
+        ("W4A8 g128", 4, 128, False),
+        ("W8A8", 8, 0, False),
+        ("W8A16", 8, 0, True),
+    ]
+    for what, bits, group, floats in kinds[:1] if quick else kinds:
+        for n, k in [(4096, 4096), (8192, 8192), (14336, 4096), (4096, 14336)]:
+            bars = bits == 4 and floats and n == k
+            single = None
+            for rows in (1, 8, 16):
+                times, size = time_linear(gpu, arch, folder, n, k, bits, group, rows, floats, rounds)
+                name = f"{what}, {n} x {k}, {rows} token{'s' * (rows > 1)}"
+                share = [size / t / copy for t in times]
+                results.sampled(
+                    f"{name}: share of the copy", share, "", ">= 0.75" if bars and rows == 1 else None
+                )
+                results.sampled(name, [1e6 * t for t in times], "us")
+                single = single or statistics.median(times)
+                if rows == 16:
+                    ratio = statistics.median(times) / single
+                    results.add(f"{name}: time of one token's", ratio, "x", "<= 1.25" if bars else None)
+
+
+def matrix_rates(results: Results, size: int = 8192) -> dict[str, float]:
+    """Rates that torch reaches, in operations a second."""
+    if not torch.cuda.is_available():
+        results.note(
+            "torch has no CUDA here: no rates of matrix products and no decoding step to compare with"
+        )
+        return {}
+    found = {}
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    found["bfloat16"] = _torch_rate(lambda: torch.mm(a, b), size)
+    c, d = (torch.randint(-127, 127, (size, size), device="cuda", dtype=torch.int8) for _ in range(2))
+    found["int8"] = _torch_rate(lambda: torch._int_mm(c, d.t()), size)
+    for name, rate in found.items():
+        results.add(f"torch {name} product, {size}", rate / 1e12, "TOPS")
+    return found
+
+
+def _torch_rate(run: Callable[[], Any], size: int) -> float:
+    times = []
+    for turn in range(12):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        if turn >= 2:
+            times.append(1e-3 * begin.elapsed_time(end))
+    return 2 * size**3 / statistics.median(times)
+
+
+def gemm_rows(results: Results, gpu: Gpu, arch: str, folder: Path, quick: bool) -> None:
+    """Many tokens: shares of the rates."""
+    rates = matrix_rates(results)
+    rate = rates.get("int8") or rates.get("bfloat16")
+    kinds = [("W8A8", 8, 0, False), ("W4A8 g128", 4, 128, False), ("W4A16 g128", 4, 128, True)]
+    for what, bits, group, floats in kinds[:1] if quick else kinds:
+        for rows in (512, 2048, 8192):
+            times, _ = time_linear(
+                gpu, arch, folder, 4096, 4096, bits, group, rows, floats, 5 if quick else 20
+            )
+            speed = [2 * rows * 4096 * 4096 / t for t in times]
+            name = f"{what}, 4096 x 4096, {rows} tokens"
+            results.sampled(name, [s / 1e12 for s in speed], "TOPS")
+            if bits == 8:
+                share = [s / rate for s in speed] if rate else []
+                bar = ">= 0.6"
+                if share:
+                    results.sampled(f"{name}: share of torch's rate", share, "", bar)
+                else:
+                    results.add(f"{name}: share of torch's rate", None, "", bar)
+
+
+def attention_rows(results: Results, gpu: Gpu, arch: str, folder: Path, quick: bool) -> None:
+    """A decoding step over a cache, and a prompt."""
+    for what, queries, keys in (("decode", 1, 4096), ("decode", 1, 32768), ("prompt", 2048, 2048)):
+        heads, kv, depth = 32, 8, 128
+        shapes = {"q": (1, queries, heads, depth), "k": (1, keys, kv, depth), "v": (1, keys, kv, depth)}
+        arguments = {name: torch.randn(shape) for name, shape in shapes.items()}
+        options = {"mask": None, "heads": heads, "kv_heads": kv, "q_start": 0, "k_start": 0, "v_start": 0}
+        arguments |= {**options, "scale": depth**-0.5, "causal": what == "prompt", "softcap": 0.0}
+        call, arrays = call_of("attention", arguments)
+        runner = Runner(gpu, [EMITTERS["attention"](call)], arch, folder)
+        run, _ = runner.prepared(0, arrays)
+        times = gpu.seconds(gpu.graph(run), 5 if quick else 30)
+        results.sampled(f"attention, {what}, {keys} keys", [1e6 * t for t in times], "us")
+        if queries == 1:
+            size = arrays["k"].nbytes + arrays["v"].nbytes
+            results.sampled(f"attention, {what}, {keys} keys: read", [size / t / 1e9 for t in times], "GB/s")
+
+
+def body() -> int:
+    """The whole benchmark."""
+
+    def extra(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--numerics-only", action="store_true", help="no times")
+        parser.add_argument("--layers", type=int, default=16, help="of the Llama-shaped model (1 B has 16)")
+
+    arguments = parse(__doc__, extra)
+    gpu = Gpu()
+    name, arch = gpu.describe()
+    results = Results(f"gpu ({name}, {arch})")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        numerics(results, gpu, arch, folder, arguments.quick)
+        if not arguments.numerics_only:
+            gemv_rows(results, gpu, arch, folder, arguments.quick)
+            gemm_rows(results, gpu, arch, folder, arguments.quick)
+            attention_rows(results, gpu, arch, folder, arguments.quick)
+            decode_rows(results, gpu, arch, folder, arguments.layers, arguments.quick)
+    return results.finish(arguments)
+
+
+if __name__ == "__main__":
+    main(body)

@@ -1,0 +1,1 @@
+"""The dialect on NVIDIA GPUs: TIR kernels with explicit threads, compiled ahead to cubins (docs/cuda.md)."""

@@ -1,0 +1,255 @@
+"""Relax modules to executables for CUDA: the dialect's kernels, dlight's schedules for the rest, cubins made ahead.
+
+    compiled = compile_module(module, "sm_90a")
+    compiled.executable.export_library("model.so")      # needs TVM's runtime and a driver, no compiler
+    compiled.resources                                  # registers, spills, shared memory of every kernel
+
+CUDA graphs: `RewriteCUDAGraph` captures every region whose sizes are all static, which is what a decoding step with a
+fixed batch is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import relax, tirx
+from tvm.relax import transform
+from tvm.s_tir import dlight
+from tvm.tirx import compilation_pipeline
+
+from ....compiler.errors import InputError
+from ....compiler.processor import cache_folder
+from .device_module import DeviceSource, build_kernels, creating, target_for, with_header
+from .driver import cubin_module, prepare
+from .rewrite import rewrite_dialect
+from .toolkit import ARCHS, Cubin, Resources, architectures, compile_cubin
+
+Progress = Callable[[str], None]
+
+DEFAULT_ARCH = "sm_80,sm_90a"
+"""What "cuda" alone means: code of sm_80 runs on every 8.x, sm_90a on the GPUs that it does not run on."""
+OWN = "isofold.cuda"
+"""Attribute of the kernels of this folder."""
+PIPELINE = "isofold_cuda"
+
+
+@dataclass(frozen=True)
+class CompiledCuda:
+    """An executable and what its kernels take on the GPU."""
+
+    executable: Any
+    arch: str
+    resources: tuple[Resources, ...]
+    cubin_bytes: int
+
+    @property
+    def spilled(self) -> tuple[Resources, ...]:
+        """Kernels that spill registers."""
+        return tuple(r for r in self.resources if r.spill_stores or r.spill_loads)
+
+    def facts(self) -> dict[str, Any]:
+        """For the report."""
+        rows = [
+            {
+                "kernel": r.kernel,
+                "arch": r.arch,
+                "registers": r.registers,
+                "spill_bytes": r.spill_stores + r.spill_loads,
+                "shared_bytes": r.shared,
+            }
+            for r in self.resources
+        ]
+        return {
+            "arch": self.arch,
+            "kernels": len({r.kernel for r in self.resources}),
+            "cubin_bytes": self.cubin_bytes,
+            "resources": rows,
+        }
+
+
+def arch_of(target: str) -> str:
+    """The architectures of "cuda", "cuda:sm_90a" or "cuda:sm_80,sm_90a". Raises InputError."""
+    kind, _, arch = target.partition(":")
+    if kind != "cuda":
+        raise InputError(
+            "Not a CUDA target", expected="cuda | " + " | ".join(f"cuda:{a}" for a in ARCHS), got=target
+        )
+    return ",".join(architectures(arch or DEFAULT_ARCH))
+
+
+def scheduled(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
+    """The module with the dialect's kernels in it and everything else fused and scheduled."""
+    with target:
+        # Reshapes are recognised before our kernels come in: TVM looks for them in the blocks of every kernel.
+        first = [
+            transform.CanonicalizeBindings(),
+            transform.LegalizeOps(),
+            transform.RewriteDataflowReshape(),
+        ]
+        module = tvm.transform.Sequential(first)(module)
+        module = mark_own(rewrite_dialect(module))
+        return tvm.transform.Sequential(
+            [
+                transform.CanonicalizeBindings(),
+                transform.AnnotateTIROpPattern(),
+                transform.FoldConstant(),
+                transform.FuseOps(),
+                transform.FuseTIR(),
+                transform.DeadCodeElimination(),
+                dlight.ApplyDefaultSchedule(
+                    dlight.gpu.Matmul(),
+                    dlight.gpu.GEMV(),
+                    dlight.gpu.Reduction(),
+                    dlight.gpu.GeneralReduction(),
+                    dlight.gpu.Fallback(),
+                ),
+            ]
+        )(module)
+
+
+def mark_own(module: tvm.IRModule) -> tvm.IRModule:
+    """Kernels of this folder as functions that nothing fuses or schedules."""
+    made = {}
+    for name, function in module.functions_items():
+        if isinstance(function, tirx.PrimFunc) and OWN in (function.attrs or {}):
+            function = function.with_attr("op_pattern", 8).with_attr("tirx.is_scheduled", True)
+        made[name] = function
+    return tvm.IRModule(made, attrs=module.attrs, global_infos=module.global_infos)
+
+
+def relax_pipeline(cuda_graphs: bool = True) -> tvm.transform.Pass:
+    """The last passes: Relax to instructions of the virtual machine."""
+    graphs = [transform.RewriteCUDAGraph()] if cuda_graphs else []
+    return tvm.transform.Sequential(
+        [
+            transform.ToNonDataflow(),
+            transform.RemovePurityChecking(),
+            transform.CallTIRRewrite(),
+            transform.StaticPlanBlockMemory(),
+            *graphs,
+            transform.LowerAllocTensor(),
+            transform.KillAfterLastUse(),
+            transform.LowerRuntimeBuiltin(),
+            transform.ComputePrimValue(),
+            transform.VMShapeLower(),
+            transform.AttachGlobalSymbol(),
+        ]
+    )
+
+
+def _tir_pipeline() -> Any:
+    """Our kernels go through TVM's pipeline that adds no barriers (they have their own), the others through the
+    usual."""
+    own, host, device = compilation_pipeline.tirx_pipeline()
+    usual, _, _ = compilation_pipeline.PIPELINE_MAP["s_tir"]()
+
+    @tvm.transform.module_pass(opt_level=0)
+    def lower(module: tvm.IRModule, _: Any) -> tvm.IRModule:
+        parts: list[dict[Any, Any]] = [{}, {}]
+        for name, function in module.functions_items():
+            parts[int(OWN in (function.attrs or {}))][name] = function
+        made = [
+            run(tvm.IRModule(part, attrs=module.attrs))
+            for part, run in zip(parts, (usual, own), strict=True)
+            if part
+        ]
+        result = made[0]
+        for more in made[1:]:
+            result.update(more)
+        return result
+
+    return lower, host, device
+
+
+compilation_pipeline.register_tir_pipeline(PIPELINE, _tir_pipeline)
+
+
+def build(module: tvm.IRModule, target: tvm.target.Target, cuda_graphs: bool = True) -> Any:
+    """Build a scheduled module with whatever makes device modules at the moment (`device_module.creating`)."""
+    options = {"relax.backend.use_cuda_graph": cuda_graphs}
+    with tvm.transform.PassContext(opt_level=3, config=options):
+        return relax.build(
+            module, target=target, relax_pipeline=relax_pipeline(cuda_graphs), tir_pipeline=PIPELINE
+        )
+
+
+@contextmanager
+def making_cubins(arch: str, made: list[Cubin], say: Progress, cache: Path | None) -> Iterator[None]:
+    """While active, what is built for CUDA becomes cubins of `arch`, which are appended to `made`."""
+    prepare()
+
+    def create(source: DeviceSource) -> Any:
+        say(f"compile {len(source.kernels)} kernels for {arch}")
+        cubin = compile_cubin(with_header(source.code), arch, cache)
+        made.append(cubin)
+        return cubin_module(source, cubin.data)
+
+    with creating(create):
+        yield
+
+
+def compile_functions(
+    functions: dict[str, tirx.PrimFunc], arch: str, progress: Progress | None = None
+) -> tuple[Any, Cubin]:
+    """A module of kernels alone, by name (tests, benchmarks), and its cubin. Raises as :func:`compile_module`."""
+    made: list[Cubin] = []
+    target = target_for(architectures(arch)[0])
+    with making_cubins(arch, made, progress or (lambda _: None), cache_folder() / "cubins"):
+        module = build_kernels(functions, target)
+    return module, made[0]
+
+
+def compile_module(
+    module: tvm.IRModule, arch: str, *, cuda_graphs: bool = True, progress: Progress | None = None
+) -> CompiledCuda:
+    """Compile a Relax module for one architecture, or several ("sm_80,sm_90a").
+
+    Raises InputError (unknown architecture) and ToolchainError (no nvcc) and UnsupportedError (an operator without
+    kernels).
+    """
+    say = progress or (lambda _: None)
+    target = target_for(architectures(arch)[0])
+    made: list[Cubin] = []
+    with making_cubins(arch, made, say, cache_folder() / "cubins"):
+        say("schedule")
+        executable = build(scheduled(module, target), target, cuda_graphs)
+    resources = sorted((r for cubin in made for r in cubin.resources), key=lambda r: r.kernel)
+    return CompiledCuda(executable, arch, tuple(resources), sum(len(c.data) for c in made))
+
+
+def compile_cuda(
+    program: Any, library: Path, weights: Path, *, target: str, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Compile a program into `library` and write its tensors to `weights`. Returns facts for the report.
+
+    Raises InputError (unknown architecture) and ToolchainError (no nvcc) and UnsupportedError (an operator that is
+    not lowered).
+    """
+    # Not at the top: lowering needs the whole backend, and this module is also read where only kernels are compiled.
+    replacing = import_module("isofold.compiler.artefact").replacing
+    write_tensors = import_module("isofold.compiler.tensor_file").write_tensors
+    weight_entries = import_module("isofold.runtimes.tvm.artefact").weight_entries
+    lower = import_module("isofold.runtimes.tvm.lower").lower
+
+    say = progress or (lambda _: None)
+    arch = arch_of(target)
+    say("lower to Relax")
+    lowered = lower(program)
+    say("write weights")
+    with replacing(weights) as file:
+        size = write_tensors(file, weight_entries(program, lowered), {"format": "isofold", "target": target})
+    compiled = compile_module(lowered.module, arch, progress=say)
+    say("link")
+    compiled.executable.export_library(str(library))
+    return {
+        **compiled.facts(),
+        "fallbacks": lowered.fallbacks,
+        "files": {library.name: library.stat().st_size, weights.name: size},
+        "prepared": lowered.prepared,
+    }

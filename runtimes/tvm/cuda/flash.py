@@ -1,0 +1,261 @@
+"""Attention of many queries: tiles of keys and values in shared memory, tensor cores, softmax as the tiles pass.
+
+A block takes 64 queries of one head, a warp 16 of them; keys come 64 at a time. Products are of halves with sums in
+float32, so queries, keys, weights and values are rounded to float16 (their products with the softmax's sums are not):
+
+    S = Q K^T     a lane's operands are 8 consecutive depths of a query and of a key: any order of depths will do
+    O = P V       P is S's result as it lies in registers; V is stored transposed, two keys to a word
+
+Running maxima and sums of a query are those of the four lanes that hold its scores. With causal masks the tiles
+behind the block's last query are not visited.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.tirx.script.builder import ir as T
+
+from ....compiler.dialect.packing import ceil_to
+from .attention import LOWEST, Attention
+from .builder import (
+    Frame,
+    Tensor,
+    at,
+    bind,
+    call,
+    ceil_div,
+    div,
+    get,
+    launch,
+    local,
+    mod,
+    put,
+    shared_dynamic,
+    sync,
+    value,
+    when,
+    wide,
+)
+from .layouts import NATURAL
+
+QUERIES, KEYS, WARPS = 64, 64, 4
+WORDS = KEYS // 2 + 4
+"""Words of a row of transposed values: a bank for each of the lanes (g, t)."""
+
+
+@dataclass(frozen=True)
+class ManyQueries:
+    """The kernel."""
+
+    shape: Attention
+
+    @property
+    def name(self) -> str:
+        """The kernel's name."""
+        return f"attend_many_{self.shape.tag}"
+
+    def inputs(self) -> list[Tensor]:
+        """Arguments that are read."""
+        return self.shape.inputs()
+
+    def outputs(self) -> list[Tensor]:
+        """Arguments that are written."""
+        return [self.shape.output()]
+
+    def emit(self, frame: Frame) -> None:
+        """Write the kernel."""
+        shape = self.shape
+        grid = [ceil_div(frame.size(shape.queries), QUERIES), shape.heads, frame.size(shape.batch)]
+        with launch(grid, 32 * WARPS) as ((block, head, sample), tx):
+            _Body(shape, frame, block, head, sample, tx).emit()
+
+
+class _Body:
+    """The kernel while it is written."""
+
+    def __init__(self, shape: Attention, frame: Frame, block: Any, head: Any, sample: Any, tx: Any) -> None:
+        self.shape, self.frame, self.head, self.sample, self.tx = shape, frame, head, sample, tx
+        self.key_head = bind(div(head, shape.group))
+        warp, lane = bind(div(tx, 32)), bind(mod(tx, 32))
+        self.g, self.t = bind(div(lane, 4)), bind(mod(lane, 4))
+        self.block, self.first = block, bind(block * QUERIES + warp * 16)
+        self.steps = ceil_to(shape.depth, 32) // 32
+        self.columns = ceil_to(shape.width, 8) // 8
+        self.key_bytes = 64 * self.steps + (64 if self.steps % 2 == 0 else 0)
+        self.memory = shared_dynamic(KEYS * self.key_bytes + self.columns * 8 * WORDS * 4)
+        self.values_at = KEYS * self.key_bytes
+        self.queries = local(self.steps * 8, "uint32")
+        self.sums = local(self.columns * 4)
+        self.maximum, self.total = local(2), local(2)
+        for i in range(self.columns * 4):
+            put(self.sums, i, T.float32(0))
+        for i in range(2):
+            put(self.maximum, i, T.float32(LOWEST))
+            put(self.total, i, T.float32(0))
+
+    def emit(self) -> None:
+        self._load_queries()
+        keys = bind(wide(self.frame.size(self.shape.keys)))
+        last: Any = keys
+        if self.shape.causal:
+            last = bind(T.min(keys, wide(self.block + 1) * QUERIES))
+        with T.serial(wide(0), T.truncdiv(last + (KEYS - 1), wide(KEYS))) as tile:
+            first = bind(tile * KEYS)
+            sync()
+            self._load_keys(first, keys)
+            self._load_values(first, keys)
+            sync()
+            scores = self._scores()
+            self._softmax(scores, first, keys)
+            self._weigh(scores)
+        self._finish()
+
+    # -- loads
+
+    def _row(self, half: int) -> Any:
+        """The lane's query: of the upper or lower eight of the warp."""
+        return bind(self.first + self.g + 8 * half)
+
+    def _load_queries(self) -> None:
+        shape, frame = self.shape, self.frame
+        for half in range(2):
+            query = self._row(half)
+            for step in range(self.steps):
+                four = local(4, "uint32")
+                call("iso_zero", at(four, 0), 4)
+                with when(wide(query) < wide(frame.size(shape.queries))):
+                    self._halves(
+                        "q", query, self.head + shape.q_start, step * 32 + self.t * 8, shape.depth, four
+                    )
+                for word in range(4):
+                    # Operands of the two products of a step: words (0, 1) and (2, 3).
+                    put(self.queries, step * 8 + (word // 2) * 4 + (word % 2) * 2 + half, get(four, word))
+
+    def _halves(self, name: str, position: Any, head: Any, start: Any, size: int, four: Any) -> None:
+        source = at(
+            self.frame[name], self.shape.offset(self.frame, name, self.sample, position, head) + wide(start)
+        )
+        call("iso_halves_floats", at(four, 0), source, size - start, T.uint32(NATURAL), int(size % 4 == 0))
+
+    def _load_keys(self, first: Any, keys: Any) -> None:
+        shape, pieces = self.shape, self.steps * 4
+        with T.serial(T.int32(0), T.int32(KEYS * pieces // (32 * WARPS))) as turn:
+            item = bind(turn * (32 * WARPS) + self.tx)
+            row, piece = bind(div(item, pieces)), bind(mod(item, pieces))
+            four = local(4, "uint32")
+            call("iso_zero", at(four, 0), 4)
+            with when(first + wide(row) < keys):
+                self._halves(
+                    "k", first + wide(row), self.key_head + shape.k_start, piece * 8, shape.depth, four
+                )
+            call("iso_store16", at(self.memory, row * self.key_bytes + piece * 16), at(four, 0))
+
+    def _load_values(self, first: Any, keys: Any) -> None:
+        """A thread takes two keys and four columns: four words of the transposed tile."""
+        shape, quads = self.shape, self.columns * 2
+        count = KEYS // 2 * quads
+        with T.serial(T.int32(0), T.int32(-(-count // (32 * WARPS)))) as turn:
+            item = bind(turn * (32 * WARPS) + self.tx)
+            with when(True if count % (32 * WARPS) == 0 else item < count):
+                pair, quad = bind(mod(item, KEYS // 2)), bind(div(item, KEYS // 2))
+                both = local(8)
+                call("iso_zero_floats", at(both, 0), 8)
+                for i in range(2):
+                    key = first + wide(pair * 2 + i)
+                    with when(key < keys):
+                        offset = shape.offset(
+                            self.frame, "v", self.sample, key, self.key_head + shape.v_start
+                        )
+                        source, left = at(self.frame["v"], offset + wide(quad * 4)), shape.width - quad * 4
+                        call("iso_load_floats4", at(both, 4 * i), source, left, int(shape.width % 4 == 0))
+                for i in range(4):
+                    word = local(1, "uint32")
+                    put(word, 0, value("uint32", "iso_half2", get(both, i), get(both, 4 + i)))
+                    index = self.values_at + ((quad * 4 + i) * WORDS + pair) * 4
+                    call("iso_store4", at(self.memory, index), get(word, 0))
+
+    # -- products
+
+    def _scores(self) -> Any:
+        scores = local(KEYS // 8 * 4)
+        for i in range(KEYS // 8 * 4):
+            put(scores, i, T.float32(0))
+        for tile in range(KEYS // 8):
+            for step in range(self.steps):
+                four = local(4, "uint32")
+                place = (tile * 8 + self.g) * self.key_bytes + (step * 4 + self.t) * 16
+                call("iso_load16", at(four, 0), at(self.memory, place))
+                for half in range(2):
+                    operand = at(self.queries, step * 8 + half * 4)
+                    call("iso_mma_f16", at(scores, tile * 4), operand, at(four, half * 2))
+        return scores
+
+    def _softmax(self, scores: Any, first: Any, keys: Any) -> None:
+        """Scores to weights, and the running maxima, sums and outputs of the lane's two queries with them."""
+        shape = self.shape
+        for half in range(2):
+            query = self._row(half)
+            highest = local(1)
+            put(highest, 0, get(self.maximum, half))
+            for tile in range(KEYS // 8):
+                for i in range(2):
+                    at_ = tile * 4 + half * 2 + i
+                    key = bind(first + wide(tile * 8 + self.t * 2 + i))
+                    cell = local(1)
+                    put(cell, 0, T.float32(float("-inf")))
+                    inside = key < keys
+                    if shape.mask is not None:
+                        inside = T.And(inside, wide(query) < wide(self.frame.size(shape.queries)))
+                    with when(inside):
+                        shape.logit(self.frame, get(scores, at_), self.sample, self.head, query, key, cell)
+                    put(scores, at_, get(cell, 0))
+                    put(highest, 0, T.max(get(highest, 0), get(cell, 0)))
+            for mask in (1, 2):
+                put(
+                    highest,
+                    0,
+                    T.max(get(highest, 0), value("float32", "iso_shuffle_xor", get(highest, 0), mask)),
+                )
+            new = bind(get(highest, 0))
+            kept = value("float32", "expf", get(self.maximum, half) - new)
+            put(self.maximum, half, new)
+            put(self.total, half, get(self.total, half) * kept)
+            for tile in range(KEYS // 8):
+                for i in range(2):
+                    at_ = tile * 4 + half * 2 + i
+                    put(scores, at_, value("float32", "expf", get(scores, at_) - new))
+                    put(self.total, half, get(self.total, half) + get(scores, at_))
+            for column in range(self.columns):
+                for i in range(2):
+                    at_ = column * 4 + half * 2 + i
+                    put(self.sums, at_, get(self.sums, at_) * kept)
+
+    def _weigh(self, scores: Any) -> None:
+        for step in range(KEYS // 16):
+            a = local(4, "uint32")
+            for word in range(4):
+                at_ = (2 * step + word // 2) * 4 + (word % 2) * 2
+                put(a, word, value("uint32", "iso_half2", get(scores, at_), get(scores, at_ + 1)))
+            for column in range(self.columns):
+                b = local(2, "uint32")
+                for half in range(2):
+                    word = (column * 8 + self.g) * WORDS + step * 8 + half * 4 + self.t
+                    call("iso_load4", at(b, half), at(self.memory, self.values_at + word * 4))
+                call("iso_mma_f16", at(self.sums, column * 4), at(a, 0), at(b, 0))
+
+    def _finish(self) -> None:
+        shape, frame = self.shape, self.frame
+        for half in range(2):
+            total: Any = get(self.total, half)
+            for mask in (1, 2):
+                total = bind(total + value("float32", "iso_shuffle_xor", total, mask))
+            query = self._row(half)
+            inverse = bind(T.Select(total > T.float32(0), T.float32(1) / total, T.float32(0)))
+            for column in range(self.columns):
+                for i in range(2):
+                    d = column * 8 + self.t * 2 + i
+                    with when(T.And(wide(query) < wide(frame.size(shape.queries)), d < shape.width)):
+                        index = shape.offset(frame, "y", self.sample, query, self.head) + wide(d)
+                        put(frame["y"], index, get(self.sums, column * 4 + half * 2 + i) * inverse)

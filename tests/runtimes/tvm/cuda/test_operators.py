@@ -1,0 +1,130 @@
+"""Every operator of the dialect from its GPU kernels, as they are scheduled, against its reference: all optional
+inputs, ragged sizes, widths, groups and gating, with threads in both orders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from isofold.compiler.dialect import OPERATORS
+from isofold.runtimes.tvm.cuda.operators import EMITTERS
+
+from ...onnx.operator_cases import cases
+from .emulated import emulate_operator, reference_of
+
+HALVES = {"linear_packed_float", "linear_coded", "linear_codebook"}
+"""Operators whose float activations are rounded to float16 (2^-11 of each; sums of random signs)."""
+ROWS = ("x", "u", "params", "residual")
+
+
+def by_operator() -> dict[str, list[tuple[str, dict[str, Any]]]]:
+    found: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for name, what, arguments in cases():
+        found.setdefault(name, []).append((what, arguments))
+    return found
+
+
+CASES = by_operator()
+
+
+def tolerance(name: str) -> float:
+    return 2e-3 if name in HALVES else 3e-6
+
+
+def check(name: str, what: str, got: list[Any], expected: list[Tensor], limit: float) -> None:
+    for position, (g, e) in enumerate(zip(got, expected, strict=True)):
+        if g is None:
+            continue
+        assert (g.shape, g.dtype) == (e.shape, e.dtype), (what, position)
+        if not e.dtype.is_floating_point:
+            # Codes of a norm or a transform may differ by the last bit of what was rounded.
+            assert int((g.int() - e.int()).abs().max()) <= 1, (what, position)
+            continue
+        scale = max(float(e.abs().max()), 1e-6)
+        error = float((g.double() - e.double()).abs().max()) / scale
+        assert error <= limit, f"{name} {what} result {position}: {error:.2e}"
+
+
+def test_every_operator_has_kernels() -> None:
+    assert set(EMITTERS) == set(OPERATORS)
+    assert set(CASES) == set(OPERATORS)
+
+
+def spread(items: list[Any], most: int) -> list[Any]:
+    """At most so many items, evenly from all of them."""
+    return items if len(items) <= most else [items[i * len(items) // most] for i in range(most)]
+
+
+def agree(name: str, chosen: list[tuple[str, dict[str, Any]]]) -> None:
+    results = emulate_operator(name, [arguments for _, arguments in chosen])
+    for (what, arguments), got in zip(chosen, results, strict=True):
+        check(name, what, got, reference_of(name, arguments), tolerance(name))
+
+
+@pytest.mark.parametrize("name", sorted(OPERATORS))
+def test_scheduled_kernels_agree_with_the_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In both orders of threads: a barrier that is missing gives a wrong result in one of them."""
+    for order in ("forwards", "backwards"):
+        monkeypatch.setenv("ISOFOLD_EMULATOR_ORDER", order)
+        agree(name, spread(CASES[name], 8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(OPERATORS))
+def test_all_cases(name: str) -> None:
+    for start in range(0, len(CASES[name]), 16):
+        agree(name, CASES[name][start : start + 16])
+
+
+def repeated(arguments: dict[str, Any], times: int) -> dict[str, Any]:
+    """The same use with more rows."""
+    static = arguments.get("params") is not None and arguments["params"].dim() == 1
+    names = [n for n in ROWS if arguments.get(n) is not None and not (n == "params" and static)]
+    return {**arguments, **{n: torch.cat([arguments[n]] * times) for n in names}}
+
+
+LINEARS = [name for name in sorted(OPERATORS) if "linear" in name]
+
+
+@pytest.mark.parametrize("symbolic", [False, True], ids=["static", "symbolic"])
+@pytest.mark.parametrize("name", LINEARS)
+def test_products_of_many_rows(name: str, symbolic: bool) -> None:
+    """Rows beyond a tile, and fewer than one, through the products in shared memory."""
+    chosen = [(what, repeated(a, 12 if symbolic else 9)) for what, a in spread(CASES[name], 10)[symbolic::2]]
+    axes = dict.fromkeys(ROWS, (0,)) if symbolic else None
+    static = {what for what, a in chosen if a.get("params") is not None and a["params"].dim() == 1}
+    chosen = [(what, a) for what, a in chosen if not (symbolic and what in static)]
+    results = emulate_operator(name, [a for _, a in chosen], axes)
+    for (what, arguments), got in zip(chosen, results, strict=True):
+        limit = 2e-3 if name in HALVES or name == "linear_sparse_float" else 3e-6
+        check(name, what, got, reference_of(name, arguments), limit)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 16, 17, 32])
+def test_few_rows_at_the_edges_of_tiles(rows: int) -> None:
+    what, arguments = next(c for c in CASES["linear_packed"] if "w4g64-zero" in c[0] and "gated" in c[0])
+    more = repeated(arguments, rows)
+    lead = {
+        n: more[n].reshape(-1, more[n].shape[-1])[:rows]
+        for n in ROWS
+        if more.get(n) is not None and n in more
+    }
+    arguments = {**more, **{n: v for n, v in lead.items() if not (n == "params" and more[n].dim() == 1)}}
+    (got,) = emulate_operator("linear_packed", [arguments])
+    check("linear_packed", f"{what} rows {rows}", got, reference_of("linear_packed", arguments), 3e-6)
+
+
+def test_activations_that_are_no_halves() -> None:
+    """Beyond float16's range they are its largest number; NaN reaches the outputs of its token, and no other."""
+    what, arguments = next(c for c in CASES["linear_packed_float"] if "w4g32" in c[0])
+    x = arguments["x"].clone()
+    x[0, 0, 0], x[0, 1, 3] = 1e6, torch.nan
+    (got,) = emulate_operator("linear_packed_float", [{**arguments, "x": x}])
+    (expected,) = reference_of("linear_packed_float", {**arguments, "x": x.clamp(-65504, 65504)})
+    assert got[0][0, 1].isnan().all()
+    assert not got[0].isnan().any(-1).flatten()[[0, 2, 3, 4, 5]].any()
+    finite = torch.where(expected.isnan(), 0, expected)
+    check("linear_packed_float", what, [torch.where(got[0].isnan(), 0, got[0])], [finite], 2e-3)
