@@ -238,7 +238,7 @@ class Fold(_Strict):
     shift: Literal["none", "osplus", "mean", "search", "learned"] = "none"
     online: Literal["auto", "off"] = "auto"
     balance: bool = True
-    steps: int = Field(default=100, ge=1)
+    steps: int = Field(default=100, ge=0)
     seed: int = 0
 
     @field_validator("online", mode="before")
