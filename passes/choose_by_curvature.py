@@ -44,7 +44,7 @@ from .site_curvature import SiteCurvature, measure_curvature
 from .sites import EdgeTransform, Reader, Site
 from .stiefel import RiemannianAdam
 
-STEPS, RATE = 200, 0.03
+STEPS, RATE = 100, 0.03
 """Of the search for a rotation: its steps, and the angle by which one turns each channel at first."""
 
 FLOOR = 1e-6
@@ -107,7 +107,8 @@ def choose_by_curvature(
 
 def activation_noise(bits: int, channels: int) -> float:
     """Squared error of dynamic ranges for normal values, relative to their energy: (range / levels)^2 / 12."""
-    largest = float(torch.special.ndtri(torch.tensor(0.5 ** (1 / channels), dtype=torch.float64)))
+    # The expected largest of n normal values, by Blom's quantile: within 3 % from 16 on.
+    largest = float(torch.special.ndtri(torch.tensor((channels - 0.375) / (channels + 0.25)).double()))
     return (2 * largest / (2**bits - 1)) ** 2 / 12
 
 

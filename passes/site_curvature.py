@@ -26,7 +26,7 @@ from .calibrate import batch_arguments
 from .kl_top import vocabulary_outputs
 from .sites import Site
 
-BATCHES = 16
+BATCHES = 8
 """Batches that are looked at: moments of some ten thousand tokens are those of all."""
 
 
