@@ -112,7 +112,9 @@ def perplexity(program: Any, ids: torch.Tensor, tokens: int) -> float:
     return math.exp(min(total / (len(windows) * WINDOW), 50.0))
 
 
-def rounded(program: Any, form: str, method: str, seed: int, steps: int, calibration: list[Any]) -> Any:
+def rounded(
+    program: Any, form: str, method: str, seed: int, steps: int, calibration: list[Any], solver: str
+) -> Any:
     """The program after the recipe's folds and quantizers, not packed."""
     from isofold.compiler.driver import run_steps
     from isofold.compiler.recipe import ActivationFormat, CacheFormat, Fold, LayerRule, Recipe, WeightFormat
@@ -122,7 +124,7 @@ def rounded(program: Any, form: str, method: str, seed: int, steps: int, calibra
     chosen = METHODS[method]
     recipe = Recipe(
         name=f"{form}-{method}",
-        weights=WeightFormat(bits=4, group_size=0),
+        weights=WeightFormat(bits=4, group_size=0, solver=solver),  # type: ignore[arg-type]  # one of its words
         activations=ActivationFormat(mode="float")
         if bits == 16
         else ActivationFormat(mode="dynamic", bits=bits),
@@ -143,7 +145,10 @@ def body() -> int:
         parser.add_argument("--method", choices=tuple(METHODS), action="append")
         parser.add_argument("--seeds", type=int, default=3, help="of random and learned transforms")
         parser.add_argument("--learned-seeds", type=int, default=None, help="as many as --seeds, or fewer")
-        parser.add_argument("--steps", type=int, default=200, help="of learning, 2,048 tokens each")
+        parser.add_argument(
+            "--steps", type=int, default=0, help="of learning behind its start, 2,048 tokens each"
+        )
+        parser.add_argument("--solver", choices=("nearest", "gptq"), default="nearest", help="of all weights")
         parser.add_argument("--tokens", type=int, default=80000)
 
     arguments = parse(__doc__, extra)
@@ -155,6 +160,7 @@ def body() -> int:
         return min(most, seeds) if method in SEEDED else 1
 
     results = Results("fidelity_lm")
+    by = "" if arguments.solver == "nearest" else f" {arguments.solver}"
     train, test = encoded("train", 4_000_000), encoded("test")
     windows = train[: len(train) // WINDOW * WINDOW].reshape(-1, WINDOW)
     windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]
@@ -170,8 +176,9 @@ def body() -> int:
                 started = time.perf_counter()
                 samples = []
                 for seed in range(repeats(method)):
-                    data = calibration if method == "learned" else calibration[:CALIBRATION]
-                    student = rounded(program, form, method, seed, arguments.steps, data)
+                    learns = method == "learned" and arguments.steps
+                    data = calibration if learns else calibration[:CALIBRATION]
+                    student = rounded(program, form, method, seed, arguments.steps, data, arguments.solver)
                     samples.append(perplexity(student, test, tokens))
                 found[model, form, method] = statistics.fmean(samples)
                 spread = (
@@ -179,9 +186,10 @@ def body() -> int:
                     if len(samples) > 1
                     else ""
                 )
-                results.add(f"{model} {form}: {method}{spread}", found[model, form, method], "ppl")
+                results.add(f"{model} {form}{by}: {method}{spread}", found[model, form, method], "ppl")
                 print(
-                    f"{model} {form} {method}: {samples} ({time.perf_counter() - started:.0f} s)", flush=True
+                    f"{model} {form}{by} {method}: {samples} ({time.perf_counter() - started:.0f} s)",
+                    flush=True,
                 )
     _bars(results, found, floats)
     return results.finish(arguments)

@@ -66,7 +66,8 @@ class WeightFormat(_Strict):
     bits, symmetric: of `int`: width, and no zero points (at 2 and 3 bits they are in sixteenths of a code, and worth
     their byte a group). group_size: inputs that share a scale (0: the whole row, not at 2 and 3 bits; without it the
     format's own). range: how the scale is found, `absmax` (largest magnitude; what the MX specification says) or `mse`
-    (least squared error over a grid). low_rank: rank of a thin part that stays float and makes up for the error of
+    (least squared error over a grid). solver: of `int`: codes by rounding each weight to the nearest, or by GPTQ, which
+    needs calibration data. low_rank: rank of a thin part that stays float and makes up for the error of
     rounding (0: none). codebooks, code_bits: of `codebook`: how many vectors are summed, and the width of the
     code that chooses each. max_error: of `auto`, which takes the format that the cost model says is fastest here
     among those whose rounding moves the weight by at most that share of its norm.
@@ -91,6 +92,7 @@ class WeightFormat(_Strict):
     group_size: Literal[0, 16, 32, 64, 128] = 0
     symmetric: bool = True
     range: Literal["absmax", "mse"] = "mse"
+    solver: Literal["nearest", "gptq"] = "nearest"
     low_rank: int = Field(default=0, ge=0, le=256)
     codebooks: int = Field(default=2, ge=1, le=8)
     code_bits: Literal[8, 16] = 8
@@ -110,10 +112,19 @@ class WeightFormat(_Strict):
         if self.format == "int":
             return ("codebooks", "code_bits", "max_error")
         if self.format == "codebook":
-            return ("bits", "group_size", "symmetric", "range", "max_error")
+            return ("bits", "group_size", "symmetric", "range", "solver", "max_error")
         if self.format == "auto":
-            return ("bits", "group_size", "symmetric", "range", "low_rank", "codebooks", "code_bits")
-        return ("bits", "symmetric", "codebooks", "code_bits", "max_error")
+            return (
+                "bits",
+                "group_size",
+                "symmetric",
+                "range",
+                "solver",
+                "low_rank",
+                "codebooks",
+                "code_bits",
+            )
+        return ("bits", "symmetric", "solver", "codebooks", "code_bits", "max_error")
 
     @model_validator(mode="after")
     def _fields_of_the_format(self) -> WeightFormat:
@@ -238,7 +249,7 @@ class Fold(_Strict):
     shift: Literal["none", "osplus", "mean", "search", "learned"] = "none"
     online: Literal["auto", "off"] = "auto"
     balance: bool = True
-    steps: int = Field(default=100, ge=1)
+    steps: int = Field(default=100, ge=0)
     seed: int = 0
 
     @field_validator("online", mode="before")
@@ -339,7 +350,8 @@ class Recipe(_Strict):
         """Whether some range or transform must be found on data."""
         if self.fold is not None and self.fold.needs_data:
             return True
-        return any(form.mode == "static" for form in self.activation_formats)
+        static = any(form.mode == "static" for form in self.activation_formats)
+        return static or any(form.solver == "gptq" for form in self.weight_formats)
 
     @property
     def activation_formats(self) -> list[ActivationFormat]:
@@ -435,7 +447,7 @@ _SMOOTH = Fold(scale="search", shift="mean")
 _ROTATE = Fold(rotation="hadamard")
 _SPARSE = Sparsity()
 _PRUNE80 = Prune(density=0.2)
-_LEARNED = Fold(rotation="learned", scale="learned", shift="learned")
+_LEARNED = Fold(rotation="learned", scale="learned", shift="learned", steps=0)
 
 PRESETS: dict[str, Recipe] = {
     recipe.name: recipe

@@ -22,7 +22,7 @@ from ..compiler.passes import PassResult
 from ..compiler.program import Program
 from ..compiler.recipe import Fold, Recipe
 from ..compiler.spaces.analysis import Spaces, analyse
-from ..compiler.spaces.atoms import leaves
+from ..compiler.spaces.atoms import Group, leaves
 from .balance_scales import balance_scales
 from .center_norms import center_norms
 from .choose_edges import choose_edges
@@ -90,10 +90,14 @@ def _online(fold: Fold) -> bool:
 
 
 def sites_to_transform(sites: Sequence[Site], spaces: Spaces, fold: Fold) -> set[str]:
-    """Sites of quantized activations that no folded rotation reaches (online: under 1 % of a product)."""
+    """Sites of quantized activations that no folded rotation evens out (online: under 1 % of a product).
+
+    Learned scales make channels uneven that an orthogonal map had evened out: those are transformed too.
+    """
     if not _online(fold):
         return set()
-    turned = {space.atom for space in turning(spaces)}
+    uneven = fold.scale == "learned"
+    turned = {space.atom for space in turning(spaces) if not uneven or space.group == Group.GENERAL}
     nodes = {node.name: node for node in spaces.program.graph.nodes}
     found = set()
     for site in sites:

@@ -9,9 +9,12 @@ is the divergence over the teacher's most likely tokens, or the relative squared
 
 What is learned is what channel spaces and edges allow: an orthogonal matrix for each space that turns (on the Stiefel
 manifold), an angle for each rotary pair where keys are quantized and not turned online (both channels of a pair turn as
-one: the tie without which the transform would not be an identity), and log-scales and shifts of each site. Rotations
-start from randomised Hadamard matrices (WOMI is no better a start where gains and scales have been folded), scales and
-shifts from the search of `choose_edges`; the start is kept where training does not end below it.
+one: the tie without which the transform would not be an identity), and log-scales and shifts of each site.
+
+Where rotations or scales are learned and inputs are transformed online, the start is what makes the quadratic model of
+the loss least (`choose_by_curvature`); elsewhere rotations start from randomised Hadamard matrices, scales and shifts
+from the search of `choose_edges`. The start is folded first and steps are taken from there; it is kept where training
+does not end below it, and is all there is with `steps: 0`.
 
 The gradient is small against its noise: on a language model of 5.5 million parameters those of two halves of 16,000
 tokens have a cosine of 0.1 for rotations. Batches of some thousand tokens learn; many steps of few tokens wander.
@@ -39,6 +42,7 @@ from ..compiler.spaces.atoms import Group
 from ..compiler.spaces.change import by_parameter, rotated
 from ..compiler.spaces.transform import pair_matrix
 from .calibrate import batch_arguments
+from .choose_by_curvature import Chosen, choose_by_curvature
 from .choose_edges import choose_edges
 from .choose_rotations import choose_rotations
 from .fold_rotation import fold_rotation
@@ -89,6 +93,17 @@ class _SiteParameters:
         return EdgeTransform(self.log_scale.detach().double().exp(), shift, self.hadamard)
 
 
+def _parameters(site: Site, start: EdgeTransform, fold: Fold) -> _SiteParameters:
+    scales = torch.ones(site.channels, dtype=torch.float64) if start.scale is None else start.scale
+    log_scale = scales.log().float().requires_grad_(fold.scale == "learned")
+    step, offset = 1.0, None
+    if site.shift_refusal is None and (fold.shift == "learned" or start.shift is not None):
+        z = torch.zeros(site.channels, dtype=torch.float64) if start.shift is None else start.shift
+        step = float(z.abs().mean()) or 1.0
+        offset = (z / step).float().requires_grad_(fold.shift == "learned")
+    return _SiteParameters(site, log_scale, offset, start.hadamard, step)
+
+
 def learn_transforms(
     program: Program,
     recipe: Recipe,
@@ -104,14 +119,10 @@ def learn_transforms(
     transform.
     """
     batches = [batch_arguments(program, batch, index) for index, batch in enumerate(calibration)]
-    spaces = analyse(program)
     generator = torch.Generator().manual_seed(fold.seed)
-    start = (
-        choose_rotations(spaces, "hadamard" if fold.rotation == "learned" else fold.rotation, fold.seed)
-        if fold.rotation != "none"
-        else {}
-    )
-    student = _Student(program, spaces, recipe, fold, start, calibration, hadamard)
+    start = _start(program, recipe, fold, calibration, hadamard)
+    turned = fold_rotation(program.lent(), rotations=start.rotations).program if start.rotations else program
+    student = _Student(turned, recipe, fold, start)
     loss = loss_against(program)
     order = _order(len(batches), fold.steps, generator)
     teacher = {}
@@ -132,7 +143,7 @@ def learn_transforms(
     first = student.snapshot()
     learned = Learned({}, {}, before=before)
     optimizer = student.optimizer(fold)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, fold.steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(fold.steps, 1))
     for done, index in enumerate(order):
         optimizer.zero_grad()
         found = of(index)
@@ -142,13 +153,43 @@ def learn_transforms(
         learned.losses.append(float(found.detach()))
         if progress is not None:
             progress(done + 1, fold.steps, learned.losses[-1])
-    with torch.no_grad():
-        learned.after = sum(float(of(i)) for i in probe) / len(probe)
-    if not learned.after < before:
+    if fold.steps:
+        with torch.no_grad():
+            learned.after = sum(float(of(i)) for i in probe) / len(probe)
+    if not fold.steps or not learned.after < before:
         student.restore(first)
         learned.after = before
     learned.rotations, learned.edges = student.rotations(), student.edges()
     return learned
+
+
+def _start(
+    program: Program,
+    recipe: Recipe,
+    fold: Fold,
+    calibration: Iterable[Any],
+    hadamard: Callable[[Sequence[Site], Spaces], set[str]],
+) -> Chosen:
+    """Rotations and edges that learning starts from."""
+    spaces, sites = analyse(program), find_sites(program, recipe)
+    names = hadamard(sites, spaces)
+    if names and "learned" in (fold.rotation, fold.scale):
+        found = choose_by_curvature(program, spaces, sites, fold, calibration, hadamard=names)
+        if len(found.edges) == len(sites) and fold.scale in ("learned", "none"):
+            return found
+        rotations = found.rotations
+    elif fold.rotation == "none":
+        rotations = {}
+    else:
+        method = "hadamard" if fold.rotation == "learned" else fold.rotation
+        rotations = choose_rotations(spaces, method, fold.seed)
+    turned = fold_rotation(program.lent(), rotations=rotations).program if rotations else program
+    scale: Any = "search" if fold.scale == "learned" else fold.scale
+    shift: Any = "search" if fold.shift == "learned" else fold.shift
+    chosen = choose_edges(
+        turned, recipe, scale=scale, shift=shift, calibration=calibration, hadamard=names, seed=fold.seed
+    )
+    return Chosen(rotations, {name: choice.transform for name, choice in chosen.items()})
 
 
 def _order(batches: int, steps: int, generator: torch.Generator) -> Iterator[int]:
@@ -162,20 +203,14 @@ def _order(batches: int, steps: int, generator: torch.Generator) -> Iterator[int
 class _Student:
     """The rounded program as a function of the transforms."""
 
-    def __init__(
-        self,
-        program: Program,
-        spaces: Spaces,
-        recipe: Recipe,
-        fold: Fold,
-        start: dict[str, Tensor],
-        calibration: Iterable[Any],
-        hadamard: Callable[[Sequence[Site], Spaces], set[str]],
-    ) -> None:
-        self.spaces = spaces
+    def __init__(self, program: Program, recipe: Recipe, fold: Fold, start: Chosen) -> None:
+        """program: with the start's rotations folded."""
+        self.spaces = analyse(program)
+        self.start = start.rotations
         self.matrices = {
-            name: matrix.detach().float().requires_grad_(fold.rotation == "learned")
-            for name, matrix in start.items()
+            name: torch.eye(matrix.shape[-1]).expand_as(matrix).contiguous().requires_grad_()
+            for name, matrix in start.rotations.items()
+            if fold.rotation == "learned"
         }
         self.angles = self._angles(recipe) if fold.rotation == "learned" else {}
         dynamic = _dynamic(recipe)
@@ -185,9 +220,7 @@ class _Student:
         if recipe.kv is not None:
             quantized = quantize_cache(quantized, recipe=recipe).program
         self.program = quantized
-        sites = find_sites(program, recipe)
-        names = hadamard(sites, spaces)
-        self.sites = self._sites(program, recipe, fold, sites, names, start, calibration)
+        self.sites = [_parameters(site, start.edges[site.name], fold) for site in find_sites(program, recipe)]
         self.reader_of: dict[str, tuple[_SiteParameters, Reader]] = {
             reader.node: (parameters, reader)
             for parameters in self.sites
@@ -202,7 +235,7 @@ class _Student:
         self.ranges: dict[str, QuantizedMatrix] = {}
         self.runs = 0
         self.turned = by_parameter(
-            s for s in spaces.spaces if s.name in self.matrices or s.name in self.angles
+            s for s in self.spaces.spaces if s.name in self.matrices or s.name in self.angles
         )
 
     def _angles(self, recipe: Recipe) -> dict[str, Tensor]:
@@ -213,38 +246,6 @@ class _Student:
             if space.group in (Group.PAIR, Group.PAIR_ORTHOGONAL):
                 sizes = [atom.size for atom in space.varies]
                 found[space.name] = torch.zeros(*sizes, space.size // 2, requires_grad=True)
-        return found
-
-    def _sites(
-        self,
-        program: Program,
-        recipe: Recipe,
-        fold: Fold,
-        sites: Sequence[Site],
-        names: set[str],
-        start: dict[str, Tensor],
-        calibration: Iterable[Any],
-    ) -> list[_SiteParameters]:
-        turned = fold_rotation(program.lent(), rotations=start).program if start else program
-        scale: Any = "search" if fold.scale == "learned" else fold.scale
-        shift: Any = "search" if fold.shift == "learned" else fold.shift
-        chosen = choose_edges(
-            turned, recipe, scale=scale, shift=shift, calibration=calibration, hadamard=names, seed=fold.seed
-        )
-        found = []
-        for site in sites:
-            transform = chosen[site.name].transform
-            channels = site.channels
-            scales = torch.ones(channels, dtype=torch.float64) if transform.scale is None else transform.scale
-            log_scale = scales.log().float().requires_grad_(fold.scale == "learned")
-            shifted = site.shift_refusal is None and (fold.shift == "learned" or transform.shift is not None)
-            step = 1.0
-            offset = None
-            if shifted:
-                z = torch.zeros(channels, dtype=torch.float64) if transform.shift is None else transform.shift
-                step = float(z.abs().mean()) or 1.0
-                offset = (z / step).float().requires_grad_(fold.shift == "learned")
-            found.append(_SiteParameters(site, log_scale, offset, transform.hadamard, step))
         return found
 
     # ---- parameters
@@ -284,11 +285,11 @@ class _Student:
                 parameter.copy_(held)
 
     def rotations(self) -> dict[str, Tensor]:
-        """Float64 matrices, made orthogonal to that precision."""
-        found = {}
+        """Float64 matrices: what the start's are turned by is made orthogonal to that precision."""
+        found = dict(self.start)
         for name, matrix in self.matrices.items():
             left, _, right = torch.linalg.svd(matrix.detach().double())
-            found[name] = left @ right
+            found[name] = left @ right @ self.start[name]
         for space in self.spaces.spaces:
             if space.name in self.angles:
                 angle = self.angles[space.name].detach().double()

@@ -66,7 +66,7 @@ def plan(
         first, *others = plan(program, recipe, calibration, dense)
         return [first, Step(choose_formats, {"choices": choices}), *others]
     options = {"recipe": recipe}
-    if recipe.fold is not None and calibration is not None:
+    if calibration is not None and (recipe.fold is not None or recipe.needs_calibration):
         calibration = list(calibration)
     steps = [Step(canonicalize), Step(check_recipe, options), *fold_steps(recipe, calibration)]
     if recipe.asks_for("prune"):
@@ -89,7 +89,8 @@ def plan(
         (cache, quantize_cache),
     ):
         if wanted:
-            steps.append(Step(quantize, options))
+            solved = {"calibration": calibration} if quantize is quantize_weights else {}
+            steps.append(Step(quantize, {**options, **solved}))
     for wanted, pack in (
         (weights, pack_linears),
         (coded, pack_coded_linears),

@@ -2,9 +2,10 @@
 
     y = x W^T + b   →   y = x (scale (w - zero))^T + b
 
-LOSSY: each weight moves by at most half a step, or further where the range search clips (`ranges.py`); the
-relative error of each layer is reported. Linears that share one weight and one format share its codes; a
-weight tied to an embedding gets codes of its own here, as the two are packed differently.
+LOSSY: each weight moves by at most half a step, or further where the range search clips (`ranges.py`) or GPTQ lets
+it make up for others (`solve_gptq.py`, `solver: gptq`); the relative error of each layer is reported. Linears that
+share one weight and one format share its codes; a weight tied to an embedding gets codes of its own here, as the two
+are packed differently.
 
 Refused: weights that are computed, not two-dimensional, not float32, also read in float by another operator,
 or so small that the padded layout would be larger. Constants that no packed operator can read are listed.
@@ -12,13 +13,14 @@ or so small that the padded layout would be larger. Constants that no packed ope
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from ..compiler.dialect import dequantize_weight
 from ..compiler.editor import Editor
+from ..compiler.errors import InputError
 from ..compiler.graph import place_of
 from ..compiler.passes import Guarantee, define_pass
 from ..compiler.recipe import Kind, Recipe
@@ -36,6 +38,7 @@ from .layers import (
     set_argument,
 )
 from .ranges import quantize_matrix
+from .solve_gptq import input_products, solve_gptq
 
 Progress = Callable[[int, int], None]
 """Called with (layers done, layers in all)."""
@@ -48,19 +51,36 @@ REPORTED_ELEMENTS = 1024
 
 
 @define_pass(Guarantee.LOSSY)
-def quantize_weights(editor: Editor, *, recipe: Recipe, progress: Progress | None = None) -> None:
-    """Quantize the weights of linears as the recipe says. Raises InputError for NaN or infinite weights."""
-    quantize_kind(editor, recipe, "weights", storable=True, progress=progress)
+def quantize_weights(
+    editor: Editor,
+    *,
+    recipe: Recipe,
+    calibration: Iterable[Any] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Quantize the weights of linears as the recipe says; calibration batches as in `calibrate`, for `solver: gptq`.
+
+    Raises InputError for NaN or infinite weights, and where calibration data is missing or does not fit.
+    """
+    quantize_kind(editor, recipe, "weights", storable=True, calibration=calibration, progress=progress)
     _list_unpackable(editor, recipe)
 
 
 def quantize_kind(
-    editor: Editor, recipe: Recipe, kind: Kind, *, storable: bool, progress: Progress | None = None
+    editor: Editor,
+    recipe: Recipe,
+    kind: Kind,
+    *,
+    storable: bool,
+    calibration: Iterable[Any] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Replace the weights of selected layers of `kind` by integer codes (shared with embeddings and convolutions)."""
+    products = _input_products(editor, recipe, kind, calibration)
 
     def quantize(editor: Editor, layer: Layer, chosen: Any) -> Quantized:
-        call, facts = _quantize(editor, layer, chosen, storable)
+        product = products.get(layer.weight.name) if _by_gptq(chosen) else None
+        call, facts = _quantize(editor, layer, chosen, storable, product)
         return call, facts, _describe(chosen, facts)
 
     quantize_selected(editor, recipe, kind, ("int",), quantize, progress)
@@ -112,7 +132,33 @@ def quantize_selected(
             progress(done + 1, len(chosen))
 
 
-def _quantize(editor: Editor, layer: Layer, chosen: Any, storable: bool) -> tuple[fx.Node, dict[str, Any]]:
+def _by_gptq(chosen: Any) -> bool:
+    return getattr(chosen, "solver", "nearest") == "gptq"
+
+
+def _input_products(
+    editor: Editor, recipe: Recipe, kind: Kind, calibration: Iterable[Any] | None
+) -> dict[str, Tensor]:
+    """H of every weight that GPTQ rounds, by its node's name; a weight with several readers gets that of all inputs."""
+    inputs: dict[str, list[str]] = {}
+    for layer, chosen, reason in selected(editor, recipe, kind):
+        if reason is None and _by_gptq(chosen):
+            inputs.setdefault(layer.weight.name, []).append(layer.input.name)
+    if not inputs:
+        return {}
+    if calibration is None:
+        raise InputError(
+            "The recipe rounds weights by GPTQ, which needs calibration data",
+            where=f"recipe {recipe.name!r}",
+            expected="calibration: an iterable of batches of inputs",
+            hint="pass calibration=..., or use weights: {solver: nearest}",
+        )
+    return input_products(editor.program, inputs, calibration)
+
+
+def _quantize(
+    editor: Editor, layer: Layer, chosen: Any, storable: bool, product: Tensor | None
+) -> tuple[fx.Node, dict[str, Any]]:
     weight = editor.tensor(layer.weight)
     assert weight is not None
     group_size, symmetric = group_size_for(tuple(weight.shape), chosen), getattr(chosen, "symmetric", True)
@@ -124,6 +170,8 @@ def _quantize(editor: Editor, layer: Layer, chosen: Any, storable: bool) -> tupl
         search=chosen.range,
         storable=storable,
     )
+    if product is not None:
+        found = solve_gptq(weight, found, product, bits=chosen.bits, group_size=group_size)
     parts = {
         part: editor.constant(tensor, constant_name(editor, layer.weight, part))
         for part, tensor in (("codes", found.codes), ("scale", found.scale), ("zero", found.zero))
@@ -144,6 +192,7 @@ def _quantize(editor: Editor, layer: Layer, chosen: Any, storable: bool) -> tupl
         "group_size": group_size,
         "symmetric": symmetric,
         "range": chosen.range,
+        "solver": "nearest" if product is None else "gptq",
         "bytes_before": weight.numel() * weight.element_size(),
         "bytes_after": packed_bytes(layer.kind, tuple(weight.shape), chosen),
         "weight_error": found.error,
@@ -154,7 +203,8 @@ def _quantize(editor: Editor, layer: Layer, chosen: Any, storable: bool) -> tupl
 def _describe(chosen: Any, facts: dict[str, Any]) -> str:
     per = f"groups of {facts['group_size']}" if facts["group_size"] else "one scale a row"
     form = "symmetric" if facts["symmetric"] else "asymmetric"
-    return f"weight to int{chosen.bits}, {form}, {per}, relative error {facts['weight_error']:.2e}"
+    by = " by GPTQ" if facts["solver"] == "gptq" else ""
+    return f"weight to int{chosen.bits}{by}, {form}, {per}, relative error {facts['weight_error']:.2e}"
 
 
 def _list_unpackable(editor: Editor, recipe: Recipe) -> None:
