@@ -435,6 +435,7 @@ _SMOOTH = Fold(scale="search", shift="mean")
 _ROTATE = Fold(rotation="hadamard")
 _SPARSE = Sparsity()
 _PRUNE80 = Prune(density=0.2)
+_PRUNE90 = Prune(density=0.1)
 _LEARNED = Fold(rotation="learned", scale="learned", shift="learned")
 
 PRESETS: dict[str, Recipe] = {
@@ -455,6 +456,7 @@ PRESETS: dict[str, Recipe] = {
         _preset("w4a4kv4-learned", _W4, _DYNAMIC4, kv=_KV4, fold=_LEARNED),
         Recipe(name="sparse-float32", sparsity=_SPARSE),
         Recipe(name="sparse80-float32", sparsity=_SPARSE, prune=_PRUNE80),
+        Recipe(name="sparse90-float32", sparsity=_SPARSE, prune=_PRUNE90),
         _preset("sparse-int8", _W8, _DYNAMIC, sparsity=_SPARSE),
         _preset("sparse80-int8", _W8, _DYNAMIC, sparsity=_SPARSE, prune=_PRUNE80),
         Recipe(name="w8a16", weights=_W8, embeddings=EmbeddingFormat()),
