@@ -39,10 +39,11 @@ struct isofold_sparse_call {
 enum {
   ISOFOLD_SPARSE_GEMV_ROWS = 4,    // up to here float weights are expanded; 8-bit ones:
   ISOFOLD_SPARSE_GEMV8_ROWS = 16,
+  ISOFOLD_SPARSE_HALF = 22,        // non-zeros of an average word of 8 bits that hardly ever has more than 32
   ISOFOLD_SPARSE_LOW = 14,         // non-zeros of an average word up to which places are looked up instead
-  ISOFOLD_SPARSE_COLUMNS = 64,     // rows of activations of a block
   ISOFOLD_SPARSE_CHUNK = 2,        // words of a chunk of K: its transposed activations stay in the first-level cache
-  ISOFOLD_SPARSE_CHUNK8 = 6,
+  ISOFOLD_SPARSE_CHUNK8 = 8,
+  ISOFOLD_SPARSE_WIDE8 = 4,        // the same for 128 rows of activations at once
   ISOFOLD_SPARSE_WHOLE8 = 12,      // words up to which there is one chunk (fewer loads and stores of sums)
   ISOFOLD_SPARSE_TABLE = 256 * 8 + 2 * 256 * 4  // int32 of isofold_sparse_tables
 };
@@ -69,16 +70,16 @@ static inline int isofold_sparse_is_few(const struct isofold_sparse* s, int64_t 
   return m <= (s->quantized ? ISOFOLD_SPARSE_GEMV8_ROWS : ISOFOLD_SPARSE_GEMV_ROWS);
 }
 
-// Few rows: copies [m, 64 words] with zeros behind each row. Many: blocks of 64 rows transposed, [64 words, 64], the last
-// block of float activations 16, 32 or 64 wide.
-static inline int64_t isofold_sparse_scratch_bytes(const struct isofold_sparse* s, int64_t m) {
-  int64_t size = s->quantized ? 1 : 4, rows = isofold_sparse_is_few(s, m) ? m : isofold_ceildiv(m, 64) * 64;
-  return rows * s->words * 64 * size + 64;
-}
-
 // Rows of activations of the block from m on, as its kernels take them.
 static inline int64_t isofold_sparse_width(const struct isofold_sparse* s, int64_t left) {
-  return s->quantized || left > 32 ? 64 : left > 16 ? 32 : 16;
+  if (s->quantized) return left > 64 ? 128 : 64;
+  return left > 32 ? 64 : left > 16 ? 32 : 16;
+}
+
+// Few rows: copies [m, 64 words] with zeros behind each row. Many: blocks of that width transposed, [64 words, width].
+static inline int64_t isofold_sparse_scratch_bytes(const struct isofold_sparse* s, int64_t m) {
+  int64_t size = s->quantized ? 1 : 4, rows = isofold_sparse_is_few(s, m) ? m : isofold_ceildiv(m, 128) * 128;
+  return rows * s->words * 64 * size + 64;
 }
 
 // Words begin..end of the activations.
@@ -95,8 +96,9 @@ static inline void isofold_sparse_prepare(const struct isofold_kernels* k, const
     }
     return;
   }
-  for (int64_t m = 0; m < c->m; m += ISOFOLD_SPARSE_COLUMNS) {
-    int64_t rows = isofold_min(c->m - m, ISOFOLD_SPARSE_COLUMNS), width = isofold_sparse_width(s, rows);
+  for (int64_t m = 0, width; m < c->m; m += width) {
+    width = isofold_sparse_width(s, c->m - m);
+    int64_t rows = isofold_min(c->m - m, width);
     if (s->quantized)
       k->sparse8_transpose((const uint8_t*)c->x + m * c->ldx, c->ldx, rows, width, from, to,
                            (uint8_t*)out + m * padded);
@@ -112,6 +114,7 @@ static inline void isofold_sparse_few(const struct isofold_kernels* k, const str
   const uint8_t* bytes = (const uint8_t*)(s->table + 256 * 8);
   int64_t filled = s->offsets[end] - s->offsets[begin];
   int low = filled <= ISOFOLD_SPARSE_LOW * s->words * (end - begin);
+  int half = filled <= ISOFOLD_SPARSE_HALF * s->words * (end - begin);
   for (int64_t m = 0; m < c->m;) {
     int64_t left = c->m - m, rows = left >= 4 ? 4 : left >= 2 ? 2 : 1;
     if (s->quantized) {
@@ -119,8 +122,14 @@ static inline void isofold_sparse_few(const struct isofold_kernels* k, const str
       const int8_t* values = (const int8_t*)s->values;
       void (*f)(const uint8_t*, int64_t, const int64_t*, int64_t, const int8_t*, const int32_t*, int64_t, int64_t,
                 int32_t*, int64_t, const uint8_t*, int32_t);
+      if (s->expands && rows == 1) {
+        (half ? k->sparse8_gemv_low : k->sparse8_gemv_1)(x, padded, s->mask, s->words, values, s->offsets, begin, end,
+                                                         (int32_t*)t + m * 32, 32, bytes, 0, s->mask);
+        m += 1;
+        continue;
+      }
       if (s->expands)
-        f = rows == 4 ? k->sparse8_gemv_4 : rows == 2 ? k->sparse8_gemv_2 : k->sparse8_gemv_1;
+        f = rows == 4 ? k->sparse8_gemv_4 : k->sparse8_gemv_2;
       else
         f = rows == 4 ? k->sparse8_gemv_plain_4 : rows == 2 ? k->sparse8_gemv_plain_2 : k->sparse8_gemv_plain_1;
       f(x, padded, s->mask, s->words, values, s->offsets, begin, end, (int32_t*)t + m * 32, 32, bytes, 0);
@@ -137,22 +146,6 @@ static inline void isofold_sparse_few(const struct isofold_kernels* k, const str
   }
 }
 
-// The same against a block of up to 64 rows of activations at xt, float.
-static inline void isofold_sparse_block(const struct isofold_kernels* k, const struct isofold_sparse* s,
-                                        const float* xt, int64_t width, int64_t begin, int64_t end, float* acc,
-                                        float* t) {
-  int64_t at[32], rows = end - begin;
-  void (*f)(const float*, const int64_t*, int64_t, int64_t, const float*, int64_t, int64_t*, float*) =
-      width == 64 ? k->sparse_gemm_4 : width == 32 ? k->sparse_gemm_2 : k->sparse_gemm_1;
-  for (int64_t r = 0; r < rows; ++r) at[r] = s->offsets[begin + r];
-  memset(acc, 0, 32 * 64 * sizeof(float));
-  for (int64_t w = 0; w < s->words; w += ISOFOLD_SPARSE_CHUNK) {
-    int64_t words = isofold_min(ISOFOLD_SPARSE_CHUNK, s->words - w);
-    f(xt + w * 64 * width, s->mask + begin * s->words + w, s->words, words, (const float*)s->values, rows, at, acc);
-  }
-  (width == 64 ? k->sparse_turn_4 : width == 32 ? k->sparse_turn_2 : k->sparse_turn_1)(acc, t);
-}
-
 // Asks for the first chunk of rows begin..end of weights.
 static inline void isofold_sparse_expect(const struct isofold_sparse* s, int64_t begin, int64_t end) {
   int64_t size = s->quantized ? 1 : 4;
@@ -164,23 +157,99 @@ static inline void isofold_sparse_expect(const struct isofold_sparse* s, int64_t
   }
 }
 
+// Of a list: most rows of weights, inputs (with what pads them) and rows of activations that it serves.
+enum {
+  ISOFOLD_SPARSE_ROWS = 64,
+  ISOFOLD_SPARSE_LIST = ISOFOLD_SPARSE_WHOLE8 * 64 + 64,
+  ISOFOLD_SPARSE_LIST_FLOAT = ISOFOLD_SPARSE_CHUNK * 64 + 64,
+  ISOFOLD_SPARSE_BLOCK = 256
+};
+
+// Where the non-zeros of a chunk of K stand, and what they are (sparse_many.py): int8 and float32.
+struct isofold_sparse_list {
+  ISOFOLD_ALIGNED char copy[ISOFOLD_SPARSE_ROWS * ISOFOLD_SPARSE_LIST];
+  ISOFOLD_ALIGNED uint16_t places[ISOFOLD_SPARSE_ROWS * ISOFOLD_SPARSE_LIST];
+  int64_t counts[ISOFOLD_SPARSE_ROWS], at[ISOFOLD_SPARSE_ROWS];
+};
+
+// Words w..w+words of `rows` rows of weights from `first`.
+static inline void isofold_sparse_write_list(const struct isofold_kernels* k, const struct isofold_sparse* s,
+                                             int64_t first, int64_t rows, int64_t w, int64_t words,
+                                             struct isofold_sparse_list* l) {
+  const int64_t* mask = s->mask + first * s->words + w;
+  if (s->quantized)
+    (s->expands ? k->sparse8_list : k->sparse8_list_plain)(mask, s->words, words, rows, (const int8_t*)s->values, l->at,
+                                                          l->places, (int8_t*)l->copy, ISOFOLD_SPARSE_LIST, l->counts);
+  else
+    (s->expands ? k->sparse_list : k->sparse_list_plain)(mask, s->words, words, rows, (const float*)s->values, l->at,
+                                                        l->places, (float*)l->copy, ISOFOLD_SPARSE_LIST_FLOAT, l->counts);
+}
+
+// `panels` panels of weights (up to 4) from the block's first against many rows of activations: lists are written once
+// for ISOFOLD_SPARSE_BLOCK of these.
+static inline void isofold_sparse_many(struct isofold_linear_block* b, const struct isofold_sparse* s,
+                                       const struct isofold_sparse_call* c, int64_t panels) {
+  ISOFOLD_ALIGNED float acc[ISOFOLD_SPARSE_BLOCK * ISOFOLD_SPARSE_ROWS];  // int32 where quantized, like t
+  ISOFOLD_ALIGNED float t[128 * 32];
+  struct isofold_sparse_list l;
+  const struct isofold_kernels* k = b->k;
+  const float* wsum = b->wsum;
+  int64_t first = b->panel * 16, rows = panels * 16, panel = b->panel;
+  int64_t padded = s->words * 64, chunk = s->quantized ? ISOFOLD_SPARSE_CHUNK8 : ISOFOLD_SPARSE_CHUNK;
+  if (s->quantized && c->m > 64)
+    chunk = ISOFOLD_SPARSE_WIDE8;
+  else if (s->quantized && s->words <= ISOFOLD_SPARSE_WHOLE8)
+    chunk = s->words;
+  for (int64_t m0 = 0; m0 < c->m; m0 += ISOFOLD_SPARSE_BLOCK) {
+    int64_t m1 = isofold_min(m0 + ISOFOLD_SPARSE_BLOCK, c->m);
+    for (int64_t r = 0; r < rows; ++r) l.at[r] = s->offsets[first + r];
+    memset(acc, 0, (size_t)(isofold_ceildiv(m1 - m0, 128) * 128 * rows) * sizeof(float));
+    for (int64_t w = 0; w < s->words; w += chunk) {
+      isofold_sparse_write_list(k, s, first, rows, w, isofold_min(chunk, s->words - w), &l);
+      for (int64_t m = m0, width; m < m1; m += width) {
+        width = isofold_sparse_width(s, m1 - m);
+        float* sums = acc + (m - m0) * rows;
+        if (s->quantized)
+          (width == 128 ? k->sparse8_gemm_8 : k->sparse8_gemm_4)(
+              (const uint8_t*)c->scratch + m * padded + w * 64 * width, l.places, (const int8_t*)l.copy,
+              ISOFOLD_SPARSE_LIST, l.counts, rows, (int32_t*)sums);
+        else
+          (width == 64 ? k->sparse_gemm_4 : width == 32 ? k->sparse_gemm_2 : k->sparse_gemm_1)(
+              (const float*)c->scratch + m * padded + w * 64 * width, l.places, (const float*)l.copy,
+              ISOFOLD_SPARSE_LIST_FLOAT, l.counts, rows, sums);
+      }
+    }
+    for (int64_t m = m0, width; m < m1; m += width) {
+      width = isofold_sparse_width(s, m1 - m);
+      for (int64_t p = 0; p < panels; p += 2) {
+        const float* sums = acc + (m - m0) * rows + p * 16 * width;
+        if (s->quantized)
+          (width == 128 ? k->sparse8_turn_8 : k->sparse8_turn_4)((const int32_t*)sums, (int32_t*)t);
+        else
+          (width == 64 ? k->sparse_turn_4 : width == 32 ? k->sparse_turn_2 : k->sparse_turn_1)(sums, t);
+        b->panel = panel + p;
+        b->panels = isofold_min(2, panels - p);
+        b->wsum = s->quantized ? wsum + p * 16 : wsum;
+        isofold_linear_finish(b, m, isofold_min(width, m1 - m), t);
+      }
+    }
+  }
+}
+
 // Tasks begin..end.
 static inline void isofold_sparse_run(const struct isofold_kernels* k, enum isofold_isa isa,
                                       const struct isofold_linear* l, const struct isofold_sparse* s,
                                       const struct isofold_sparse_call* c, int64_t begin, int64_t end) {
-  enum { LIST = (ISOFOLD_SPARSE_WHOLE8 + 1) * 64, BLOCKS = 8 };
-  ISOFOLD_ALIGNED float t[64 * 32];  // int32 where quantized, like acc
-  ISOFOLD_ALIGNED float acc[BLOCKS * 32 * 64];
-  ISOFOLD_ALIGNED uint16_t list[32 * LIST];
+  ISOFOLD_ALIGNED float t[ISOFOLD_SPARSE_GEMV8_ROWS * 32];  // int32 where quantized
   ISOFOLD_ALIGNED float zeros[32] = {0};
   const float identity[2] = {1.0f, 0.0f};
   struct isofold_linear linear = *l;
   struct isofold_linear_call call = {0, s->quantized ? c->params : identity, c->residual, c->y, c->m,
                                      s->quantized ? c->static_params : 1, 0};
   struct isofold_linear_block b;
-  int64_t all = isofold_linear_panels(l), padded = s->words * 64;
+  int64_t all = isofold_linear_panels(l);
   (void)isa;
-  linear.group_size = s->quantized ? 0 : padded;  // not 0: epilogue_g, for sums that need no scale
+  linear.group_size = s->quantized ? 0 : s->words * 64;  // not 0: epilogue_g, for sums that need no scale
   linear.zero = 0;
   b.k = k;
   b.l = &linear;
@@ -195,38 +264,14 @@ static inline void isofold_sparse_run(const struct isofold_kernels* k, enum isof
     b.panels = isofold_min(2, all - b.panel);
     b.wsum = s->quantized ? l->wsum + b.panel * 16 : zeros;
     int64_t first = b.panel * 16, last = first + b.panels * 16;
-    if (!isofold_sparse_is_few(s, c->m)) isofold_sparse_expect(s, first, last);
     if (isofold_sparse_is_few(s, c->m)) {
       isofold_sparse_few(k, s, c, first, last, t);
       isofold_linear_finish(&b, 0, c->m, t);
-    } else if (!s->quantized) {
-      for (int64_t m = 0; m < c->m; m += 64) {
-        int64_t rows = isofold_min(64, c->m - m), width = isofold_sparse_width(s, rows);
-        isofold_sparse_block(k, s, (const float*)c->scratch + m * padded, width, first, last, acc, t);
-        isofold_linear_finish(&b, m, rows, t);
-      }
     } else {
-      // The places of a chunk are listed once for BLOCKS blocks of activations.
-      for (int64_t m0 = 0; m0 < c->m; m0 += 64 * BLOCKS) {
-        int64_t blocks = isofold_min(BLOCKS, isofold_ceildiv(c->m - m0, 64)), at[32], counts[32];
-        for (int64_t r = 0; r < last - first; ++r) at[r] = s->offsets[first + r];
-        int64_t chunk = s->words <= ISOFOLD_SPARSE_WHOLE8 ? s->words : ISOFOLD_SPARSE_CHUNK8;
-        memset(acc, 0, (size_t)blocks * 32 * 64 * sizeof(float));
-        for (int64_t w = 0; w < s->words; w += chunk) {
-          int64_t words = isofold_min(chunk, s->words - w);
-          (s->expands ? k->sparse8_list : k->sparse8_list_plain)(s->mask + first * s->words + w, s->words, words,
-                                                                last - first, list, LIST, counts);
-          for (int64_t i = 0; i < blocks; ++i)
-            k->sparse8_gemm((const uint8_t*)c->scratch + (m0 + 64 * i) * padded + w * 64 * 64, list, LIST, counts,
-                            (const int8_t*)s->values, at, last - first, (int32_t*)acc + i * 32 * 64);
-          for (int64_t r = 0; r < last - first; ++r) at[r] += counts[r];
-        }
-        for (int64_t i = 0; i < blocks; ++i) {
-          int64_t m = m0 + 64 * i;
-          k->sparse8_turn((const int32_t*)acc + i * 32 * 64, (int32_t*)t);
-          isofold_linear_finish(&b, m, isofold_min(64, c->m - m), t);
-        }
-      }
+      int64_t panels = isofold_min(isofold_min(4, 2 * (end - task)), all - b.panel);
+      isofold_sparse_expect(s, first, first + panels * 16);
+      isofold_sparse_many(&b, s, c, panels);
+      task += (panels - 1) / 2;
     }
   }
 }

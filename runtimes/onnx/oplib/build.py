@@ -55,6 +55,7 @@ _MODULES = (
     "conv",
     "hadamard",
     "sparse",
+    "sparse_many",
 )
 _FLAGS = (
     "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics",
