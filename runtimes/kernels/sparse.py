@@ -32,7 +32,14 @@ from .codegen import Isa, Kernel, T, bind, for_range, load, registers, store, wh
 from .dot import vpdpbusd, vpmaddwd
 from .linear import prefetch
 from .math import reduce_lanes, shuffle
-from .sparse_many import VBMI2, counter, iota64, popcount, splat
+from .sparse_many import VBMI2, counter, iota64, multiply_add, popcount, splat, widen_bfloat16
+
+KINDS = (
+    ("sparse", "float32", ("f32", "f32")),
+    ("sparse16", "uint16", ("f32", "u16")),
+    ("sparse4x8", "int32", ("i32", "i32")),
+)
+"""Kernels for few rows whose activations take 4 bytes: name, kind of :func:`_gemv`, types of activations and values."""
 
 GEMV_ROWS = (4, 2, 1)
 """Rows of activations of the kernels that expand."""
@@ -50,22 +57,27 @@ LINES = 2
 
 def _opaque_zero(zero: Any, dtype: str, lanes: int) -> Any:
     """A vector of zeros that the compiler does not know to be zeros."""
-    words = T.broadcast(zero, lanes if dtype == "float32" else lanes // 4)
+    words = T.broadcast(zero, lanes // 4 if dtype == "int8" else lanes)
     return bind(T.reinterpret(f"{dtype}x{lanes}", words))
 
 
 def _expand(values: Any, at: Any, bits: Any, nothing: Any, dtype: str, lanes: int) -> Any:
     """The next values where ``bits`` (a vector of booleans) is set, and ``nothing`` elsewhere."""
-    kind = {"float32": "f32", "int8": "i8"}[dtype]
+    kind = {"float32": "f32", "int8": "i8", "int32": "i32"}[dtype]
     address = T.address_of(load(values, at, 1))
     name = f"llvm.masked.expandload.v{lanes}{kind}"
     return bind(T.call_llvm_intrin(f"{dtype}x{lanes}", name, address, bits, nothing))
 
 
+def _expand_register(packed: Any, bits: Any, nothing: Any, kind: str, dtype: str) -> Any:
+    """The same of what is in a register."""
+    name = f"llvm.x86.avx512.mask.expand.{kind}"
+    return bind(T.call_llvm_pure_intrin(dtype, name, packed, nothing, bits))
+
+
 def expand8(packed: Any, bits: Any, nothing: Any) -> Any:
-    """The same of int8x64 in a register."""
-    name = "llvm.x86.avx512.mask.expand.v64i8"
-    return bind(T.call_llvm_pure_intrin("int8x64", name, packed, nothing, bits))
+    """The same of int8x64."""
+    return _expand_register(packed, bits, nothing, "v64i8", "int8x64")
 
 
 def _low(word: Any, bits: int) -> Any:
@@ -101,13 +113,63 @@ class _Sums:
         return reduce_lanes(parts[0], lambda a, b: a + b)
 
 
-def _gemv(rows: int, isa: Isa, *arguments: Any) -> None:
-    """``t[r, n - begin]`` of the rows ``begin..end`` of weights and R rows of activations ``[R, ldx]``, float."""
+def _gemv(rows: int, kind: str, isa: Isa, *arguments: Any) -> None:
+    """``t[r, n - begin]`` of the rows ``begin..end`` of weights and R rows of activations ``[R, ldx]``.
+
+    kind: what 4 bytes of activations and a value are: float32 and float32 or uint16 (the bits of a bfloat16), or int32:
+    four codes each, whose products are summed.
+    """
     x, ldx, mask, words, values, offsets, begin, end, t, ldt, table, zero = arguments
     wide = isa.registers == 32
     lanes = 16 if wide else 8
-    nothing = _opaque_zero(zero, "float32", lanes) if wide else None
-    sums = _Sums(rows, 4 if rows < 4 or not wide else 2, "float32", lanes)
+    dtype = "int32" if kind == "int32" else "float32"
+    nothing = _opaque_zero(zero, dtype, lanes) if wide else None
+    sums = _Sums(rows, 4 if rows < 4 or not wide else 2, dtype, lanes)
+    at = counter()
+    size = 2 if kind == "uint16" else 4
+    with for_range(begin, end) as n:
+        store(at, 0, T.cast(load(offsets, n, 1), "int64"), 1)
+        sums.clear()
+        with for_range(0, words) as w:
+            word = bind(load(mask, n * words + w, 1))
+            _fetch(mask, n * words + w, 8, AHEAD, 1)
+            _fetch(values, load(at, 0, 1), size, AHEAD)
+            for part in range(WORD // lanes):
+                offset = bind(load(at, 0, 1))
+                bits = bind(_low(word >> T.int64(part * lanes), lanes))
+                if wide and kind != "uint16":
+                    there = T.reinterpret("uint1x16", bits)
+                    weights = _expand(values, offset, there, nothing, dtype, lanes)
+                elif wide:
+                    packed = widen_bfloat16(load(values, offset, lanes))
+                    there = T.reinterpret("uint1x16", bits)
+                    weights = _expand_register(packed, there, nothing, "v16f32", "float32x16")
+                else:
+                    places = bind(load(table, T.cast(bits, "int64") * 8, 8))
+                    packed = load(values, offset, 8)
+                    if kind == "uint16":
+                        packed = widen_bfloat16(packed)
+                    name = "llvm.x86.avx2.permd" if kind == "int32" else "llvm.x86.avx2.permps"
+                    moved = T.call_llvm_pure_intrin(f"{dtype}x8", name, packed, places)
+                    empty = places < splat(0, "int32", 8)
+                    weights = bind(T.Select(empty, splat(0, dtype, 8), moved))
+                for r in range(rows):
+                    found = load(x, ldx * r + w * WORD + part * lanes, lanes)
+                    sums.update(r, part, lambda old, v=found, e=weights: multiply_add(isa, kind, old, v, e))
+                store(at, 0, offset + popcount(T.cast(bits, "int64")), 1)
+        for r in range(rows):
+            store(t, ldt * r + n - begin, sums.total(r), 1)
+
+
+def _gemv16(rows: int, isa: Isa, *arguments: Any) -> None:
+    """The same on bfloat16 with ``vpexpandw``, 32 values at a time: of every 32 activations ``x`` has those of even
+    inputs first, so that a shift and a mask make float32 of the two halves of each 4 bytes."""
+    if not isa.vnni:
+        _gemv(rows, "uint16", isa, *arguments)
+        return
+    x, ldx, mask, words, values, offsets, begin, end, t, ldt, _, zero = arguments
+    nothing = bind(T.reinterpret("int16x32", T.broadcast(zero, 16)))
+    sums = _Sums(rows, 4 if rows < 4 else 2, "float32")
     at = counter()
     with for_range(begin, end) as n:
         store(at, 0, T.cast(load(offsets, n, 1), "int64"), 1)
@@ -115,23 +177,20 @@ def _gemv(rows: int, isa: Isa, *arguments: Any) -> None:
         with for_range(0, words) as w:
             word = bind(load(mask, n * words + w, 1))
             _fetch(mask, n * words + w, 8, AHEAD, 1)
-            _fetch(values, load(at, 0, 1), 4, AHEAD)
-            for part in range(WORD // lanes):
+            _fetch(values, load(at, 0, 1), 2, AHEAD)
+            for part in range(2):
                 offset = bind(load(at, 0, 1))
-                bits = bind(_low(word >> T.int64(part * lanes), lanes))
-                if wide:
-                    weights = _expand(
-                        values, offset, T.reinterpret("uint1x16", bits), nothing, "float32", lanes
-                    )
-                else:
-                    places = bind(load(table, T.cast(bits, "int64") * 8, 8))
-                    packed = load(values, offset, 8)
-                    moved = T.call_llvm_pure_intrin("float32x8", "llvm.x86.avx2.permps", packed, places)
-                    empty = places < splat(0, "int32", 8)
-                    weights = bind(T.Select(empty, splat(0, "float32", 8), moved))
+                bits = bind(_low(word >> T.int64(part * 32), 32))
+                packed = T.reinterpret("int16x32", load(values, offset, 32))
+                there = T.reinterpret("uint1x32", bits)
+                both = _expand_register(packed, there, nothing, "v32i16", "int16x32")
+                both = bind(T.reinterpret("uint32x16", both))
+                even = bind(T.reinterpret("float32x16", both << splat(16, "uint32", 16)))
+                odd = bind(T.reinterpret("float32x16", both & splat(0xFFFF0000, "uint32", 16)))
                 for r in range(rows):
-                    values_of_x = load(x, ldx * r + w * WORD + part * lanes, lanes)
-                    sums.update(r, part, lambda old, v=values_of_x, e=weights: T.fma(v, e, old))
+                    for half, weights in enumerate((even, odd)):
+                        found = load(x, ldx * r + w * WORD + part * 32 + half * 16)
+                        sums.update(r, 2 * part + half, lambda old, v=found, e=weights: T.fma(v, e, old))
                 store(at, 0, offset + popcount(T.cast(bits, "int64")), 1)
         for r in range(rows):
             store(t, ldt * r + n - begin, sums.total(r), 1)
@@ -263,7 +322,7 @@ LOW_ROWS = 8
 def _gemv_low(isa: Isa, *arguments: Any) -> None:
     """``sparse_gemv_1`` for words of which most have at most 16 non-zeros."""
     if not isa.vnni:
-        _gemv(1, isa, *arguments)
+        _gemv(1, "float32", isa, *arguments)
         return
     x, _, mask, words, values, offsets, begin, end, t, _, _, zero = arguments
     places_of_all = bind(iota64())
@@ -320,11 +379,20 @@ def _kernels() -> list[Kernel]:
     kernels = []
     tail = "offsets: const i32*, begin: i64, end: i64"
     for rows in GEMV_ROWS:
-        head = "x: const f32*, ldx: i64, mask: const i64*, words: i64, values: const f32*"
-        signature = f"{head}, {tail}, t: f32*, ldt: i64, table: const i32*, zero: i32"
-        kernels.append(Kernel(f"sparse_gemv_{rows}", signature, partial(_gemv, rows), "sparse"))
-        if rows == 1:
-            kernels.append(Kernel("sparse_gemv_low", signature, _gemv_low, "sparse_vbmi2", attributes=VBMI2))
+        for name, kind, c in KINDS:
+            head = f"x: const {c[0]}*, ldx: i64, mask: const i64*, words: i64, values: const {c[1]}*"
+            signature = f"{head}, {tail}, t: {c[0]}*, ldt: i64, table: const i32*, zero: i32"
+            plain = "_plain" if kind == "uint16" else ""
+            kernels.append(Kernel(f"{name}_gemv{plain}_{rows}", signature, partial(_gemv, rows, kind), "sparse"))
+            if kind == "float32" and rows == 1:
+                kernels.append(
+                    Kernel("sparse_gemv_low", signature, _gemv_low, "sparse_vbmi2", attributes=VBMI2)
+                )
+            if kind == "uint16":
+                emit = partial(_gemv16, rows)
+                kernels.append(
+                    Kernel(f"{name}_gemv_{rows}", signature, emit, "sparse_vbmi2", attributes=VBMI2)
+                )
         head = "x: const u8*, ldx: i64, mask: const i64*, words: i64, values: const i8*"
         signature = f"{head}, {tail}, t: i32*, ldt: i64, table: const u8*, zero: i32"
         emits = {f"sparse8_gemv_{rows}": partial(_gemv8, rows)}

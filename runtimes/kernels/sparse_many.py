@@ -23,9 +23,9 @@ from typing import Any
 from tvm import tirx
 
 from .codegen import Isa, Kernel, T, bind, for_range, load, registers, store, when
-from .dot import vpdpbusd, vpmaddwd
+from .dot import split_activation, split_weight, vpdpbusd, vpmaddwd
 from .linear import prefetch
-from .math import shuffle, transpose16
+from .math import lanes_of, shuffle, transpose16
 
 GEMM_VECTORS = (4, 2, 1)
 """Vectors of 16 rows of activations of the float kernels."""
@@ -123,7 +123,7 @@ def finish_list(
 ) -> None:
     """Copies the row's ``count`` values as float32 or int8, pads both lists, and stores the padded count."""
     end, start = bind(count), bind(start)
-    lanes = 16 if dtype in ("float32", "uint16") else 64
+    lanes = 64 if dtype == "int8" else 16
     for line in range(3):  # the row's next chunk: rows of a chunk lie too far apart for the hardware
         prefetch(values, start + end + lanes * line, 3)
     with for_range(0, (end + T.int64(lanes - 1)) // lanes) as i:
@@ -131,42 +131,71 @@ def finish_list(
         if dtype == "uint16":
             found = widen_bfloat16(found)
         store(copy, to + i * lanes, found, lanes)
-    kept = "int8" if dtype == "int8" else "float32"
+    kept = {"uint16": "float32"}.get(dtype, dtype)
     store(copy, to + end, splat(0, kept, STEP), STEP)
     store(out, to + end, splat(0, "uint16", STEP), STEP)
     store(counts, r, (end + T.int64(STEP - 1)) // STEP * STEP, 1)
 
 
 def widen_bfloat16(bits: Any) -> Any:
-    """Vectors of bfloat16, as uint16x16, to float32."""
-    return T.reinterpret("float32x16", T.cast(bits, "uint32x16") << splat(16, "uint32", 16))
+    """A vector of bfloat16, as uint16, to float32."""
+    n = lanes_of(bits)
+    return bind(T.reinterpret(f"float32x{n}", T.cast(bits, f"uint32x{n}") << splat(16, "uint32", n)))
 
 
-def _gemm(vectors: int, isa: Isa, *arguments: Any) -> None:
-    """``acc[r, 16 V] += copy[r, :] xt`` over the listed non-zeros of ``rows`` rows of weights."""
+def multiply_add(isa: Isa, kind: str, total: Any, x: Any, weight: Any) -> Any:
+    """``total + x * weight`` lane by lane: floats, or (kind int32) sums of products of four unsigned and signed bytes."""
+    if kind != "int32":
+        return T.fma(x, weight, total)
+    if isa.vnni:
+        return vpdpbusd(total, x, T.reinterpret("int8x64", weight))
+    even, odd = split_activation(x)
+    low, high = split_weight(T.reinterpret("int8x32", weight))
+    return total + vpmaddwd(even, low) + vpmaddwd(odd, high)
+
+
+def _gemm(vectors: int, kind: str, isa: Isa, *arguments: Any) -> None:
+    """``acc[r, 16 V] += copy[r, :] xt`` over the listed non-zeros of ``rows`` rows of weights; kind: float32, or int32
+    for blocks of four codes (:func:`multiply_add`)."""
     xt, places, copy, ldlist, counts, rows, acc = arguments
-    width, sets = 16 * vectors, 2 if vectors == 4 and isa.registers == 32 else 4 // vectors or 1
-    scale = width * 4 // PLACE // 4  # of a place, in elements
+    lanes = 16 if isa.registers == 32 or kind == "float32" else 8
+    width = 16 * vectors
+    count, sets = width // lanes, 2 if vectors == 4 and isa.registers == 32 else max(4 // vectors, 1)
     with for_range(0, rows) as r:
-        sums = registers(vectors * sets, "float32")
-        for v in range(vectors):
-            store(sums, v * 16, load(acc, r * width + v * 16))
+        sums = registers(count * sets, kind, lanes)
+        for v in range(count):
+            store(sums, v * lanes, load(acc, r * width + v * lanes, lanes), lanes)
             for s in range(1, sets):
-                store(sums, (s * vectors + v) * 16, splat(0, "float32", 16))
+                store(sums, (s * count + v) * lanes, splat(0, kind, lanes), lanes)
         with for_range(0, load(counts, r, 1) // 4) as g:
             four = bind(T.reinterpret("int64", load(places, r * ldlist + g * 4, 4)))
             for j in range(4):
-                weight = bind(T.broadcast(load(copy, r * ldlist + g * 4 + j, 1), 16))
+                weight = bind(T.broadcast(load(copy, r * ldlist + g * 4 + j, 1), lanes))
                 place = bind((four >> T.int64(16 * j)) & T.int64(0xFFFF))
-                k = bind(place * scale if scale else place // (PLACE // width))
-                for v in range(vectors):
-                    i = (j % sets * vectors + v) * 16
-                    store(sums, i, T.fma(weight, load(xt, k + v * 16), load(sums, i)))
-        for v in range(vectors):
-            total = load(sums, v * 16)
+                k = bind(place * (width // PLACE) if width >= PLACE else place // (PLACE // width))
+                for v in range(count):
+                    i = (j % sets * count + v) * lanes
+                    x = load(xt, k + v * lanes, lanes)
+                    store(sums, i, multiply_add(isa, kind, load(sums, i, lanes), x, weight), lanes)
+        for v in range(count):
+            total = load(sums, v * lanes, lanes)
             for s in range(1, sets):
-                total = total + load(sums, (s * vectors + v) * 16)
-            store(acc, r * width + v * 16, total)
+                total = total + load(sums, (s * count + v) * lanes, lanes)
+            store(acc, r * width + v * lanes, total, lanes)
+
+
+def _dot8(isa: Isa, *arguments: Any) -> None:
+    """``t[m, r] += copy[r, :] x[m, :]`` over the listed non-zeros, one by one: for few rows of activations where an
+    encoding has no kernel of its own."""
+    x, ldx, m, places, copy, ldlist, counts, rows, t, ldt = arguments
+    with for_range(0, m) as i, for_range(0, rows) as r:
+        total = registers(1, "int32", 1)
+        store(total, 0, T.int32(0), 1)
+        with for_range(0, load(counts, r, 1)) as j:
+            k = T.cast(load(places, r * ldlist + j, 1), "int64") // PLACE
+            product = T.cast(load(x, i * ldx + k, 1), "int32") * T.cast(load(copy, r * ldlist + j, 1), "int32")
+            store(total, 0, load(total, 0, 1) + product, 1)
+        store(t, i * ldt + r, load(t, i * ldt + r, 1) + load(total, 0, 1), 1)
 
 
 def place8(isa: Isa, vector: int, lane: int) -> int:
@@ -288,23 +317,31 @@ def _kernels() -> list[Kernel]:
     group = "sparse_many"
     lists = "mask: const i64*, ldmask: i64, words: i64, rows: i64, values: const {}*, at: i64*, out: u16*, copy: {}*"
     lists += ", ldout: i64, counts: i64*"
-    for name, kind, dtype in (("sparse", "f32", "float32"), ("sparse16", "u16", "uint16"), ("sparse8", "i8", "int8")):
-        signature = lists.format(kind, "i8" if kind == "i8" else "f32")
+    for name, kind, copy, dtype in (
+        ("sparse", "f32", "f32", "float32"),
+        ("sparse16", "u16", "f32", "uint16"),
+        ("sparse4x8", "i32", "i32", "int32"),
+        ("sparse8", "i8", "i8", "int8"),
+    ):
+        signature = lists.format(kind, copy)
         emit = partial(_list, dtype, True)
         kernels.append(Kernel(f"{name}_list", signature, emit, "sparse_vbmi2", attributes=VBMI2))
         kernels.append(Kernel(f"{name}_list_plain", signature, partial(_list, dtype, False), group))
-    for prefix, kind, sums, make, all_ in (
-        ("sparse", "f32", "f32", _gemm, GEMM_VECTORS),
-        ("sparse8", "u8", "i32", _gemm8, GEMM8_VECTORS),
-    ):
-        copy = "i8" if kind == "u8" else kind
-        signature = f"xt: const {kind}*, places: const u16*, copy: const {copy}*, ldlist: i64, counts: const i64*"
-        signature += f", rows: i64, acc: {sums}*"
-        for vectors in all_:
-            kernels.append(Kernel(f"{prefix}_gemm_{vectors}", signature, partial(make, vectors), group))
-            emit = partial(_turn, vectors, "float32" if kind == "f32" else "int32")
-            kernels.append(Kernel(f"{prefix}_turn_{vectors}", f"acc: const {sums}*, t: {sums}*", emit, group))
-        dtype = "float32" if kind == "f32" else "uint8"
+    gemm = "xt: const {}*, places: const u16*, copy: const {}*, ldlist: i64, counts: const i64*, rows: i64, acc: {}*"
+    for vectors in GEMM_VECTORS:
+        for name, kind, c in (("sparse", "float32", "f32"), ("sparse4x8", "int32", "i32")):
+            emit = partial(_gemm, vectors, kind)
+            kernels.append(Kernel(f"{name}_gemm_{vectors}", gemm.format(c, c, c), emit, group))
+        emit = partial(_turn, vectors, "float32")
+        kernels.append(Kernel(f"sparse_turn_{vectors}", "acc: const f32*, t: f32*", emit, group))
+    for vectors in GEMM8_VECTORS:
+        emit = partial(_gemm8, vectors)
+        kernels.append(Kernel(f"sparse8_gemm_{vectors}", gemm.format("u8", "i8", "i32"), emit, group))
+        emit = partial(_turn, vectors, "int32")
+        kernels.append(Kernel(f"sparse8_turn_{vectors}", "acc: const i32*, t: i32*", emit, group))
+    signature = "x: const u8*, ldx: i64, m: i64, places: const u16*, copy: const i8*, ldlist: i64, counts: const i64*"
+    kernels.append(Kernel("sparse8_dot", f"{signature}, rows: i64, t: i32*, ldt: i64", _dot8, group))
+    for prefix, kind, dtype in (("sparse", "f32", "float32"), ("sparse8", "u8", "uint8")):
         signature = f"x: const {kind}*, ldx: i64, rows: i64, width: i64, begin: i64, end: i64, xt: {kind}*"
         kernels.append(Kernel(f"{prefix}_transpose", signature, partial(_transpose, dtype), group))
     return kernels
