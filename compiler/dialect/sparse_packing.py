@@ -16,8 +16,8 @@ Bitmask, stored row by row, `Kw = ceil(K / 64)`:
 Eight bytes are one little-endian 64-bit *word*, so bit j of word c of row n is input `64 c + j`. V is the number of
 values plus 64, rounded up to a multiple of 64 and filled up with zeros, so that kernels may load 64 values from
 anywhere. Rows >= N have no ones. One bit for each weight and the values: `1 + density * bits` bits a weight. Values are
-float32 or bfloat16 for float activations, and codes for quantized ones: int8, or int4, two to a byte (the low nibble
-first, two's complement), where every word begins a byte and offsets and V count bytes.
+float32 or bfloat16 (its 16 bits, as uint16) for float activations, and codes for quantized ones: int8, or int4, two to a
+byte (the low nibble first, two's complement), where every word begins a byte and offsets and V count bytes.
 
 Why by rows: an expanding load of a row's word meets the same 64 inputs that every other row meets (one load of
 activations, no broadcast), and the values of a row lie in the order of k, which is the list (k, value) that a
@@ -31,7 +31,7 @@ All directions are exact (BITWISE), except that -0.0 is a zero and comes back as
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ from torch.nn import functional as F
 
 from ..errors import InputError
 from .packing import LANES, ceil_to
+from .sparse_layouts import LAYOUTS
 
 WORD = 64
 """Inputs of one word of a bitmask."""
@@ -86,26 +87,27 @@ def pack_sparse(matrix: Tensor, layout: str = "bitmask", bits: int = 8) -> Packe
     from .sparse_windows import pack_windows
 
     _check(matrix, bits)
-    if layout == "bitmask":
-        return _pack_bitmask(matrix, bits)
+    if layout not in LAYOUTS:
+        known = ", ".join(LAYOUTS)
+        raise InputError("Unknown layout of a sparse matrix", expected=f"one of {known}", got=repr(layout))
     if layout == "windows":
         return pack_windows(matrix)
     if layout in GROUPS:
         return pack_groups_of(matrix, layout)
-    if layout in BLOCKS:
-        return pack_blocks(matrix, layout)
-    known = ", ".join(("bitmask", "windows", *GROUPS, *BLOCKS))
-    raise InputError("Unknown layout of a sparse matrix", expected=f"one of {known}", got=repr(layout))
+    packed = pack_blocks(matrix, layout) if layout in BLOCKS else _pack_bitmask(matrix, bits)
+    return replace(packed, values=packed.values.view(torch.uint16)) if matrix.dtype == torch.bfloat16 else packed
 
 
 def unpack_sparse(
     layout: str, places: Tensor, values: Tensor, offsets: Tensor, n: int, k: int, bits: int = 8
 ) -> Tensor:
-    """Decode to `[n, k]`, floats in the type of `values`, codes as int8: the truth every kernel answers to."""
+    """Decode to `[n, k]`: float32, bfloat16, or codes as int8. The truth every kernel answers to."""
     from .sparse_blocks import BLOCKS, unpack_blocks
     from .sparse_groups import GROUPS, unpack_groups_of
     from .sparse_windows import unpack_windows
 
+    if values.dtype == torch.uint16:
+        values = values.view(torch.bfloat16)
     if layout == "windows":
         return unpack_windows(places, values, offsets, n, k)
     if layout in GROUPS:
@@ -129,7 +131,7 @@ def _check(matrix: Tensor, bits: int) -> None:
                 got=f"{int((~torch.isfinite(matrix)).sum())} of {matrix.numel()} values",
                 hint="check the checkpoint and how it was loaded",
             )
-    elif bits not in (4, 8) or (bits == 4 and matrix.numel() and int(matrix.abs().amax()) > 7 + int(matrix.amin() == -8)):
+    elif bits not in (4, 8) or (bits == 4 and matrix.numel() and not -8 <= int(matrix.amin()) <= int(matrix.amax()) <= 7):
         raise InputError(
             f"Codes of a sparse matrix do not fit {bits} bits",
             expected="4 bits: -8..7, or 8 bits",

@@ -24,7 +24,7 @@ struct isofold_sparse {
   const void* places;
   const void* values;
   const int32_t* offsets;
-  int64_t k;
+  int64_t k, rows;       // of the weights, padded to 16
   int32_t layout, value;
   int32_t expands;       // the processor has AVX512-VBMI2 (and VBMI, BITALG, VPOPCNTDQ), and the kernels are v4's
   const int32_t* table;  // isofold_sparse_tables
@@ -33,6 +33,7 @@ struct isofold_sparse {
   int64_t cells, words;  // of a row of weights; a word is 64 cells
   int64_t padded;        // cells of a row of activations in scratch memory, a multiple of 64
   int64_t size;          // bytes of a cell of activations
+  int64_t heads;         // windows: counts in front of the places
 };
 
 // One call. Quantized: x is u [m, ldx] and params as in linear_driver.h; else x is float32 [m, ldx].
@@ -97,6 +98,7 @@ static inline void isofold_sparse_shape(struct isofold_sparse* s) {
   s->words = isofold_ceildiv(s->cells, unit) * (unit / 64);
   s->padded = s->value == ISOFOLD_INT4 ? isofold_ceildiv(s->k, 128) * 128 : s->words * 64;
   s->size = s->quantized && !fours ? 1 : 4;
+  s->heads = s->rows * s->words / 4;
 }
 
 static inline int64_t isofold_sparse_tasks(const struct isofold_linear* l) {
@@ -126,7 +128,7 @@ static inline int64_t isofold_sparse_scratch_bytes(const struct isofold_sparse* 
 static inline void isofold_sparse_prepare(const struct isofold_kernels* k, const struct isofold_sparse* s,
                                           const struct isofold_sparse_call* c, int64_t begin, int64_t end) {
   int64_t from = isofold_min(begin * 64, s->cells), to = isofold_min(end * 64, s->cells), size = s->size;
-  int64_t inputs = s->cells < s->k ? 4 : 1;  // of a cell
+  int64_t inputs = s->quantized && size == 4 ? 4 : 1;  // of a cell
   const char* x = (const char*)c->x;
   char* out = (char*)c->scratch;
   if (isofold_sparse_is_few(s, c->m)) {
@@ -186,8 +188,9 @@ static inline void isofold_sparse_write_list(const struct isofold_kernels* k, co
   if (s->layout == ISOFOLD_WINDOWS) {
     for (int64_t r = 0; r < rows; r += 16) {
       int64_t panel = (first + r) / 16, start = s->offsets[panel];
-      const uint8_t* places = (const uint8_t*)s->places + start + panel * s->words * 4;  // 16 counts for 4 words
-      k->sparse_windows_list(places, (const int8_t*)s->values + start, w / 4, words / 4, l->at + r,
+      const uint8_t* counts = (const uint8_t*)s->places + panel * s->words * 4 + w * 4;  // 16 of them for 4 words
+      const uint8_t* places = (const uint8_t*)s->places + s->heads + start;
+      k->sparse_windows_list(counts, places, (const int8_t*)s->values + start, words / 4, l->at + r,
                              l->places + r * LIST, (int8_t*)l->copy + r * LIST, LIST, l->counts + r);
     }
   } else if (isofold_sparse_is_group(s)) {
@@ -310,8 +313,9 @@ static inline void isofold_sparse_few(const struct isofold_kernels* k, const str
       rows = 1;
       for (int64_t r = first; r < last; r += 16) {
         int64_t start = s->offsets[r / 16];
-        const uint8_t* places = (const uint8_t*)s->places + start + r / 16 * s->words * 4;
-        k->sparse_windows_gemv((const uint8_t*)x, s->words / 4, places, (const int8_t*)s->values + start,
+        const uint8_t* counts = (const uint8_t*)s->places + r / 16 * s->words * 4;
+        const uint8_t* places = (const uint8_t*)s->places + s->heads + start;
+        k->sparse_windows_gemv((const uint8_t*)x, s->words / 4, counts, places, (const int8_t*)s->values + start,
                                (const int64_t*)(s->table + ISOFOLD_SPARSE_LIVE), (int32_t*)sums + (r - first));
       }
     } else if (s->layout >= ISOFOLD_16X1) {
@@ -386,8 +390,10 @@ static inline void isofold_sparse_many(struct isofold_linear_block* b, const str
   int64_t rows = panels * 16, panel = b->panel, chunk = ISOFOLD_SPARSE_CHUNK;
   if (s->layout >= ISOFOLD_16X1)
     chunk = s->words;
+  else if (s->size == 1 && c->m > 64)
+    chunk = ISOFOLD_SPARSE_WIDE8;
   else if (s->size == 1)
-    chunk = c->m > 64 ? ISOFOLD_SPARSE_WIDE8 : s->words <= ISOFOLD_SPARSE_WHOLE8 ? s->words : ISOFOLD_SPARSE_CHUNK8;
+    chunk = s->words <= ISOFOLD_SPARSE_WHOLE8 ? s->words : (int64_t)ISOFOLD_SPARSE_CHUNK8;
   for (int64_t m0 = 0; m0 < c->m; m0 += ISOFOLD_SPARSE_BLOCK) {
     int64_t m1 = isofold_min(m0 + ISOFOLD_SPARSE_BLOCK, c->m);
     memset(acc, 0, (size_t)(isofold_ceildiv(m1 - m0, 128) * 128 * rows) * sizeof(float));

@@ -25,10 +25,6 @@ GROUPS = {"1_4": (1, 4, 2), "2_4": (2, 4, 2), "4_8": (4, 8, 3)}
 SHARED = 4
 """Rows of weights that share activations in registers; ``rows`` is a multiple of it."""
 
-AHEAD = 2048
-"""Bytes ahead of what is fetched of values."""
-
-
 def _bytes(values: list[int]) -> Any:
     """A constant int8x64: broadcasts and ramps only, so built from 16 words of 4 bytes where these step evenly."""
     words = [sum((b & 255) << (8 * i) for i, b in enumerate(values[j : j + 4])) for j in range(0, 64, 4)]
@@ -70,7 +66,8 @@ def _gemv(pattern: str, isa: Isa, *arguments: Any) -> None:
             tables = [bind(T.reinterpret("int8x64", load(x, b * inputs + 64 * i, 64))) for i in range(inputs // 64)]
             for i in range(SHARED):
                 at = bind((four * SHARED + i) * blocks + b)
-                prefetch(values, at * 64 + AHEAD, 3)
+                prefetch(values, (at + blocks * SHARED) * 64, 3)  # the next four rows
+                prefetch(places, (at + blocks * SHARED) * stored, 3)
                 index = bind((_index(width, load(places, at * stored, stored)) & keep) | base)
                 name = "llvm.x86.avx512.vpermi2var.qi.512"
                 found = [

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .codegen import Isa, Kernel, T, bind, for_range, load, registers, store, when
+from .codegen import Isa, Kernel, T, bind, for_range, load, registers, store
 from .dot import vpdpbusd
 from .linear import prefetch
 from .math import reduce_lanes, shuffle
@@ -25,7 +25,7 @@ AHEAD = 2048
 
 def _gemv(isa: Isa, *arguments: Any) -> None:
     """Sums ``t[0..15]`` of one panel of 16 rows of weights and a row of activations of ``256 windows``."""
-    x, windows, places, values, live, t = arguments
+    x, windows, counts, places, values, live, t = arguments
     if not isa.vnni:
         return  # never called: the driver takes lists
     sums = registers(16, "int32", 16)
@@ -35,17 +35,16 @@ def _gemv(isa: Isa, *arguments: Any) -> None:
     store(at, 0, T.int64(0), 1)
     with for_range(0, windows) as w:
         tables = [bind(load(x, w * WINDOW + 64 * i, 64)) for i in range(4)]
-        head = bind(load(at, 0, 1) + w * 16)
         for r in range(16):
             begin = bind(load(at, 0, 1))
-            count = bind(T.cast(load(places, head + r, 1), "int64"))
+            count = bind(T.cast(load(counts, w * 16 + r, 1), "int64"))
             if r % 2 == 0:
-                prefetch(places, head + AHEAD + 64 * (r // 2), 3)
+                prefetch(places, begin + AHEAD, 3)
                 prefetch(values, begin + AHEAD, 3)
 
             def add(start: Any, left: Any, lanes: int, r: int = r) -> None:
                 """Values from ``start`` on, ``left`` of them."""
-                index = load(places, w * 16 + 16 + start, lanes)
+                index = load(places, start, lanes)
                 bits = T.reinterpret("uint1x64", load(live, left, 1)) != splat(0, "uint1", 64)
                 found = load(values, start, lanes)
                 if lanes == 32:
@@ -77,19 +76,16 @@ def _pair(tables: list[Any], i: int, index: Any) -> tuple[Any, Any, Any]:
 
 
 def _list(isa: Isa, *arguments: Any) -> None:
-    """The list of sparse_many.py of one panel and ``windows`` windows (at most 3) from the ``window``-th on, for which
-    ``at[0]`` values stand in front of them; it moves on."""
-    places, values, window, windows, at, out, copy, ldout, counts = arguments
+    """The list of sparse_many.py of one panel and ``windows`` windows (at most 3), in front of which stand ``at[0]``
+    values of the panel; it moves on. ``found`` are the windows' counts."""
+    found, places, values, windows, at, out, copy, ldout, counts = arguments
     for r in range(16):
         store(counts, r, T.int64(0), 1)
     with for_range(0, windows) as w, for_range(0, 16) as r:
-        head = (window + w) * 16
-        with when(T.EQ(r, T.int64(0))):  # the window's counts stand in front of its first value
-            store(at, 1, load(at, 0, 1), 1)
-        count = bind(T.cast(load(places, load(at, 1, 1) + head + r, 1), "int64"))
+        count = bind(T.cast(load(found, w * 16 + r, 1), "int64"))
         begin, filled = bind(load(at, 0, 1)), bind(load(counts, r, 1))
         with for_range(0, (count + T.int64(31)) // 32) as i:
-            index = T.cast(load(places, begin + head + 16 + i * 32, 32), "uint16x32")
+            index = T.cast(load(places, begin + i * 32, 32), "uint16x32")
             first = T.broadcast(T.cast(w * WINDOW, "uint16"), 32)
             store(out, r * ldout + filled + i * 32, (index + first) << splat(6, "uint16", 32), 32)
             store(copy, r * ldout + filled + i * 32, load(values, begin + i * 32, 32), 32)
@@ -105,14 +101,14 @@ def _list(isa: Isa, *arguments: Any) -> None:
 KERNELS = [
     Kernel(
         "sparse_windows_gemv",
-        "x: const u8*, windows: i64, places: const u8*, values: const i8*, live: const i64*, t: i32*",
+        "x: const u8*, windows: i64, counts: const u8*, places: const u8*, values: const i8*, live: const i64*, t: i32*",
         _gemv,
         "sparse_vbmi2",
         attributes=VBMI2,
     ),
     Kernel(
         "sparse_windows_list",
-        "places: const u8*, values: const i8*, window: i64, windows: i64, at: i64*, out: u16*, copy: i8*, ldout: i64"
+        "found: const u8*, places: const u8*, values: const i8*, windows: i64, at: i64*, out: u16*, copy: i8*, ldout: i64"
         ", counts: i64*",
         _list,
         "sparse_many",

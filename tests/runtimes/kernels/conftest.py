@@ -134,6 +134,7 @@ class Sparse(ctypes.Structure):
         ("values", ctypes.c_void_p),
         ("offsets", ctypes.c_void_p),
         ("k", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
         ("layout", ctypes.c_int32),
         ("value", ctypes.c_int32),
         ("expands", ctypes.c_int32),
@@ -143,6 +144,7 @@ class Sparse(ctypes.Structure):
         ("words", ctypes.c_int64),
         ("padded", ctypes.c_int64),
         ("size", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
     ]
 
 

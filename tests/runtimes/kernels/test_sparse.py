@@ -129,7 +129,7 @@ def run(
     expands = variant == "v4" and bool(library.test_expands())
     tensors = (address(t) for t in (packed.places, packed.values, packed.offsets))
     kinds = (LAYOUTS.index(case.form[0]), VALUES.index(case.form[1]))
-    sparse = Sparse(*tensors, k, *kinds, expands, library.test_sparse_table())
+    sparse = Sparse(*tensors, k, ceil_to(len(case.matrix), 16), *kinds, expands, library.test_sparse_table())
     library.test_sparse_shape(ctypes.byref(sparse))
     y, intact = guarded((m, case.n), np.float32, np.nan)
     size = library.test_sparse_scratch(ctypes.byref(sparse), ctypes.c_int64(m))
