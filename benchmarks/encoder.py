@@ -126,7 +126,9 @@ def measure(
             results.add(f"{worker.name}, {threads} threads: worst cosine of a token", cosine, "")
             if cosine < (0.99 if pruned else 0.5):
                 against = "stock ONNX Runtime" if pruned else "float32"
-                raise BenchmarkError(f"{worker.name} computes something else: cosine {cosine:.3f} to {against}")
+                raise BenchmarkError(
+                    f"{worker.name} computes something else: cosine {cosine:.3f} to {against}"
+                )
         readers = read_workers(threads, float32)
         workers.extend(readers)
         runs = {worker.name: 3 for worker in workers}

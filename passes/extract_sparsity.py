@@ -71,7 +71,9 @@ def extract_sparsity(editor: Editor, *, recipe: Recipe) -> None:
         best = found[0]
         dense = dense_time(kind, rows, matrix.numel(), held.numel() * held.element_size())
         if dense < best.nanoseconds * form.gain:
-            editor.refused(node, _reason(kind, pattern, rows, best, dense, form) + _mixed(matrix, rows, kind, best))
+            editor.refused(
+                node, _reason(kind, pattern, rows, best, dense, form) + _mixed(matrix, rows, kind, best)
+            )
             continue
         key = (weight, best.layout, best.value)
         if key not in made:
@@ -84,9 +86,7 @@ def extract_sparsity(editor: Editor, *, recipe: Recipe) -> None:
         editor.applied(new, _what(matrix, pattern, rows, kind, best, dense), **facts)
 
 
-def _what(
-    matrix: Tensor, pattern: Pattern, rows: int, kind: str, best: Candidate, dense: float
-) -> str:
+def _what(matrix: Tensor, pattern: Pattern, rows: int, kind: str, best: Candidate, dense: float) -> str:
     empty = "".join(
         f", {count} empty {name}"
         for count, name in ((pattern.empty_rows, "rows"), (pattern.empty_columns, "columns"))
@@ -159,15 +159,18 @@ def _facts(
     }
 
 
-def _reason(
-    kind: str, pattern: Pattern, rows: int, best: Candidate, dense: float, form: Sparsity
-) -> str:
+def _reason(kind: str, pattern: Pattern, rows: int, best: Candidate, dense: float, form: Sparsity) -> str:
     at = f"{rows} row{'s' if rows > 1 else ''} of activations"
     limit = break_even(best.layout, best.value, rows, kind)
-    enough = f"it pays up to a density of {limit:.0%}" if limit else "it does not pay at any density"
+    enough = (
+        f"it pays where up to {limit:.0%} of the weights are stored"
+        if limit
+        else "it does not pay at any density"
+    )
     return (
         f"{kind}, {pattern.name}: at a density of {pattern.density:.0%} and {at} it is predicted to run at "
-        f"{dense / best.nanoseconds:.2f} times the dense speed as {best.layout} of {best.value}, less than {form.gain:g}; "
+        f"{dense / best.nanoseconds:.2f} times the dense speed as {best.layout} of {best.value}, less than "
+        f"{form.gain:g}; "
         f"{enough}"
     )
 

@@ -1,8 +1,8 @@
 """In which layouts a matrix with zeros can be stored, and what each is predicted to cost.
 
-Every layout of `compiler/dialect/sparse_packing` that holds the matrix as it is is a candidate: blocks are filled up with
-the zeros in them, N:M only where the pattern is there, bfloat16 only where every value is one already. So all candidates
-are the same matrix, and the choice is one of time.
+Every layout of `compiler/dialect/sparse_packing` that holds the matrix as it is is a candidate: blocks are filled up
+with the zeros in them, N:M only where the pattern is there, bfloat16 only where every value is one already. So all
+candidates are the same matrix, and the choice is one of time.
 """
 
 from __future__ import annotations

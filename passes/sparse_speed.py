@@ -1,4 +1,5 @@
-"""How fast a sparse linear is beside the dense one of the same values: the constants that `extract_sparsity` decides by.
+"""How fast a sparse linear is beside the dense one of the same values: the constants that `extract_sparsity` decides
+by.
 
 Times are of one core. A linear reads its weights from memory while it computes, and the two overlap only in part: the
 larger and a share (OVERLAP) of the smaller.
@@ -109,8 +110,8 @@ def size_of(layout: str, value: str, weights: int, stored: int) -> int:
 
 
 def break_even(layout: str, value: str, rows: int, dense: str) -> float:
-    """The largest share of weights stored, in hundredths, at which a layout is predicted to be faster by MARGIN than the
-    dense linear of the type `dense`; 0: none."""
+    """The largest share of weights stored, in hundredths, at which a layout is predicted to be faster by MARGIN than
+    the dense linear of the type `dense`; 0: none."""
     weights = 1 << 24
     size = int(weights * {"float32": 4.0, "int8": 1.0, "int4": 0.5}[dense])
     whole = dense_time(dense, rows, weights, size)

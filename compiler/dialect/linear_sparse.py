@@ -1,6 +1,6 @@
 """`isofold::linear_sparse`: a linear whose activations are integers and whose weights, codes too, are mostly zero.
 
-    y[n] = s sum_g scale[n,g] ( sum_{k in g} u_k w[n,k] )  -  s z wsum[n]  +  bias[n],  then the epilogue of `linear_packed`
+    y[n] = s sum_g scale[n,g] ( sum_{k in g} u_k w[n,k] )  -  s z wsum[n]  +  bias[n],  then `linear_packed`'s epilogue
 
 The arithmetic of `linear_packed` with symmetric scales (so that a zero weight is the code 0); only how the codes are
 stored differs (`sparse_packing`), and zeros cost nothing. Codes have 8 bits and a scale a row, or, as a bitmask, 4 bits

@@ -1,10 +1,11 @@
 """The layouts `1x4`, `16x1` and `16x4` of block sparse matrices: blocks are rows x inputs, and stored whole.
 
-`1x4`, int8 only: a bitmask (`sparse_packing`) over groups of 4 inputs: bit g of a row's bits is 1 where w[n, 4 g .. 4 g + 3]
-is not zero, values `[V]` holds four codes for each one, offsets count groups. Blocks of 1x16, 4x4 and other multiples are
-blocks of 1x4 too. A quarter of a bit a weight for the places.
+`1x4`, int8 only: a bitmask (`sparse_packing`) over groups of 4 inputs: bit g of a row's bits is 1 where w[n, 4 g .. 4
+g + 3] is not zero, values `[V]` holds four codes for each one, offsets count groups. Blocks of 1x16, 4x4 and other
+multiples are blocks of 1x4 too. A quarter of a bit a weight for the places.
 
-`16x1` (float32, bfloat16) and `16x4` (int8), panels of 16 rows: the columns of a panel that are not zero, one after the other
+`16x1` (float32, bfloat16) and `16x4` (int8), panels of 16 rows: the columns of a panel that are not zero, one after
+the other
 
     places   uint16 [B + 8]            number of the block's column: k for 16x1, k // 4 for 16x4
     values   [(B + 8), 16, 1 or 4]     values[b, r, j] = w[16 p + r, k + j]
@@ -13,7 +14,8 @@ blocks of 1x4 too. A quarter of a bit a weight for the places.
 which is the dense layout (`packing`) with columns left out: taller and wider blocks are several of these. K is at most
 65,536 (16x4: four times that). 8 zero blocks end the lists, so that kernels may load ahead.
 
-Example (16x1, one row, K = 5, w = 0 7 0 0 -2): places 1 4 0 ...; values 7 and 15 zeros, -2 and 15 zeros, ...; offsets 0 2.
+Example (16x1, one row, K = 5, w = 0 7 0 0 -2): places 1 4 0 ...; values 7 and 15 zeros, -2 and 15 zeros, ...; offsets
+0 2.
 
 Exact both ways.
 """
@@ -46,7 +48,9 @@ def pack_blocks(matrix: Tensor, layout: str) -> PackedSparse:
         )
     n, k = matrix.shape
     if height == LANES and ceil_to(k, width) // width > 1 << 16:
-        raise InputError(f"The sparse layout '{layout}' holds at most 65,536 columns of blocks", got=f"K = {k}")
+        raise InputError(
+            f"The sparse layout '{layout}' holds at most 65,536 columns of blocks", got=f"K = {k}"
+        )
     whole = F.pad(matrix, (0, -k % width, 0, -n % LANES))
     if height == 1:
         groups = whole.unflatten(1, (-1, width))

@@ -7,9 +7,10 @@ Rows are cut into blocks of 64 values, which are 256 (1:4) or 128 inputs; B bloc
                                      of a block is bits w (j % 8) .. of the w bytes from w (j // 8) on
     offsets  int32 [1]               0: nothing is counted
 
-The values of a group stand in the order of their indices, which differ; a group with fewer than N non-zeros stores zeros
-too. Bits a weight: 1:4 2.5, 2:4 5, 4:8 5.5 (bitmask at these densities: 3, 5, 5). What indices save is work: they are
-turned into an operand that picks the activations (one byte permutation for 64 values), where bits must be expanded.
+The values of a group stand in the order of their indices, which differ; a group with fewer than N non-zeros stores
+zeros too. Bits a weight: 1:4 2.5, 2:4 5, 4:8 5.5 (bitmask at these densities: 3, 5, 5). What indices save is work:
+they are turned into an operand that picks the activations (one byte permutation for 64 values), where bits must be
+expanded.
 
 Example (2:4, one row, K = 8, w = 0 7 0 -2, 0 0 0 5): values 7 -2 0 5 0 ...; indices 1 3, 0 3, then 0 1 0 1 ...:
 places 0b11_00_11_01 = 0xCD, then 0x01_00_01_00 = 0x44 twice and more.

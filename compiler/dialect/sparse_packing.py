@@ -15,9 +15,9 @@ Bitmask, stored row by row, `Kw = ceil(K / 64)`:
 
 Eight bytes are one little-endian 64-bit *word*, so bit j of word c of row n is input `64 c + j`. V is the number of
 values plus 64, rounded up to a multiple of 64 and filled up with zeros, so that kernels may load 64 values from
-anywhere. Rows >= N have no ones. One bit for each weight and the values: `1 + density * bits` bits a weight. Values are
-float32 or bfloat16 (its 16 bits, as uint16) for float activations, and codes for quantized ones: int8, or int4, two to a
-byte (the low nibble first, two's complement), where every word begins a byte and offsets and V count bytes.
+anywhere. Rows >= N have no ones. One bit for each weight and the values: `1 + density * bits` bits a weight. Values
+are float32 or bfloat16 (its 16 bits, as uint16) for float activations, and codes for quantized ones: int8, or int4,
+two to a byte (the low nibble first, two's complement), where every word begins a byte and offsets and V count bytes.
 
 Why by rows: an expanding load of a row's word meets the same 64 inputs that every other row meets (one load of
 activations, no broadcast), and the values of a row lie in the order of k, which is the list (k, value) that a
@@ -95,7 +95,9 @@ def pack_sparse(matrix: Tensor, layout: str = "bitmask", bits: int = 8) -> Packe
     if layout in GROUPS:
         return pack_groups_of(matrix, layout)
     packed = pack_blocks(matrix, layout) if layout in BLOCKS else _pack_bitmask(matrix, bits)
-    return replace(packed, values=packed.values.view(torch.uint16)) if matrix.dtype == torch.bfloat16 else packed
+    return (
+        replace(packed, values=packed.values.view(torch.uint16)) if matrix.dtype == torch.bfloat16 else packed
+    )
 
 
 def unpack_sparse(
@@ -131,7 +133,9 @@ def _check(matrix: Tensor, bits: int) -> None:
                 got=f"{int((~torch.isfinite(matrix)).sum())} of {matrix.numel()} values",
                 hint="check the checkpoint and how it was loaded",
             )
-    elif bits not in (4, 8) or (bits == 4 and matrix.numel() and not -8 <= int(matrix.amin()) <= int(matrix.amax()) <= 7):
+    elif bits not in (4, 8) or (
+        bits == 4 and matrix.numel() and not -8 <= int(matrix.amin()) <= int(matrix.amax()) <= 7
+    ):
         raise InputError(
             f"Codes of a sparse matrix do not fit {bits} bits",
             expected="4 bits: -8..7, or 8 bits",

@@ -55,6 +55,7 @@ AHEAD8 = ((3072, 3),)
 LINES = 2
 """Cache lines of values fetched for each word (float) or 4 words (8 bits): what half of the weights need."""
 
+
 def _opaque_zero(zero: Any, dtype: str, lanes: int) -> Any:
     """A vector of zeros that the compiler does not know to be zeros."""
     words = T.broadcast(zero, lanes // 4 if dtype == "int8" else lanes)
@@ -267,8 +268,9 @@ SHARED = 4
 def _gemv8_shared(half: bool, isa: Isa, *arguments: Any) -> None:
     """``sparse8_gemv_1`` for SHARED rows of weights at once: a word's activations are loaded once for all of them.
 
-    Zen 5 loads twice a cycle, and what crosses a cache line counts twice: of 2.7 cycles a word 0.7 were the activations.
-    ``half``: words of which most have at most 32 non-zeros, so that half a line is loaded and crosses less often.
+    Zen 5 loads twice a cycle, and what crosses a cache line counts twice: of 2.7 cycles a word 0.7 were the
+    activations. ``half``: words of which most have at most 32 non-zeros, so that half a line is loaded and crosses
+    less often.
     """
     if not isa.vnni:
         _gemv8_plain(1, isa, *arguments[:-1])
@@ -383,7 +385,9 @@ def _kernels() -> list[Kernel]:
             head = f"x: const {c[0]}*, ldx: i64, mask: const i64*, words: i64, values: const {c[1]}*"
             signature = f"{head}, {tail}, t: {c[0]}*, ldt: i64, table: const i32*, zero: i32"
             plain = "_plain" if kind == "uint16" else ""
-            kernels.append(Kernel(f"{name}_gemv{plain}_{rows}", signature, partial(_gemv, rows, kind), "sparse"))
+            kernels.append(
+                Kernel(f"{name}_gemv{plain}_{rows}", signature, partial(_gemv, rows, kind), "sparse")
+            )
             if kind == "float32" and rows == 1:
                 kernels.append(
                     Kernel("sparse_gemv_low", signature, _gemv_low, "sparse_vbmi2", attributes=VBMI2)
@@ -399,7 +403,15 @@ def _kernels() -> list[Kernel]:
         if rows == 1:
             emits = {f"sparse8_gemv_{n}": partial(_gemv8_shared, n == "low") for n in ("1", "low")}
         for name, emit in emits.items():
-            kernels.append(Kernel(name, signature + (", again: const i64*" if rows == 1 else ""), emit, "sparse_vbmi2", attributes=VBMI2))
+            kernels.append(
+                Kernel(
+                    name,
+                    signature + (", again: const i64*" if rows == 1 else ""),
+                    emit,
+                    "sparse_vbmi2",
+                    attributes=VBMI2,
+                )
+            )
         kernels.append(Kernel(f"sparse8_gemv_plain_{rows}", signature, partial(_gemv8_plain, rows), "sparse"))
     return kernels
 

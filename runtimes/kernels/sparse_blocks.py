@@ -18,7 +18,11 @@ from .sparse_many import GEMM_VECTORS, multiply_add, splat, widen_bfloat16
 ROWS = (4, 2, 1)
 """Rows of activations of the kernels for few."""
 
-KINDS = (("blocks", "float32", "f32", "f32"), ("blocks16", "uint16", "f32", "u16"), ("blocks8", "int32", "i32", "i32"))
+KINDS = (
+    ("blocks", "float32", "f32", "f32"),
+    ("blocks16", "uint16", "f32", "u16"),
+    ("blocks8", "int32", "i32", "i32"),
+)
 """Name, kind of :func:`multiply_add` or uint16 for the bits of a bfloat16, types of activations and values."""
 
 AHEAD = 2048
@@ -99,8 +103,10 @@ def _kernels() -> list[Kernel]:
     kernels = []
     for name, kind, x, value in KINDS:
         for rows in ROWS:
-            signature = f"x: const {x}*, ldx: i64, places: const u16*, values: const {value}*, count: i64, t: {x}*, ldt: i64"
-            kernels.append(Kernel(f"{name}_gemv_{rows}", signature, partial(_gemv, rows, kind), "sparse_blocks"))
+            signature = f"x: const {x}*, ldx: i64, places: const u16*, values: const {value}*, count: i64"
+            signature += f", t: {x}*, ldt: i64"
+            emit = partial(_gemv, rows, kind)
+            kernels.append(Kernel(f"{name}_gemv_{rows}", signature, emit, "sparse_blocks"))
         for vectors in GEMM_VECTORS:
             signature = f"xt: const {x}*, places: const u16*, values: const {value}*, count: i64, acc: {x}*"
             emit = partial(_gemm, vectors, kind)

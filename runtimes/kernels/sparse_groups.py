@@ -1,14 +1,16 @@
 """Linears on int8 weights with N values in every M inputs: indices pick the activations (layouts `1:4`, `2:4`, `4:8`).
 
-Identity: ``t[n] = sum_j values[n, j] u[M (j // N) + index[n, j]]``. The indices of 64 values are widened to bytes by one
-``vpmultishiftqb``, the groups' numbers are added, and ``vpermi2b`` takes the activations out of 128 inputs in registers
-(1:4: twice, 256 inputs); four rows of weights share these. Per 64 values that is 5 operations where a bitmask expands two
-words (2:4) for 8. Needs AVX512-VBMI; elsewhere, and with many rows of activations, the list of `sparse_many.py`.
+Identity: ``t[n] = sum_j values[n, j] u[M (j // N) + index[n, j]]``. The indices of 64 values are widened to bytes by
+one ``vpmultishiftqb``, the groups' numbers are added, and ``vpermi2b`` takes the activations out of 128 inputs in
+registers (1:4: twice, 256 inputs); four rows of weights share these. Per 64 values that is 5 operations where a
+bitmask expands two words (2:4) for 8. Needs AVX512-VBMI; elsewhere, and with many rows of activations, the list of
+`sparse_many.py`.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from tvm import tirx
@@ -25,11 +27,12 @@ GROUPS = {"1_4": (1, 4, 2), "2_4": (2, 4, 2), "4_8": (4, 8, 3)}
 SHARED = 4
 """Rows of weights that share activations in registers; ``rows`` is a multiple of it."""
 
+
 def _bytes(values: list[int]) -> Any:
     """A constant int8x64: broadcasts and ramps only, so built from 16 words of 4 bytes where these step evenly."""
     words = [sum((b & 255) << (8 * i) for i, b in enumerate(values[j : j + 4])) for j in range(0, 64, 4)]
     step = (words[1] - words[0]) & 0xFFFFFFFF
-    assert all((b - a) & 0xFFFFFFFF == step for a, b in zip(words, words[1:], strict=False))
+    assert all((b - a) & 0xFFFFFFFF == step for a, b in pairwise(words))
     signed = [w - (1 << 32) if w >> 31 else w for w in (words[0], step)]
     ramp = T.ramp(tirx.const(signed[0], "int32"), tirx.const(signed[1], "int32"), 16)
     return T.reinterpret("int8x64", ramp)
@@ -63,7 +66,9 @@ def _gemv(pattern: str, isa: Isa, *arguments: Any) -> None:
         for i in range(SHARED):
             store(sums, i * 16, splat(0, "int32", 16))
         with for_range(0, blocks) as b:
-            tables = [bind(T.reinterpret("int8x64", load(x, b * inputs + 64 * i, 64))) for i in range(inputs // 64)]
+            tables = [
+                bind(T.reinterpret("int8x64", load(x, b * inputs + 64 * i, 64))) for i in range(inputs // 64)
+            ]
             for i in range(SHARED):
                 at = bind((four * SHARED + i) * blocks + b)
                 prefetch(values, (at + blocks * SHARED) * 64, 3)  # the next four rows
@@ -115,10 +120,10 @@ def _kernels() -> list[Kernel]:
     for pattern in GROUPS:
         signature = "x: const u8*, values: const i8*, places: const u8*, blocks: i64, rows: i64, t: i32*"
         emit = partial(_gemv, pattern)
-        kernels.append(
-            Kernel(f"sparse_{pattern}_gemv", signature, emit, "sparse_vbmi2", attributes=VBMI2)
+        kernels.append(Kernel(f"sparse_{pattern}_gemv", signature, emit, "sparse_vbmi2", attributes=VBMI2))
+        signature = (
+            "values: const i8*, places: const u8*, ld: i64, count: i64, rows: i64, out: u16*, copy: i8*"
         )
-        signature = "values: const i8*, places: const u8*, ld: i64, count: i64, rows: i64, out: u16*, copy: i8*"
         signature += ", ldout: i64, counts: i64*"
         kernels.append(Kernel(f"sparse_{pattern}_list", signature, partial(_list, pattern), "sparse_many"))
     return kernels

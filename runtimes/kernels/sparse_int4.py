@@ -1,9 +1,10 @@
 """Linears on sparse int4 weights: a bitmask, two values to a byte, scales a row or for groups of inputs.
 
 Identity: ``t[n] = sum_g scale[n, g] sum_(k in g) u_k w[n, k]``, or without scales (one a row), which are then the
-epilogue's. One row of activations (``sparse4_gemv_*``, AVX512-VBMI2): the 32 bytes that hold a word's values become 64
-bytes of 16 w (``vpmovzxdq``, ``vpmultishiftqb``, a mask), which are expanded as int8 is. The sums of a word are those of
-its groups in different lanes, so that groups cost a conversion, a permutation of scales and a multiply-add a word.
+epilogue's. One row of activations (``sparse4_gemv_*``, AVX512-VBMI2): the 32 bytes that hold a word's values become
+64 bytes of 16 w (``vpmovzxdq``, ``vpmultishiftqb``, a mask), which are expanded as int8 is. The sums of a word are
+those of its groups in different lanes, so that groups cost a conversion, a permutation of scales and a multiply-add a
+word.
 
 More rows, and processors without it (``sparse4_decode``): 16 rows are decoded to the panel layout of dense int4 as the
 dense kernels unpack it, and their tiles do the rest: dense arithmetic on fewer bytes.
@@ -70,7 +71,9 @@ def _gemv(mode: str, isa: Isa, *arguments: Any) -> None:
                 codes = bind(T.reinterpret("int32x16", load(x, w * WORD, 64)))
                 factors = []
                 if mode == "g32":
-                    second = T.min(w * 2 + 1, groups - T.int64(1))  # a group that is not there meets no weights
+                    second = T.min(
+                        w * 2 + 1, groups - T.int64(1)
+                    )  # a group that is not there meets no weights
                     factors = [w * 2, second]
                 elif mode == "g64":
                     factors = [w * WORD // group]
@@ -95,8 +98,8 @@ def _gemv(mode: str, isa: Isa, *arguments: Any) -> None:
 
 
 def _decode(isa: Isa, *arguments: Any) -> None:
-    """``out[c, r, j]``: the codes of inputs 4 c + j of ``words`` words of 16 rows, times 16 on v4 (dot.py); ``at[r]``, the
-    row's byte in values, moves on."""
+    """``out[c, r, j]``: the codes of inputs 4 c + j of ``words`` words of 16 rows, times 16 on v4 (dot.py);
+    ``at[r]``, the row's byte in values, moves on."""
     mask, ldmask, words, values, at, out, zero = arguments
     if not isa.vnni:
         _decode_plain(isa, mask, ldmask, words, values, at, out)
@@ -151,8 +154,12 @@ def _decode_slowly(isa: Isa, *arguments: Any) -> None:
 def _kernels() -> list[Kernel]:
     kernels = []
     for mode in ("pc", "g32", "g64"):
-        signature = "x: const u8*, mask: const i64*, words: i64, values: const u8*, offsets: const i32*, begin: i64"
-        signature += f", end: i64, scale: const f16*, groups: i64, group: i64, t: {'i32' if mode == 'pc' else 'f32'}*"
+        signature = (
+            "x: const u8*, mask: const i64*, words: i64, values: const u8*, offsets: const i32*, begin: i64"
+        )
+        signature += (
+            f", end: i64, scale: const f16*, groups: i64, group: i64, t: {'i32' if mode == 'pc' else 'f32'}*"
+        )
         signature += ", zero: i32, again: const i64*"
         emit = partial(_gemv, mode)
         kernels.append(Kernel(f"sparse4_gemv_{mode}", signature, emit, "sparse_vbmi2", attributes=VBMI2))

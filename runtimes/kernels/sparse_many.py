@@ -79,8 +79,9 @@ def compress_places(places_of_all: Any, word: Any, nothing: Any) -> Any:
 
 
 def _list(dtype: str, compressed: bool, isa: Isa, *arguments: Any) -> None:
-    """Bitmask: ``out[r, i] = 64 k`` and ``copy[r, i]``, the value, for the non-zeros of ``words`` words of ``rows`` rows
-    of weights, then zeros up to ``counts[r]``, a multiple of STEP; ``at[r]``, the row's place in values, moves on.
+    """Bitmask: ``out[r, i] = 64 k`` and ``copy[r, i]``, the value, for the non-zeros of ``words`` words of ``rows``
+    rows of weights, then zeros up to ``counts[r]``, a multiple of STEP; ``at[r]``, the row's place in values, moves
+    on.
     """
     mask, ldmask, words, rows, values, at, out, copy, ldout, counts = arguments
     wide = compressed and isa.vnni
@@ -144,7 +145,8 @@ def widen_bfloat16(bits: Any) -> Any:
 
 
 def multiply_add(isa: Isa, kind: str, total: Any, x: Any, weight: Any) -> Any:
-    """``total + x * weight`` lane by lane: floats, or (kind int32) sums of products of four unsigned and signed bytes."""
+    """``total + x * weight`` lane by lane: floats, or (kind int32) sums of products of four unsigned and signed
+    bytes."""
     if kind != "int32":
         return T.fma(x, weight, total)
     if isa.vnni:
@@ -193,7 +195,9 @@ def _dot8(isa: Isa, *arguments: Any) -> None:
         store(total, 0, T.int32(0), 1)
         with for_range(0, load(counts, r, 1)) as j:
             k = T.cast(load(places, r * ldlist + j, 1), "int64") // PLACE
-            product = T.cast(load(x, i * ldx + k, 1), "int32") * T.cast(load(copy, r * ldlist + j, 1), "int32")
+            product = T.cast(load(x, i * ldx + k, 1), "int32") * T.cast(
+                load(copy, r * ldlist + j, 1), "int32"
+            )
             store(total, 0, load(total, 0, 1) + product, 1)
         store(t, i * ldt + r, load(t, i * ldt + r, 1) + load(total, 0, 1), 1)
 
@@ -339,7 +343,9 @@ def _kernels() -> list[Kernel]:
         kernels.append(Kernel(f"sparse8_gemm_{vectors}", gemm.format("u8", "i8", "i32"), emit, group))
         emit = partial(_turn, vectors, "int32")
         kernels.append(Kernel(f"sparse8_turn_{vectors}", "acc: const i32*, t: i32*", emit, group))
-    signature = "x: const u8*, ldx: i64, m: i64, places: const u16*, copy: const i8*, ldlist: i64, counts: const i64*"
+    signature = (
+        "x: const u8*, ldx: i64, m: i64, places: const u16*, copy: const i8*, ldlist: i64, counts: const i64*"
+    )
     kernels.append(Kernel("sparse8_dot", f"{signature}, rows: i64, t: i32*, ldt: i64", _dot8, group))
     for prefix, kind, dtype in (("sparse", "f32", "float32"), ("sparse8", "u8", "uint8")):
         signature = f"x: const {kind}*, ldx: i64, rows: i64, width: i64, begin: i64, end: i64, xt: {kind}*"

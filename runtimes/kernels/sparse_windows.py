@@ -1,10 +1,11 @@
 """Linears on int8 weights with few non-zeros: a byte for each says where in 256 inputs it stands (layout `windows`).
 
-Identity: ``t[n] = sum_i values[i] u[256 w + places[i]]``. The 256 activations of a window are four registers, which two
-``vpermi2b`` and a choice by the place's highest bit look 64 places up in; ``vpdpbusd`` with the values (those behind the
-row's last masked away) does the rest. A row and a window cost the same however few values there are: on Zen 5 3.4
-cycles where at most 32 values are there (loads of 32 bytes, which seldom cross a line), 5.5 with 64. Needs AVX512-VBMI;
-elsewhere, and with many rows of activations, the list of places that all encodings share (`sparse_many.py`).
+Identity: ``t[n] = sum_i values[i] u[256 w + places[i]]``. The 256 activations of a window are four registers, which
+two ``vpermi2b`` and a choice by the place's highest bit look 64 places up in; ``vpdpbusd`` with the values (those
+behind the row's last masked away) does the rest. A row and a window cost the same however few values there are: on
+Zen 5 3.4 cycles where at most 32 values are there (loads of 32 bytes, which seldom cross a line), 5.5 with 64. Needs
+AVX512-VBMI; elsewhere, and with many rows of activations, the list of places that all encodings share
+(`sparse_many.py`).
 """
 
 from __future__ import annotations
@@ -98,19 +99,13 @@ def _list(isa: Isa, *arguments: Any) -> None:
         store(counts, r, (end + T.int64(STEP - 1)) // STEP * STEP, 1)
 
 
+_GEMV = "x: const u8*, windows: i64, counts: const u8*, places: const u8*, values: const i8*, live: const i64*, t: i32*"
+_LIST = (
+    "found: const u8*, places: const u8*, values: const i8*, windows: i64, at: i64*, out: u16*, copy: i8*, ldout: i64"
+    ", counts: i64*"
+)
+
 KERNELS = [
-    Kernel(
-        "sparse_windows_gemv",
-        "x: const u8*, windows: i64, counts: const u8*, places: const u8*, values: const i8*, live: const i64*, t: i32*",
-        _gemv,
-        "sparse_vbmi2",
-        attributes=VBMI2,
-    ),
-    Kernel(
-        "sparse_windows_list",
-        "found: const u8*, places: const u8*, values: const i8*, windows: i64, at: i64*, out: u16*, copy: i8*, ldout: i64"
-        ", counts: i64*",
-        _list,
-        "sparse_many",
-    ),
+    Kernel("sparse_windows_gemv", _GEMV, _gemv, "sparse_vbmi2", attributes=VBMI2),
+    Kernel("sparse_windows_list", _LIST, _list, "sparse_many"),
 ]

@@ -1,7 +1,7 @@
 """Sparse matrices decoded by standard ONNX operators, one builder for each layout of `compiler/dialect/sparse_packing`.
 
-Each takes the call of a sparse linear and returns the matrix `[height, width]`, float32 and not yet scaled, with the rows
-and columns that padding added.
+Each takes the call of a sparse linear and returns the matrix `[height, width]`, float32 and not yet scaled, with the
+rows and columns that padding added.
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ def _fours(body: Body, call: Call) -> ir.Value:
 
 
 def _owners(body: Body, ends: ir.Value, count: int, size: int) -> ir.Value:
-    """For each of `size` things which of `count` lists holds it, int64: `ends` `[count]` is where the lists end; `count`
-    for what is behind the last."""
+    """For each of `size` things which of `count` lists holds it, int64: `ends` `[count]` is where the lists end;
+    `count` for what is behind the last."""
     zeros, ones = _filled(body, 0, size + 1), _filled(body, 1, count)
     steps = body("ScatterElements", zeros, ends, ones, axis=0, reduction="add")
     return body.slice(body("CumSum", steps, _whole(body, 0)), 0, size, 0)

@@ -62,7 +62,9 @@ class Case:
         if self.scale is None:
             return self.matrix.double()
         group = self.form[2] or self.matrix.shape[1]
-        return self.matrix.double() * self.scale.double().repeat_interleave(group, 1)[:, : self.matrix.shape[1]]
+        return (
+            self.matrix.double() * self.scale.double().repeat_interleave(group, 1)[:, : self.matrix.shape[1]]
+        )
 
 
 def patterned(rng: np.random.Generator, layout: str, n: int, k: int, density: float) -> Tensor:
@@ -73,7 +75,9 @@ def patterned(rng: np.random.Generator, layout: str, n: int, k: int, density: fl
         keep = (order < some) & torch.from_numpy(rng.random(order.shape) < 2 * density)
         return keep.flatten(1)[:, :k]
     height, width = map(int, layout.split("x")) if "x" in layout else (1, 1)
-    blocks = torch.from_numpy(rng.random((ceil_to(n, height) // height, ceil_to(k, width) // width)) < density)
+    blocks = torch.from_numpy(
+        rng.random((ceil_to(n, height) // height, ceil_to(k, width) // width)) < density
+    )
     keep = blocks.repeat_interleave(height, 0).repeat_interleave(width, 1)[:n, :k]
     if layout == "windows":
         keep[:, 255::256] = False  # a whole window is more than the layout holds
@@ -196,7 +200,19 @@ def check(
 
 
 ROWS = (1, 2, 3, 4, 5, 7, 9, 16, 17, 33, 64, 65, 100, 130, 260)
-SIZES = [(1, 1), (5, 7), (16, 64), (33, 70), (48, 128), (40, 200), (17, 130), (31, 63), (100, 300), (37, 960), (70, 513)]
+SIZES = [
+    (1, 1),
+    (5, 7),
+    (16, 64),
+    (33, 70),
+    (48, 128),
+    (40, 200),
+    (17, 130),
+    (31, 63),
+    (100, 300),
+    (37, 960),
+    (70, 513),
+]
 
 
 @variants
@@ -242,7 +258,14 @@ def test_extreme_values_and_uneven_rows(
     form=st.sampled_from(FORMS), variant=st.sampled_from(VARIANTS), seed=st.integers(0, 1000),
 )  # fmt: skip
 def test_any_shape(
-    library: ctypes.CDLL, n: int, k: int, m: int, density: float, form: tuple[str, str, int], variant: str, seed: int
+    library: ctypes.CDLL,
+    n: int,
+    k: int,
+    m: int,
+    density: float,
+    form: tuple[str, str, int],
+    variant: str,
+    seed: int,
 ) -> None:
     rng = np.random.default_rng(seed)
     case = random_case(rng, form, n, k, density, bias=seed % 2 == 0)

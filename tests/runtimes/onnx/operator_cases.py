@@ -230,7 +230,7 @@ def _sparse() -> Iterator[Case]:
         bits, low = int(value[3:]), -8 if value == "int4" else -127
         codes = random.integers(low, -low if bits == 8 else 8, rows, k).to(torch.int8) * keep
         groups = -(-k // group) if group else 1
-        scale, multiplier = packing.storable_scale(random.normal(rows, groups).abs() * 0.02, group)
+        scale, _ = packing.storable_scale(random.normal(rows, groups).abs() * 0.02, group)
         dense = packing.pack_linear(codes, scale, None, bits, group)
         p = pack_sparse(codes, layout, bits)
         u = random.integers(0, 256, *lead, packing.ceil_to(k, 32)).to(torch.uint8)
@@ -238,7 +238,11 @@ def _sparse() -> Iterator[Case]:
         weights = {"places": p.places, "values": p.values, "offsets": p.offsets}
         scales = {"scale": dense.scale, "wsum": dense.wsum}
         form = {"bits": bits, "group_size": group, "scale_multiplier": dense.scale_multiplier}
-        yield "linear_sparse", what, {"u": u, "params": params, **weights, **scales, **common, **form, **after}
+        yield (
+            "linear_sparse",
+            what,
+            {"u": u, "params": params, **weights, **scales, **common, **form, **after},
+        )
 
 
 def _patterned(random: _Random, layout: str, n: int, k: int, density: float) -> torch.Tensor:
@@ -253,7 +257,6 @@ def _patterned(random: _Random, layout: str, n: int, k: int, density: float) -> 
     keep = blocks.repeat_interleave(height, 0).repeat_interleave(width, 1)[:n, :k]
     keep[:, 255 if layout == "windows" else k :: 256] = False  # a whole window is more than that layout holds
     return keep
-
 
 
 def _codebooks() -> Iterator[Case]:

@@ -43,7 +43,9 @@ def sparse_arguments(rows: int, n: int, k: int, density: float, form: tuple[str,
     bits, group = int(value[3:]), 32 if value == "int4" else 0
     low, high = (-8, 8) if bits == 4 else (-127, 128)
     codes = torch.randint(low, high, (n, k), generator=generator, dtype=torch.int8) * there
-    scale, _ = storable_scale(torch.rand(n, -(-k // group) if group else 1, generator=generator) * 0.02, group)
+    scale, _ = storable_scale(
+        torch.rand(n, -(-k // group) if group else 1, generator=generator) * 0.02, group
+    )
     dense = pack_linear(codes, scale, None, bits, group)
     p = pack_sparse(codes, layout, bits)
     u, params = OPERATORS["quantize_activation"].reference(x, None, 32)
