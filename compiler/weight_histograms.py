@@ -65,9 +65,10 @@ def decoded(program: Program, node: fx.Node) -> Tensor:
         n, gated = argument(node, "n"), argument(node, "gated")
         rows = packed_rows(n, gated)
         k, quantized = argument(node, "k"), declared.name == "linear_sparse"
-        stored = (constant(name) for name in ("places", "values", "offsets"))
+        places, values, offsets = (constant(name) for name in ("places", "values", "offsets"))
         bits = argument(node, "bits") if quantized else 8
-        matrix = unpack_sparse(argument(node, "layout"), *stored, rows, k, bits).float()
+        layout = argument(node, "layout")
+        matrix = unpack_sparse(layout, places, values, offsets, rows, k, bits).float()
         if quantized:
             scale = unpack_groups(constant("scale"), rows, k, argument(node, "group_size"))
             factors = scale.float() * argument(node, "scale_multiplier")
