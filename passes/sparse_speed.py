@@ -18,10 +18,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-BANDWIDTH = 46.0
+BANDWIDTH = 45.0
 """Bytes a nanosecond."""
 
-OVERLAP = 0.35
+OVERLAP = 0.15
 """Share of the smaller of memory and arithmetic that is not hidden behind the larger."""
 
 MARGIN = 1.1
@@ -51,21 +51,21 @@ class Pace:
     few_value: float = 0.0
 
 
-DENSE = {"float32": Dense(33.0, 0.605), "int8": Dense(49.0, 0.131), "int4": Dense(36.0, 0.150)}
+DENSE = {"float32": Dense(33.0, 0.605), "int8": Dense(42.0, 0.131), "int4": Dense(29.0, 0.150)}
 """By what the weights are."""
 
 PACES = {
-    ("bitmask", "float32"): Pace(4, 1.75, 1.1, 3.0, 0.95),
-    ("bitmask", "bfloat16"): Pace(4, 1.35, 0.9, 3.2, 0.95),
-    ("bitmask", "int8"): Pace(16, 0.52, 0.2, 2.2, 0.30),
-    ("bitmask", "int4"): Pace(2, 0.72, 0.72, 8.6, 0.0),
+    ("bitmask", "float32"): Pace(4, 1.4, 1.1, 3.0, 1.05),
+    ("bitmask", "bfloat16"): Pace(4, 1.65, 0.9, 3.2, 0.98),
+    ("bitmask", "int8"): Pace(16, 0.55, 0.2, 1.8, 0.28),
+    ("bitmask", "int4"): Pace(2, 0.85, 0.85, 8.6, 0.0),
     ("windows", "int8"): Pace(4, 0.19, 0.19, 1.5, 0.30),
-    ("1:4", "int8"): Pace(4, 0.20, 0.20, 1.0, 0.30),
-    ("2:4", "int8"): Pace(4, 0.37, 0.37, 1.5, 0.30),
-    ("4:8", "int8"): Pace(4, 0.39, 0.39, 1.5, 0.30),
-    ("1x4", "int8"): Pace(4, 0.45, 0.3, 0.8, 0.30),
-    ("16x1", "float32"): Pace(4, 0.0, 0.0, 0.0, 0.58, 0.035),
-    ("16x1", "bfloat16"): Pace(4, 0.0, 0.0, 0.0, 0.60, 0.045),
+    ("1:4", "int8"): Pace(4, 0.25, 0.25, 1.0, 0.30),
+    ("2:4", "int8"): Pace(4, 0.42, 0.42, 1.5, 0.30),
+    ("4:8", "int8"): Pace(4, 0.42, 0.42, 1.5, 0.30),
+    ("1x4", "int8"): Pace(4, 0.56, 0.3, 0.8, 0.30),
+    ("16x1", "float32"): Pace(4, 0.0, 0.0, 0.0, 0.68, 0.035),
+    ("16x1", "bfloat16"): Pace(4, 0.0, 0.0, 0.0, 0.70, 0.045),
     ("16x4", "int8"): Pace(4, 0.0, 0.0, 0.0, 0.19, 0.009),
 }
 """By layout and type of the values."""

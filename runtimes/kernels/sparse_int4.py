@@ -24,8 +24,8 @@ from .math import reduce_lanes, shuffle, transpose16
 from .sparse import expand8
 from .sparse_many import VBMI2, popcount, splat
 
-SHARED = 4
-"""Rows of weights that share a word's activations; four of them after another are a panel."""
+SHARED = 8
+"""Rows of weights that share a word's activations; two times as many are a panel."""
 
 WORD = 64
 
@@ -56,8 +56,8 @@ def _gemv(mode: str, isa: Isa, *arguments: Any) -> None:
     sums = registers(SHARED, dtype)
     at = registers(SHARED, "int64", 1)
     with for_range(0, (end - begin) // 16) as panel:
-        for quarter in range(16 // SHARED):
-            first = bind(begin + panel * 16 + quarter * SHARED)
+        for part in range(16 // SHARED):
+            first = bind(begin + panel * 16 + part * SHARED)
             for i in range(SHARED):
                 store(sums, i * 16, splat(0, dtype, 16))
                 store(at, i, T.cast(load(offsets, first + i, 1), "int64"), 1)
@@ -88,13 +88,13 @@ def _gemv(mode: str, isa: Isa, *arguments: Any) -> None:
                         store(sums, i * 16, vpdpbusd(load(sums, i * 16), codes, weights))
                         continue
                     products = T.cast(vpdpbusd(splat(0, "int32", 16), codes, weights), "float32x16")
-                    lane = quarter * SHARED + i
+                    lane = part * SHARED + i
                     lanes = [lane + 16 * (j // 8) * (len(scales) - 1) for j in range(16)]
                     factor = shuffle(scales[0], scales[-1], lanes)
                     store(sums, i * 16, T.fma(products, factor, load(sums, i * 16)))
             for i in range(SHARED):
                 total = reduce_lanes(load(sums, i * 16), lambda a, b: a + b)
-                store(t, panel * 16 + quarter * SHARED + i, total, 1)
+                store(t, panel * 16 + part * SHARED + i, total, 1)
 
 
 def _decode(isa: Isa, *arguments: Any) -> None:
