@@ -1,12 +1,13 @@
-"""Unstructured sparse linears against our own dense ones of the same type, cold weights, inside ONNX Runtime.
+"""Sparse linears against our own dense ones of the same type, cold weights, inside ONNX Runtime.
 
-    python benchmarks/sparse.py [--json FILE] [--quick] [--threads N] [--rows M]
+    python benchmarks/sparse.py [--json FILE] [--quick] [--threads N] [--rows M] [--family float32|int8|int4]
 
 K = N = 4096, one row of activations and 128. Dense float32 is ONNX Runtime's MatMul (isofold leaves float
-linears to it), dense int8 is PackedLinear; the activation quantizer of int8 is included on both sides. Every
-competitor is a session of many layers whose weights together exceed the L3 cache. Bars: one row at 50, 75 and
-90 % zeros at least 1.3, 2 and 4 times the dense speed, 128 rows at 80 % at least 2 times for float32 and 1.5
-times for int8.
+linears to it), dense int8 and int4 (groups of 32) are PackedLinear; the activation quantizer is included on both
+sides. Every competitor is a session of many layers whose weights together exceed the L3 cache. Rows are named after
+the pattern of the zeros and how they are stored; unstructured zeros are stored as `extract_sparsity` would. Bars: one
+row at 50, 75 and 90 % unstructured zeros at least 1.3, 2 and 4 times the dense speed (int4, 50 %: 1.2 times), 128 rows
+at 80 % at least 2 times for float32 and 1.5 times for int8. 2:4 has no bar: it is there to show what it is worth.
 """
 
 from __future__ import annotations
@@ -42,55 +43,130 @@ from subjects import subject_folder
 N = K = 4096
 BARS = {
     ("float32", 1, 50): 1.3, ("float32", 1, 75): 2.0, ("float32", 1, 90): 4.0,
-    ("int8", 1, 50): 1.3, ("int8", 1, 75): 2.0, ("int8", 1, 90): 4.0,
+    ("int8", 1, 50): 1.3, ("int8", 1, 75): 2.0, ("int8", 1, 90): 4.0, ("int4", 1, 50): 1.2,
     ("float32", 128, 80): 2.0, ("int8", 128, 80): 1.5,
 }  # fmt: skip
-TOLERANCE = {"float32": 1e-4, "int8": 0.03}
+"""Of unstructured zeros: type, rows of activations and percent."""
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-4, "int8": 0.03, "int4": 0.03}
 """Relative error to the float64 product: 8-bit activations cost about 1 %."""
+
+GROUP = 32
+"""Inputs that share a scale of int4."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A type of weights and how many percent of them are zero; None: stored dense (the zeros do not matter)."""
+    """A type of weights, how many percent of them are zero in which pattern, and the layout that stores them.
+
+    zeros None: stored dense (the zeros do not matter). pattern: unstructured, N:M, or rows x inputs of blocks.
+    """
 
     dtype: str
-    zeros: int | None
+    zeros: int | None = None
+    pattern: str = "unstructured"
+    layout: str = "bitmask"
 
     @property
     def name(self) -> str:
-        return f"{self.dtype} {'dense' if self.zeros is None else f'{self.zeros} % zeros'}"
+        if self.zeros is None:
+            return f"{self.dtype} dense"
+        return f"{self.dtype} {self.zeros} % zeros, {self.pattern}, as {self.layout}"
 
     @property
     def ours(self) -> bool:
-        return self.dtype == "int8" or self.zeros is not None
+        return self.dtype != "float32" or self.zeros is not None
+
+    @property
+    def quantized(self) -> bool:
+        return self.dtype.startswith("int")
+
+    @property
+    def bits(self) -> int:
+        return {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}[self.dtype]
 
     @property
     def bytes(self) -> float:
         """Bytes of a layer's weights, about."""
-        width = 4 if self.dtype == "float32" else 1
-        return N * K * (width if self.zeros is None else 1 / 8 + width * (1 - self.zeros / 100))
+        return N * K * self.bits / 8 * (1 if self.zeros is None else 0.05 + 1 - self.zeros / 100)
+
+
+FAMILIES: dict[tuple[str, int], tuple[Kind, ...]] = {
+    ("float32", 1): (
+        Kind("float32"),
+        *(Kind("float32", z) for z in (50, 75, 90)),
+        *(Kind("bfloat16", z) for z in (50, 75)),
+        Kind("float32", 80, "16x1", "16x1"),
+    ),
+    ("int8", 1): (
+        Kind("int8"),
+        Kind("int8", 50),
+        Kind("int8", 75),
+        Kind("int8", 90, layout="windows"),
+        Kind("int8", 90),
+        Kind("int8", 50, "2:4", "2:4"),
+        Kind("int8", 50, "4:8", "4:8"),
+        Kind("int8", 75, "1:4", "1:4"),
+        Kind("int8", 80, "1x4", "1x4"),
+        Kind("int8", 80, "16x4", "16x4"),
+    ),
+    ("int4", 1): (Kind("int4"), Kind("int4", 50), Kind("int4", 75)),
+    ("float32", 128): (
+        Kind("float32"),
+        Kind("float32", 80),
+        Kind("float32", 90),
+        Kind("bfloat16", 80),
+        Kind("float32", 80, "16x1", "16x1"),
+    ),
+    ("int8", 128): (
+        Kind("int8"),
+        Kind("int8", 80),
+        Kind("int8", 90),
+        Kind("int8", 90, layout="windows"),
+        Kind("int8", 50, "2:4", "2:4"),
+        Kind("int8", 80, "1x4", "1x4"),
+        Kind("int8", 80, "16x4", "16x4"),
+    ),
+    ("int4", 128): (Kind("int4"), Kind("int4", 50)),
+}
+"""By type and rows of activations; the first is the dense one. ``--quick`` leaves nothing out but rounds."""
+
+
+def _keep(kind: Kind, generator: np.random.Generator) -> NDArray[np.bool_]:
+    """Where weights are not zero."""
+    share = 1 - (kind.zeros or 0) / 100
+    if ":" in kind.pattern:
+        some, of = map(int, kind.pattern.split(":"))
+        order = generator.random((N, K // of, of), np.float32).argsort(-1).argsort(-1)
+        return (order < some).reshape(N, K)
+    height, width = map(int, kind.pattern.split("x")) if "x" in kind.pattern else (1, 1)
+    blocks = generator.random((N // height, K // width), np.float32) < share
+    return blocks.repeat(height, 0).repeat(width, 1)
 
 
 @lru_cache(maxsize=2)
 def _drawn(kind: Kind) -> NDArray[Any]:
     generator = np.random.default_rng([SEED, kind.zeros or 0])
     matrix = generator.standard_normal((N, K), np.float32)
-    matrix[generator.random((N, K), np.float32) < (kind.zeros or 0) / 100] = 0
-    if kind.dtype == "float32":
+    matrix[~_keep(kind, generator)] = 0
+    if kind.dtype == "bfloat16":
+        return (matrix.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+    if not kind.quantized:
         return matrix
-    codes = np.rint(matrix * 42).clip(-127, 127).astype(np.int8)
+    largest = 2 ** (kind.bits - 1) - 1
+    codes = np.rint(matrix * (largest / 3)).clip(-largest, largest).astype(np.int8)
     codes[(codes == 0) & (matrix != 0)] = 1  # as many zeros as asked for
     return codes
 
 
 def weights_of(kind: Kind, layer: int) -> NDArray[Any]:
-    """float32 weights or int8 codes `[N, K]`; layers are rotations of one drawn matrix."""
-    return np.roll(_drawn(kind), layer, 0)
+    """float32 weights or codes `[N, K]`; layers are rotations of one drawn matrix, by whole blocks of rows."""
+    return np.roll(_drawn(kind), 16 * layer, 0)
 
 
 def scale_of(kind: Kind) -> float:
-    """What codes are multiplied by."""
-    return 1 / np.sqrt(K) / (42 if kind.dtype == "int8" else 1)
+    """What weights are multiplied by: a power of two, so that it changes no bfloat16 and is a float16."""
+    return 2.0 ** (-6 - (kind.bits if kind.quantized else 0))
 
 
 def _nodes(kind: Kind, data: ExternalData, layer: int) -> Iterator[onnx.NodeProto]:
@@ -105,10 +181,11 @@ def _nodes(kind: Kind, data: ExternalData, layer: int) -> Iterator[onnx.NodeProt
         yield helper.make_node("MatMul", ["x", data.add(f"weight{layer}", scaled)], [target])
         return
     common: dict[str, Any] = {"n": N, "k": K, "activation": "none", "gated": 0, "domain": "ai.isofold"}
-    if kind.dtype == "float32":
-        packed = pack_sparse(torch.from_numpy(weights * np.float32(scale_of(kind))))
-        stored = [data.add(f"{p}{layer}", getattr(packed, p).numpy()) for p in ("mask", "values", "offsets")]
-        yield helper.make_node("SparseLinearFloat", ["x", *stored], [target], **common)
+    if not kind.quantized:
+        matrix = torch.from_numpy(weights * np.float32(scale_of(kind))).to(getattr(torch, kind.dtype))
+        packed = pack_sparse(matrix, kind.layout)
+        stored = [data.add(f"{p}{layer}", getattr(packed, p).numpy()) for p in STORED]
+        yield helper.make_node("SparseLinearFloat", ["x", *stored], [target], layout=kind.layout, **common)
         return
     quantizer = helper.make_node(
         "QuantizeActivation",
@@ -121,23 +198,29 @@ def _nodes(kind: Kind, data: ExternalData, layer: int) -> Iterator[onnx.NodeProt
     # make_node cannot tell the type of an empty list.
     quantizer.attribute.append(helper.make_attribute("hadamard", [], attr_type=onnx.AttributeProto.INTS))
     yield quantizer
-    codes, scales = torch.from_numpy(weights), torch.full((N, 1), scale_of(kind))
-    dense = pack_linear(codes, scales, None, 8, 0)
+    group = GROUP if kind.bits == 4 else 0
+    codes, scales = torch.from_numpy(weights), torch.full((N, K // group if group else 1), scale_of(kind))
+    dense = pack_linear(codes, scales, None, kind.bits, group)
     scale, wsum = (data.add(f"{name}{layer}", getattr(dense, name).numpy()) for name in ("scale", "wsum"))
     sources = [f"u{layer}", f"params{layer}"]
+    common |= {"bits": kind.bits, "group_size": group, "scale_multiplier": dense.scale_multiplier}
     if kind.zeros is None:
         weight = data.add(f"weight{layer}", dense.weight.numpy())
-        common |= {"bits": 8, "group_size": 0, "scale_multiplier": 1.0}
         yield helper.make_node("PackedLinear", [*sources, weight, scale, "", wsum], [target], **common)
         return
-    packed = pack_sparse(codes)
-    stored = [data.add(f"{p}{layer}", getattr(packed, p).numpy()) for p in ("mask", "values", "offsets")]
-    yield helper.make_node("SparseLinear", [*sources, *stored, scale, wsum], [target], **common)
+    packed = pack_sparse(codes, kind.layout, kind.bits)
+    stored = [data.add(f"{p}{layer}", getattr(packed, p).numpy()) for p in STORED]
+    inputs = [*sources, *stored, scale, wsum]
+    yield helper.make_node("SparseLinear", inputs, [target], layout=kind.layout, **common)
+
+
+STORED = ("places", "values", "offsets")
 
 
 def write(kind: Kind, m: int, layers: int, folder: Path) -> Path:
     """Write the model of `layers` linears; an existing file of the same name is taken as it is."""
-    stem = f"{kind.name.replace(' ', '-').replace('%', 'percent')}-m{m}-x{layers}"
+    named = kind.name.replace(" ", "-").replace("%", "percent").replace(":", "of").replace(",", "")
+    stem = f"{named}-m{m}-x{layers}"
     path = folder / f"{stem}.onnx"
     if path.exists():
         return path
@@ -160,7 +243,7 @@ def write(kind: Kind, m: int, layers: int, folder: Path) -> Path:
 
 def _check(worker: Worker, kind: Kind, x: NDArray[np.float32], folder: Path) -> None:
     """A fast wrong kernel is no result: layer 1 against float64."""
-    file = folder / f"outputs-{kind.dtype}-{kind.zeros}.npz"
+    file = folder / f"outputs-{kind.dtype}-{kind.zeros}-{len(x)}.npz"
     worker.ask({"do": "outputs", "file": str(file)})
     worker.stop()
     with np.load(file) as arrays:
@@ -176,8 +259,7 @@ def measure(results: Results, dtype: str, m: int, threads: int, quick: bool) -> 
     """One interleaved run of a type's kinds, and its rows."""
     from isofold.runtimes.onnx.oplib.build import library_path
 
-    zeros = (50, 75, 90) if m == 1 else (80,) if quick else (50, 80, 90)
-    kinds = [Kind(dtype, None), *(Kind(dtype, z) for z in zeros)]
+    kinds = FAMILIES[dtype, m]
     folder = subject_folder("sparse", hashlib.sha256((HERE / "sparse.py").read_bytes()).hexdigest())
     x = np.random.default_rng(1).standard_normal((m, K)).astype(np.float32)
     inputs = folder / f"x-m{m}.npz"
@@ -210,8 +292,12 @@ def measure(results: Results, dtype: str, m: int, threads: int, quick: bool) -> 
     for kind in kinds:
         times = [1e6 * t for t in per_round(per_layer[kind.name])]
         results.sampled(f"{kind.name}, {where}", times, "us")
+    barred: set[tuple[str, int, int]] = set()  # the first of several layouts is the one that would be chosen
     for kind in kinds[1:]:
-        bar = BARS.get((dtype, m, kind.zeros or 0))
+        key = (kind.dtype, m, kind.zeros or 0)
+        unstructured = kind.pattern == "unstructured" and key not in barred
+        barred.add(key)
+        bar = BARS.get(key) if unstructured else None
         gain = ratios(per_layer[kinds[0].name], per_layer[kind.name])
         text = None if bar is None else f">= {bar:g}"
         results.sampled(f"{kind.name}, {where}: against dense", gain, "x", text)
@@ -223,12 +309,15 @@ def body() -> int:
     def extra(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--threads", type=int, choices=(1, 2), action="append", help="only so many")
         parser.add_argument("--rows", type=int, choices=(1, 128), action="append", help="only so many")
+        parser.add_argument(
+            "--family", choices=("float32", "int8", "int4"), action="append", help="only this type"
+        )
 
     arguments = parse(__doc__, extra)
     results = Results("sparse")
     for threads in (1,) if arguments.cpu_time else arguments.threads or (1, 2):
         for m in arguments.rows or (1, 128):
-            for dtype in ("float32", "int8"):
+            for dtype in arguments.family or ("float32", "int8", "int4"):
                 measure(results, dtype, m, threads, arguments.quick)
     return results.finish(arguments)
 

@@ -202,10 +202,12 @@ class Sparsity(_Strict):
     """Whether linears skip the zeros of their weights.
 
     mode: `auto` where the model of `extract_sparsity` predicts at least `gain` times the dense speed, `off` never.
+    layout: how what is not zero is stored: `auto`, the one that is predicted to be fastest, or always this one.
     """
 
     mode: Literal["auto", "off"] = "auto"
     gain: float = Field(default=1.1, gt=0.0)
+    layout: Literal["auto", "bitmask", "windows", "1:4", "2:4", "4:8", "1x4", "16x1", "16x4"] = "auto"
 
     @field_validator("mode", mode="before")
     @classmethod
@@ -447,6 +449,7 @@ _SMOOTH = Fold(scale="search", shift="mean")
 _ROTATE = Fold(rotation="hadamard")
 _SPARSE = Sparsity()
 _PRUNE80 = Prune(density=0.2)
+_PRUNE90 = Prune(density=0.1)
 _LEARNED = Fold(rotation="learned", scale="learned", shift="learned", steps=0)
 
 PRESETS: dict[str, Recipe] = {
@@ -467,8 +470,10 @@ PRESETS: dict[str, Recipe] = {
         _preset("w4a4kv4-learned", _W4, _DYNAMIC4, kv=_KV4, fold=_LEARNED),
         Recipe(name="sparse-float32", sparsity=_SPARSE),
         Recipe(name="sparse80-float32", sparsity=_SPARSE, prune=_PRUNE80),
+        Recipe(name="sparse90-float32", sparsity=_SPARSE, prune=_PRUNE90),
         _preset("sparse-int8", _W8, _DYNAMIC, sparsity=_SPARSE),
         _preset("sparse80-int8", _W8, _DYNAMIC, sparsity=_SPARSE, prune=_PRUNE80),
+        _preset("sparse-int4", _W4, _DYNAMIC, sparsity=_SPARSE),
         Recipe(name="w8a16", weights=_W8, embeddings=EmbeddingFormat()),
         Recipe(name="w4a16", weights=_W4, embeddings=EmbeddingFormat()),
         Recipe(name="w3a16", weights=_W3, embeddings=EmbeddingFormat()),

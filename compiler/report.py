@@ -130,9 +130,11 @@ def fold_rows(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def sparsity_rows(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row for each linear that skips zeros, as `extract_sparsity` recorded it.
 
-    `{module, node, source, pattern, density, empty_rows, empty_columns, rows, break_even, predicted_speedup,
-    dense_bytes, sparse_bytes, saved_bytes}`: break_even is the density up to which it pays, at `rows` rows of
-    activations. Linears with zeros that stay dense are among the refusals, with the same facts in words.
+    `{module, node, source, pattern, density, empty_rows, empty_columns, layout, values, stored, rows, break_even,
+    predicted_speedup, saved_microseconds, dense_bytes, sparse_bytes, saved_bytes, candidates}`: `stored` is the share
+    of weights that the layout stores, break_even the one up to which it pays at `rows` rows of activations,
+    candidates the predicted microseconds of every layout that holds the matrix. Linears with zeros that stay dense
+    are among the refusals, with the same facts in words.
     """
     return [
         {key: held for key, held in entry.items() if key != "what"}

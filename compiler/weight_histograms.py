@@ -65,9 +65,15 @@ def decoded(program: Program, node: fx.Node) -> Tensor:
     if declared.name in ("linear_sparse", "linear_sparse_float"):
         n, gated = argument(node, "n"), argument(node, "gated")
         rows = packed_rows(n, gated)
-        matrix = unpack_sparse(constant("mask"), constant("values"), rows, argument(node, "k")).float()
-        if declared.name == "linear_sparse":
-            matrix = matrix * unpack_groups(constant("scale"), rows, argument(node, "k"), 0)
+        k, quantized = argument(node, "k"), declared.name == "linear_sparse"
+        places, values, offsets = (constant(name) for name in ("places", "values", "offsets"))
+        bits = argument(node, "bits") if quantized else 8
+        layout = argument(node, "layout")
+        matrix = unpack_sparse(layout, places, values, offsets, rows, k, bits).float()
+        if quantized:
+            scale = unpack_groups(constant("scale"), rows, k, argument(node, "group_size"))
+            factors = scale.float() * argument(node, "scale_multiplier")
+            matrix = dequantize(matrix, factors, None, argument(node, "group_size"))
         return torch.cat(split_gated(matrix, n)) if gated else matrix
     if declared.name == "linear_dense":
         n, gated = argument(node, "n"), argument(node, "gated")

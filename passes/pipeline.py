@@ -7,7 +7,8 @@
 4. `fuse_*`: what stands in front of quantizers first, so that norms find them next to their result; attention before
    the linears that feed it (its views then lead to them), epilogues before those linears are joined and before norms,
    which take only the sums that no linear took.
-5. `extract_sparsity` where the recipe asks for it, on what is then whole: joined linears with their epilogues.
+5. `extract_sparsity` where the recipe asks for it, on what is then whole: joined linears with their epilogues, and
+   pointwise convolutions (`expose_pointwise`).
    Quantizers that still have one dense reader come last; then, for a runtime without a float matrix product of its own,
    float linears take panels (`pack_dense_linears`) and their epilogues.
 
@@ -26,6 +27,7 @@ from ..compiler.machine import known_machine
 from ..compiler.program import Program
 from ..compiler.recipe import GROUP_SIZES, Recipe
 from .choose_formats import choose_formats, resolve_formats
+from .expose_pointwise import expose_pointwise
 from .extract_sparsity import extract_sparsity
 from .fold_transforms import fold_steps
 from .fuse_attention import fuse_attention
@@ -111,6 +113,7 @@ def plan(
         )
         steps.extend(Step(fuse) for fuse in fusions)
     if recipe.asks_for("sparsity"):
+        steps.append(Step(expose_pointwise, options))
         steps.append(Step(extract_sparsity, options))
         if recipe.fuse:
             steps.append(Step(fuse_epilogues))  # float linears had no epilogue before

@@ -1,90 +1,123 @@
-"""How fast a sparse linear is beside the dense one of the same type: the constants that `extract_sparsity` decides by.
+"""How fast a sparse linear is beside the dense one of the same values: the constants that `extract_sparsity` decides
+by.
 
-Times are of one core, for one word of weights (64 inputs of one output feature). A linear reads its weights from memory
-while it computes, and the two overlap only in part: the larger and half of the smaller.
+Times are of one core. A linear reads its weights from memory while it computes, and the two overlap only in part: the
+larger and a share (OVERLAP) of the smaller.
 
     memory       bytes / BANDWIDTH
-    few rows     ceil(rows / 4) * first + (rows - ceil(rows / 4)) * more
-    many rows    for each 64 rows (the last float ones: 32 or 16): word + non-zeros of the word * nonzero * width / 64
-    dense        max(bytes / BANDWIDTH, rows * dense): its bandwidth was measured with its own arithmetic
+    few rows     words * (first + (rows - 1) * more)             a word is 64 inputs of one row of weights
+    many rows    for each 64 rows (floats: the last 32 or 16): words * word + values * value * width / 64
+    dense        the larger of bytes / bandwidth and words * rows * dense
 
-Measured with kernels called directly on weights in the cache, AMD EPYC of the Zen 4 generation at 3.7 GHz with
-AVX512-VBMI2, 23 November 2026 (in cycles: 13.4 for a word of float32, 9.7 with few non-zeros, 3.8 for one of int8);
-dense float32 is ONNX Runtime's MatMul. Processors without AVX512-VBMI2 need two to four times as long for int8 words.
-Threads share bandwidth and work alike, so ratios change little with their number.
+Measured with kernels called directly, AMD EPYC of the Zen 5 generation at 4.2 GHz with AVX512-VBMI2, 28 November 2026;
+dense float32 is ONNX Runtime's MatMul. Processors without AVX512-VBMI2 need two to four times as long for few rows of
+codes. Threads share bandwidth and work alike, so ratios change little with their number.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..compiler.dialect.sparse_packing import WORD
-
-BANDWIDTH = 20.0
+BANDWIDTH = 45.0
 """Bytes a nanosecond."""
+
+OVERLAP = 0.15
+"""Share of the smaller of memory and arithmetic that is not hidden behind the larger."""
 
 MARGIN = 1.1
 """A sparse linear must be predicted to be this much faster: less is within the model's error."""
 
+WORD = 64
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Of a dense linear: bytes a nanosecond of one row of activations, nanoseconds for a word and a row of many."""
+
+    bandwidth: float
+    word: float
+
 
 @dataclass(frozen=True)
 class Pace:
-    """Nanoseconds for a word: `first` of up to four rows of activations, each `more` of them, with up to `low_density`
-    and one row `low`; `word` and `nonzero` for 64 of many rows; `dense` for a row of the dense linear.
+    """Nanoseconds of a layout: see the module. few: most rows that its kernels for few take; few_value: of a value and
+    each of few rows, where the work is on values alone."""
 
-    few: most rows that are expanded. value_bytes: of one weight.
-    """
-
-    value_bytes: int
     few: int
     first: float
     more: float
-    low: float
-    low_density: float
     word: float
-    nonzero: float
-    dense: float
+    value: float
+    few_value: float = 0.0
 
+
+DENSE = {"float32": Dense(33.0, 0.605), "int8": Dense(42.0, 0.131), "int4": Dense(29.0, 0.150)}
+"""By what the weights are."""
 
 PACES = {
-    "float32": Pace(
-        4, few=4, first=3.6, more=1.1, low=2.6, low_density=14 / 64, word=7.0, nonzero=2.2, dense=1.4
-    ),
-    "int8": Pace(1, few=16, first=1.03, more=0.3, low=1.03, low_density=0, word=3.1, nonzero=0.7, dense=0.29),
+    ("bitmask", "float32"): Pace(4, 1.4, 1.1, 3.0, 1.05),
+    ("bitmask", "bfloat16"): Pace(4, 1.65, 0.9, 3.2, 0.98),
+    ("bitmask", "int8"): Pace(16, 0.55, 0.2, 1.8, 0.28),
+    ("bitmask", "int4"): Pace(2, 0.85, 0.85, 8.6, 0.0),
+    ("windows", "int8"): Pace(4, 0.19, 0.19, 1.5, 0.30),
+    ("1:4", "int8"): Pace(4, 0.25, 0.25, 1.0, 0.30),
+    ("2:4", "int8"): Pace(4, 0.42, 0.42, 1.5, 0.30),
+    ("4:8", "int8"): Pace(4, 0.42, 0.42, 1.5, 0.30),
+    ("1x4", "int8"): Pace(4, 0.56, 0.3, 0.8, 0.30),
+    ("16x1", "float32"): Pace(4, 0.0, 0.0, 0.0, 0.68, 0.035),
+    ("16x1", "bfloat16"): Pace(4, 0.0, 0.0, 0.0, 0.70, 0.045),
+    ("16x4", "int8"): Pace(4, 0.0, 0.0, 0.0, 0.19, 0.009),
 }
-"""By the type of the weights; activations are float32 and uint8."""
+"""By layout and type of the values."""
+
+WINDOWS_DOUBLE = 0.11
+"""Density from which a row often has more than 32 values in a window, so that its work doubles."""
 
 
-def dense_time(kind: str, rows: int) -> float:
-    """Nanoseconds for a word of the dense linear."""
-    pace = PACES[kind]
-    return max(WORD * pace.value_bytes / BANDWIDTH, rows * pace.dense)
+def dense_time(value: str, rows: int, weights: int, size: int) -> float:
+    """Nanoseconds of a dense linear of `weights` weights in `size` bytes."""
+    dense = DENSE[value]
+    return max(size / dense.bandwidth, weights / WORD * rows * dense.word)
 
 
-def sparse_time(kind: str, rows: int, density: float) -> float:
-    """Nanoseconds for a word of the sparse linear."""
-    pace = PACES[kind]
-    memory = WORD * (1 / 8 + density * pace.value_bytes) / BANDWIDTH
+def sparse_time(layout: str, value: str, rows: int, weights: int, stored: int, size: int) -> float:
+    """Nanoseconds of a sparse linear of `weights` weights of which `stored` are stored, in `size` bytes."""
+    pace, words = PACES[layout, value], weights / WORD
+    memory = size / BANDWIDTH
     if rows <= pace.few:
-        groups = -(-rows // 4)
-        arithmetic = groups * pace.first + (rows - groups) * pace.more
-        if rows == 1 and density <= pace.low_density:
-            arithmetic = pace.low
+        first = pace.first * (2 if layout == "windows" and stored > WINDOWS_DOUBLE * weights else 1)
+        arithmetic = words * (first + (rows - 1) * pace.more) + stored * rows * pace.few_value
+    elif value == "int4":  # decoded, then dense
+        arithmetic = words * (pace.word + rows * DENSE[value].word)
     else:
         blocks, left = divmod(rows, 64)
         width = 64 * blocks
         if left:
             blocks += 1
-            width += 64 if pace.value_bytes == 1 or left > 32 else 32 if left > 16 else 16
-        arithmetic = blocks * pace.word + density * WORD * pace.nonzero * width / 64
-    return max(memory, arithmetic) + min(memory, arithmetic) / 2
+            width += 64 if value == "int8" or left > 32 else 32 if left > 16 else 16
+        arithmetic = blocks * words * pace.word + stored * pace.value * width / 64
+    return max(memory, arithmetic) + OVERLAP * min(memory, arithmetic)
 
 
-def speedup(kind: str, rows: int, density: float) -> float:
-    """Predicted time of the dense linear over that of the sparse one."""
-    return dense_time(kind, rows) / sparse_time(kind, rows, density)
+def size_of(layout: str, value: str, weights: int, stored: int) -> int:
+    """Bytes of the encoding, about: what pads it and the scales, which the dense linear has too, are left out."""
+    width = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}[value]
+    places = {
+        "bitmask": weights / 8, "windows": stored + weights / 256, "1:4": stored / 4, "2:4": stored / 4,
+        "4:8": stored * 3 / 8, "1x4": weights / 32, "16x1": stored / 8, "16x4": stored / 32,
+    }[layout]  # fmt: skip
+    return int(places + stored * width)
 
 
-def break_even(kind: str, rows: int) -> float:
-    """The largest density, in hundredths, at which the sparse linear is predicted to be faster by MARGIN; 0: none."""
-    return next((d / 100 for d in range(100, 0, -1) if speedup(kind, rows, d / 100) >= MARGIN), 0.0)
+def break_even(layout: str, value: str, rows: int, dense: str) -> float:
+    """The largest share of weights stored, in hundredths, at which a layout is predicted to be faster by MARGIN than
+    the dense linear of the type `dense`; 0: none."""
+    weights = 1 << 24
+    size = int(weights * {"float32": 4.0, "int8": 1.0, "int4": 0.5}[dense])
+    whole = dense_time(dense, rows, weights, size)
+    for percent in range(100, 0, -1):
+        stored = weights * percent // 100
+        time = sparse_time(layout, value, rows, weights, stored, size_of(layout, value, weights, stored))
+        if whole / time >= MARGIN:
+            return percent / 100
+    return 0.0

@@ -49,20 +49,20 @@ def _name(there: Tensor, density: float) -> str:
     if density == 0:
         return "empty"
     for n, m in GROUPS:
-        if density > FILLED * n / m and int(_blocks(there, 1, m).amax()) <= n:
+        if density > FILLED * n / m and int(count_blocks(there, 1, m).amax()) <= n:
             return f"{n}:{m}"
     live = there[there.any(1)][:, there.any(0)]
     if float(live.float().mean()) >= FULL:
         return "rows and columns"
     for height, width in BLOCKS:
-        counts = _blocks(there, height, width)
+        counts = count_blocks(there, height, width)
         filled = counts[counts > 0]
         if float(filled.float().mean()) >= FULL * height * width:
             return f"blocks of {height}x{width}"
     return "unstructured"
 
 
-def _blocks(there: Tensor, height: int, width: int) -> Tensor:
+def count_blocks(there: Tensor, height: int, width: int) -> Tensor:
     """Non-zeros of each block, int32; what sticks out at the end counts as zeros."""
     n, k = there.shape
     padded = F.pad(there, (0, -k % width, 0, -n % height))

@@ -2,7 +2,7 @@
 
     y = F.linear(x, w) + bias, then the epilogue of `linear_packed`;  w is stored as in `sparse_packing`
 
-The same numbers as the dense linear: what is left out are products with zero.
+The same numbers as the dense linear: what is left out are products with zero. Values are float32 or bfloat16.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from .sparse_packing import unpack_sparse
 
 
 def _cost(
-    x: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, bias: Tensor | None, residual: Tensor | None,
+    x: Tensor, places: Tensor, values: Tensor, offsets: Tensor, bias: Tensor | None, residual: Tensor | None,
     n: int, k: int, *rest: object,
 ) -> Cost:  # fmt: skip
     rows = int(x.numel()) // k
     return Cost(
-        tensor_bytes(mask, values, offsets, bias),
+        tensor_bytes(places, values, offsets, bias),
         tensor_bytes(x, residual) + 4 * rows * n,
         2 * rows * int(values.numel()),
     )
@@ -30,8 +30,8 @@ def _cost(
 @operator(
     onnx_name="SparseLinearFloat",
     schema=(
-        "(Tensor x, Tensor mask, Tensor values, Tensor offsets, Tensor? bias, Tensor? residual, int n, int k, "
-        "str activation, bool gated) -> Tensor"
+        "(Tensor x, Tensor places, Tensor values, Tensor offsets, Tensor? bias, Tensor? residual, int n, int k, "
+        "str layout, str activation, bool gated) -> Tensor"
     ),
     shape=lambda x, *rest: x.new_empty([*x.shape[:-1], rest[5]]),
     cost=_cost,
@@ -39,16 +39,17 @@ def _cost(
 )
 def linear_sparse_float(
     x: Tensor,
-    mask: Tensor,
+    places: Tensor,
     values: Tensor,
     offsets: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
     n: int,
     k: int,
+    layout: str,
     activation: str,
     gated: bool,
 ) -> Tensor:
-    """x float `[..., k]`; mask, values float32 and offsets as in `sparse_packing` → `[..., n]` in the dtype of x."""
-    matrix = unpack_sparse(mask, values, packed_rows(n, gated), k).to(x.dtype)
+    """x float `[..., k]`; places, values and offsets as in `sparse_packing` → `[..., n]` in the dtype of x."""
+    matrix = unpack_sparse(layout, places, values, offsets, packed_rows(n, gated), k).to(x.dtype)
     return epilogue(F.linear(x, matrix, bias), residual, n, activation, gated)

@@ -30,6 +30,7 @@ from ...compiler.errors import UnsupportedError
 from ...compiler.hadamard import steps
 from ...compiler.hadamard_orders import signs
 from .body import Body
+from .sparse_functions import sparse_matrix
 
 Results = tuple[ir.Value, ...]
 Builder = Callable[["Call", Body], Results]
@@ -253,32 +254,6 @@ def _coded_weight(body: Body, call: Call, rows: int, k: int) -> ir.Value:
     return matrix if blocks * LANES == rows else body.slice(matrix, 0, rows, 0)
 
 
-def _sparse_weight(body: Body, call: Call, rows: int, k: int) -> ir.Value:
-    """The decoded matrix float32 `[rows, k]` of a bitmask and packed non-zeros; int8 ones are scaled."""
-    mask = call["mask"]
-    height, width = call.size("mask", 0), 8 * call.size("mask", 1)
-    shifted = body(
-        "BitShift",
-        body("Unsqueeze", mask, body.ints(2)),
-        body.constant(np.arange(8, dtype=np.uint8)),
-        direction="RIGHT",
-    )
-    bits = body("BitwiseAnd", shifted, body.constant(np.array(1, dtype=np.uint8)))
-    there = body.cast(body.reshape(bits, -1), ir.DataType.INT32)
-    # The i-th one of the mask is the i-th value; a zero takes the value in front of it, or the first, and is masked.
-    before = body("CumSum", there, body.constant(np.array(0, dtype=np.int64)))
-    zero, one = (body.constant(np.array(v, dtype=np.int32)) for v in (0, 1))
-    index = body("Max", body("Sub", before, one), zero)
-    found = body.floats(body("Gather", call["values"], index, axis=0))
-    matrix = body("Where", body.cast(there, ir.DataType.BOOL), found, body.real(0.0))
-    matrix = body.reshape(matrix, height, width)
-    if call.inputs.get("scale") is not None:
-        matrix = body("Mul", matrix, body.reshape(call["scale"], height, 1))
-    if width != k:
-        matrix = body.slice(matrix, 0, k, 1)
-    return matrix if height == rows else body.slice(matrix, 0, rows, 0)
-
-
 def _dense_weight(body: Body, call: Call, rows: int, k: int) -> ir.Value:
     """The matrix float32 `[rows, k]` of panels `[blocks, k, 32]`."""
     height = call.size("weight", 0) * call.size("weight", 2)
@@ -425,12 +400,12 @@ def dequantize_coded(call: Call, body: Body) -> Results:
 
 def linear_sparse(call: Call, body: Body) -> Results:
     """`linear_sparse`."""
-    return (_packed_linear(body, call, _dequantized(body, call), _sparse_weight),)
+    return (_packed_linear(body, call, _dequantized(body, call), sparse_matrix),)
 
 
 def linear_sparse_float(call: Call, body: Body) -> Results:
     """`linear_sparse_float`."""
-    return (_packed_linear(body, call, call["x"], _sparse_weight),)
+    return (_packed_linear(body, call, call["x"], sparse_matrix),)
 
 
 def linear_dense(call: Call, body: Body) -> Results:

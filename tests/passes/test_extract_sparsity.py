@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import isofold
 from isofold.compiler.capture import capture
+from isofold.compiler.dialect.sparse_layouts import HELD
 from isofold.compiler.driver import run_steps
 from isofold.compiler.errors import RecipeError
 from isofold.compiler.html_report import render_html
@@ -22,7 +24,8 @@ from isofold.compiler.program import Program
 from isofold.compiler.recipe import PRESETS, LayerRule, Prune, Recipe, Sparsity, WeightFormat, resolve
 from isofold.passes.pipeline import plan
 from isofold.passes.prune_weights import kept
-from isofold.passes.sparse_speed import MARGIN, PACES, break_even, speedup
+from isofold.passes.sparse_candidates import candidates, mixture
+from isofold.passes.sparse_speed import DENSE, MARGIN, PACES, break_even, dense_time, size_of, sparse_time
 from isofold.passes.sparsity_patterns import pattern_of
 from isofold.runtimes.onnx.export import export_onnx
 from isofold.runtimes.onnx.oplib.build import library_path
@@ -92,7 +95,10 @@ def test_every_sparse_linear_of_a_block_skips_its_zeros(
     for entry in report.applied:
         assert entry.facts["pattern"] == "unstructured"
         assert 0.15 < entry.facts["density"] < 0.25
-        assert entry.facts["break_even"] > entry.facts["density"]
+        assert entry.facts["break_even"] > entry.facts["stored"]
+        assert entry.facts["saved_microseconds"] > 0
+        chosen = f"{entry.facts['layout']} {entry.facts['values']}"
+        assert min(entry.facts["candidates"], key=entry.facts["candidates"].get) == chosen
         assert entry.facts["predicted_speedup"] >= MARGIN
         assert entry.facts["saved_bytes"] == entry.facts["dense_bytes"] - entry.facts["sparse_bytes"]
     expected = model(x).detach()
@@ -131,11 +137,13 @@ def test_the_report_lists_every_sparse_layer() -> None:
 def test_what_does_not_pay_stays_dense_and_says_how_far_it_is() -> None:
     matrix = random(64, 128)
     matrix[random(64, 128, seed=1) < -1] = 0  # 16 % zeros
-    _, reports = compiled(only(nn.Linear, matrix), PRESETS["sparse-float32"], random(3, 128))
+    _, reports = compiled(only(nn.Linear, matrix), PRESETS["sparse-float32"], random(128, 128))
     report = reports["extract_sparsity"]
     assert not report.applied
-    assert re.match(r"float32, unstructured: at a density of 8\d% and 3 rows", report.refused[0].reason)
-    assert f"it pays up to a density of {break_even('float32', 3):.0%}" in report.refused[0].reason
+    assert re.match(r"float32, unstructured: at a density of 8\d% and 128 rows", report.refused[0].reason)
+    limit = break_even("16x1", "float32", 128, "float32")  # nearly all blocks of 16x1 hold something
+    wanted = f"as 16x1 of float32, less than 1.1; it pays where up to {limit:.0%} of the weights are stored"
+    assert wanted in report.refused[0].reason
 
 
 def test_dense_layers_are_not_mentioned() -> None:
@@ -147,7 +155,7 @@ def test_dense_layers_are_not_mentioned() -> None:
 @pytest.mark.parametrize(
     ("weights", "reason"),
     [
-        (WeightFormat(bits=4, group_size=32), "int4 in groups of 32 has no sparse kernel"),
+        (WeightFormat(bits=2, group_size=32), "int2 in groups of 32 has no sparse kernel"),
         (WeightFormat(bits=8, symmetric=False), "zero points"),
     ],
 )
@@ -256,15 +264,187 @@ def test_patterns_are_named(name: str) -> None:
     assert found.empty_columns == int((matrix == 0).all(0).sum())
 
 
-@pytest.mark.parametrize("kind", PACES)
+WEIGHTS = 1 << 20
+SIZES = {"float32": 4.0, "bfloat16": 4.0, "int8": 1.0, "int4": 0.5}
+FORMS = pytest.mark.parametrize(("layout", "value"), PACES)
+
+
+@FORMS
 @pytest.mark.parametrize("rows", [1, 2, 64, 128, 512])
-def test_the_break_even_is_where_the_model_says_so(kind: str, rows: int) -> None:
-    limit = break_even(kind, rows)
-    assert 0 < limit < 1
-    assert speedup(kind, rows, limit) >= MARGIN
-    assert speedup(kind, rows, limit + 0.01) < MARGIN
-    gains = [speedup(kind, rows, d / 20) for d in range(1, 21)]
+def test_the_break_even_is_where_the_model_says_so(layout: str, value: str, rows: int) -> None:
+    dense = "float32" if value == "bfloat16" else value
+    whole = dense_time(dense, rows, WEIGHTS, int(SIZES[value] * WEIGHTS))
+
+    def speedup(share: float) -> float:
+        stored = int(WEIGHTS * share)
+        return whole / sparse_time(
+            layout, value, rows, WEIGHTS, stored, size_of(layout, value, WEIGHTS, stored)
+        )
+
+    limit = break_even(layout, value, rows, dense)
+    if limit:
+        assert speedup(limit) >= MARGIN * 0.999
+    if limit < 1:
+        assert speedup(limit + 0.011) < MARGIN
+    gains = [speedup(d / 20) for d in range(1, 21)]
     assert gains == sorted(gains, reverse=True)
+
+
+def test_the_model_knows_every_layout() -> None:
+    assert set(PACES) == {(layout, value) for layout, values in HELD.items() for value in values}
+    assert set(DENSE) == {"float32", "int8", "int4"}
+
+
+def patterned(layout: str, density: float, n: int = 256, k: int = 512) -> Tensor:
+    """Non-zeros in the pattern of a layout."""
+    matrix = random(n, k)
+    if ":" in layout:
+        some, of = map(int, layout.split(":"))
+        order = torch.rand(n, k // of, of, generator=torch.Generator().manual_seed(1)).argsort(-1)
+        return matrix * (order < some).flatten(1)
+    height, width = map(int, layout.split("x")) if "x" in layout else (1, 1)
+    blocks = torch.rand(n // height, k // width, generator=torch.Generator().manual_seed(1)) < density
+    return matrix * blocks.repeat_interleave(height, 0).repeat_interleave(width, 1)
+
+
+def codes(matrix: Tensor) -> Tensor:
+    """int8 with the same zeros."""
+    made = (matrix * 40).round().clamp(-127, 127).to(torch.int8)
+    return made + ((made == 0) & (matrix != 0)).to(torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("layout", "density", "value", "rows", "chosen"),
+    [
+        ("unstructured", 0.5, "int8", 1, "bitmask"),
+        ("unstructured", 0.05, "int8", 1, "windows"),
+        ("16x4", 0.3, "int8", 1, "16x4"),
+        ("16x4", 0.3, "int8", 128, "16x4"),
+        ("1x4", 0.2, "int8", 128, "1x4"),
+        ("16x1", 0.3, "float32", 128, "16x1"),
+        ("unstructured", 0.2, "float32", 1, "bitmask"),
+        ("1:4", 1.0, "int8", 1, "1:4"),
+        ("2:4", 1.0, "int8", 1, "2:4"),
+    ],
+)
+def test_the_layout_of_the_pattern_is_the_fastest(
+    layout: str, density: float, value: str, rows: int, chosen: str
+) -> None:
+    matrix = patterned(layout, density)
+    found = candidates(codes(matrix) if value == "int8" else matrix, value, rows)
+    assert found[0].layout == chosen
+    assert all(a.nanoseconds <= b.nanoseconds for a, b in pairwise(found))
+    assert {c.layout for c in found} >= {"bitmask"}
+
+
+def test_two_of_four_does_not_pay_with_many_rows_and_says_so() -> None:
+    recipe = PRESETS["sparse-int8"]
+    _, reports = compiled(only(nn.Linear, patterned("2:4", 1.0)), recipe, random(128, 512))
+    report = reports["extract_sparsity"]
+    assert not report.applied
+    assert re.match(
+        r"int8, 2:4: at a density of (50|49)% and 128 rows of activations", report.refused[0].reason
+    )
+    assert "times the dense speed as" in report.refused[0].reason
+
+
+def test_values_that_are_bfloat16_are_stored_as_such() -> None:
+    matrix = patterned("unstructured", 0.3)
+    assert candidates(matrix, "float32", 1)[0].value == "float32"
+    short = matrix.bfloat16().float()
+    assert candidates(short, "float32", 1)[0].value == "bfloat16"
+    x = random(1, 512)
+    after, reports = compiled(only(nn.Linear, short), PRESETS["sparse-float32"], x)
+    facts = reports["extract_sparsity"].applied[0].facts
+    assert facts["values"] == "bfloat16"
+    assert facts["sparse_bytes"] < 0.2 * facts["dense_bytes"]
+    layer = only(nn.Linear, short)[0]  # type: ignore[index]
+    assert torch.allclose(after(x) - after(0 * x), x @ layer.weight.T, atol=1e-4)
+
+
+def test_sparse_int4_keeps_codes_and_scales() -> None:
+    matrix, x = patterned("unstructured", 0.3), random(1, 512)
+    model = only(nn.Linear, matrix)
+    recipe = PRESETS["sparse-int4"].model_copy(update={"sparsity": Sparsity(gain=0.5)})
+    after, reports = compiled(model, recipe, x)
+    facts = reports["extract_sparsity"].applied[0].facts
+    assert (facts["layout"], facts["values"]) == ("bitmask", "int4")
+    dense, _ = compiled(model, PRESETS["w4a8"], x)
+    assert torch.allclose(after(x), dense(x), atol=1e-5)
+
+
+def test_a_layout_can_be_asked_for(counts: Callable[[Program], dict[str, int]]) -> None:
+    recipe = PRESETS["sparse-int8"].model_copy(update={"sparsity": Sparsity(layout="16x4", gain=0.01)})
+    after, reports = compiled(only(nn.Linear, patterned("16x4", 0.3)), recipe, random(1, 512))
+    assert reports["extract_sparsity"].applied[0].facts["layout"] == "16x4"
+    assert counts(after)["linear_sparse"] == 1
+    wrong = recipe.model_copy(update={"sparsity": Sparsity(layout="2:4")})
+    _, reports = compiled(only(nn.Linear, patterned("unstructured", 0.4)), wrong, random(1, 512))
+    assert "the layout 2:4 does not hold it" in reports["extract_sparsity"].refused[0].reason
+
+
+class Pointwise(nn.Module):
+    """A convolution with a kernel of one between two others."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(256, 512, 1, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.relu(self.inner(x))
+
+
+def pruned(model: Pointwise, density: float) -> Pointwise:
+    with torch.no_grad():
+        model.inner.weight *= torch.rand(model.inner.weight.shape) < density
+    return model.eval()
+
+
+def test_a_pointwise_convolution_skips_zeros(
+    counts: Callable[[Program], dict[str, int]], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model, x = pruned(Pointwise(), 0.1), random(2, 256, 14, 14)
+    after, reports = compiled(model, PRESETS["sparse-float32"], x)
+    assert counts(after)["linear_sparse_float"] == 1
+    assert not counts(after)["conv2d"]
+    assert torch.allclose(after(x), model(x), atol=1e-4)
+    assert reports["expose_pointwise"].applied
+    path = tmp_path / "model.onnx"
+    export_onnx(after, path, "weights.bin")
+    for library in (None, library_path()):
+        found = open_session(path, library=library).run(None, {"x": x.numpy()})[0]
+        assert np.allclose(found, model(x).detach().numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("density", "options", "reason"),
+    [
+        (0.8, {}, "pointwise, 20% zeros, 196 positions"),
+        (0.1, {"stride": 2}, "kernel of 1, stride 1"),
+        (0.1, {"groups": 4}, "kernel of 1, stride 1"),
+    ],
+)
+def test_other_convolutions_stay(density: float, options: dict[str, Any], reason: str) -> None:
+    torch.manual_seed(0)
+    model, x = pruned(Pointwise(**options), density), random(1, 256, 14, 14)
+    _, reports = compiled(model, PRESETS["sparse-float32"], x)
+    assert not reports["expose_pointwise"].applied
+    assert reason in reports["expose_pointwise"].refused[0].reason
+
+
+def test_a_mixture_is_predicted_and_not_built() -> None:
+    scattered = patterned("unstructured", 0.02, 4096, 4096)
+    matrix = torch.where(patterned("16x4", 0.3, 4096, 4096) != 0, random(4096, 4096), scattered)
+    found = mixture(codes(matrix), "int8", 128)
+    assert found is not None
+    assert found[0] == "16x4 and a bitmask"
+    assert found[1] < candidates(codes(matrix), "int8", 128)[0].nanoseconds
+    assert mixture(codes(scattered), "int8", 128) is None
+    _, reports = compiled(only(nn.Linear, matrix), PRESETS["sparse-int8"], random(128, 4096))
+    report = reports["extract_sparsity"]
+    texts = [entry.what for entry in report.applied] + [entry.reason for entry in report.refused]
+    assert any("16x4 and a bitmask, as two operators" in text for text in texts)
 
 
 def test_recipes_of_sparsity() -> None:

@@ -56,6 +56,11 @@ _MODULES = (
     "conv",
     "hadamard",
     "sparse",
+    "sparse_many",
+    "sparse_windows",
+    "sparse_groups",
+    "sparse_blocks",
+    "sparse_int4",
 )
 _FLAGS = (
     "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics",

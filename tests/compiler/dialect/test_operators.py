@@ -103,13 +103,14 @@ def dequantize_coded_arguments(name: str, group_size: int) -> tuple[Any, ...]:
 
 def sparse_arguments(quantized: bool) -> tuple[Any, ...]:
     weight = randn(5, 40) * (randn(5, 40) > 0.7)
-    tail = (randn(5), randn(2, 3, 5), 5, 40, "gelu", False)
+    tail = (randn(5), randn(2, 3, 5), 5, 40, "bitmask")
     if not quantized:
         p = pack_sparse(weight)
-        return (randn(2, 3, 40), p.mask, p.values, p.offsets, *tail)
+        return (randn(2, 3, 40), p.places, p.values, p.offsets, *tail, "gelu", False)
     p = pack_sparse((weight * 30).to(torch.int8))
     u, params = OPS.quantize_activation(randn(2, 3, 40), None, 32)
-    return (u, params, p.mask, p.values, p.offsets, torch.rand(1, 1, 16), torch.rand(16), *tail)
+    scales = (torch.rand(1, 1, 16), torch.rand(16))
+    return (u, params, p.places, p.values, p.offsets, *scales, *tail, 8, 0, 1.0, "gelu", False)
 
 
 def dense_arguments(gated: bool) -> tuple[Any, ...]:

@@ -13,7 +13,21 @@ import pytest
 import torch
 
 from isofold.runtimes import kernels
-from isofold.runtimes.kernels import codebook, coded, dense, hadamard, linear, linear_float, quantize, sparse
+from isofold.runtimes.kernels import (
+    codebook,
+    coded,
+    dense,
+    hadamard,
+    linear,
+    linear_float,
+    quantize,
+    sparse,
+    sparse_blocks,
+    sparse_groups,
+    sparse_int4,
+    sparse_many,
+    sparse_windows,
+)
 from isofold.runtimes.kernels.codegen import build_objects
 
 FOLDER = Path(kernels.__file__).parent
@@ -58,6 +72,7 @@ int test_expands(void) {
          __builtin_cpu_supports("avx512bitalg") && __builtin_cpu_supports("avx512vpopcntdq");
 }
 int64_t test_sparse_tasks(const struct isofold_linear* l) { return isofold_sparse_tasks(l); }
+void test_sparse_shape(struct isofold_sparse* s) { isofold_sparse_shape(s); }
 int64_t test_sparse_scratch(const struct isofold_sparse* s, int64_t m) { return isofold_sparse_scratch_bytes(s, m); }
 void test_sparse_prepare(int isa, const struct isofold_sparse* s, const struct isofold_sparse_call* c, int64_t a,
                          int64_t b) {
@@ -122,14 +137,21 @@ class Sparse(ctypes.Structure):
     """struct isofold_sparse."""
 
     _fields_ = [
-        ("mask", ctypes.c_void_p),
+        ("places", ctypes.c_void_p),
         ("values", ctypes.c_void_p),
         ("offsets", ctypes.c_void_p),
-        ("words", ctypes.c_int64),
         ("k", ctypes.c_int64),
-        ("quantized", ctypes.c_int32),
+        ("rows", ctypes.c_int64),
+        ("layout", ctypes.c_int32),
+        ("value", ctypes.c_int32),
         ("expands", ctypes.c_int32),
         ("table", ctypes.c_void_p),
+        ("quantized", ctypes.c_int32),
+        ("cells", ctypes.c_int64),
+        ("words", ctypes.c_int64),
+        ("padded", ctypes.c_int64),
+        ("size", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
     ]
 
 
@@ -197,7 +219,8 @@ def address(array: Any) -> int:
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """All kernels for both instruction sets, and the test entry points above."""
     folder = tmp_path_factory.mktemp("kernels")
-    modules = (quantize, linear, linear_float, coded, codebook, dense, hadamard, sparse)
+    sparse_modules = (sparse, sparse_many, sparse_windows, sparse_groups, sparse_blocks, sparse_int4)
+    modules = (quantize, linear, linear_float, coded, codebook, dense, hadamard, *sparse_modules)
     objects = build_objects([k for module in modules for k in module.KERNELS], folder)
     (folder / "hadamard_signs.h").write_text(hadamard.signs_header())
     (folder / "test.c").write_text(SOURCE)

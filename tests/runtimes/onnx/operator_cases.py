@@ -14,6 +14,7 @@ from isofold.compiler.dialect.dense_packing import pack_dense
 from isofold.compiler.dialect.element_formats import FORMATS
 from isofold.compiler.dialect.packing_codebook import CodebookMatrix, pack_codebook
 from isofold.compiler.dialect.packing_coded import CodedMatrix, pack_coded
+from isofold.compiler.dialect.sparse_layouts import HELD
 from isofold.compiler.dialect.sparse_packing import pack_sparse
 
 Case = tuple[str, str, dict[str, Any]]
@@ -226,45 +227,59 @@ def _dense() -> Iterator[Case]:
 
 
 def _sparse() -> Iterator[Case]:
+    forms = [(layout, value, 0) for layout, values in HELD.items() for value in values]
+    forms += [("bitmask", "int4", group) for group in (32, 64, 128)]
     densities = (0.0, 0.2, 0.6, 1.0)
-    for index, (quantized, bias, residual, gated) in enumerate(product(*[(False, True)] * 4)):
-        random = _Random(index)
-        n, k, lead = (37, 16, 33)[index % 3], (70, 128, 131)[index % 3], ((2, 3), (1,), (21,))[index % 3]
+    options = product(*[(False, True)] * 3)
+    for index, ((layout, value, group), (bias, residual, gated)) in enumerate(product(forms, options)):
+        random, density = _Random(index), densities[index // 2 % 4]
+        n, k, lead = (37, 16, 33)[index % 3], (70, 128, 331)[index % 3], ((2, 3), (1,), (21,))[index % 3]
         rows = 2 * packing.ceil_to(n, 16) if gated else n
-        there = torch.rand(rows, k, generator=random.generator) < densities[index // 2 % 4]
         common = {
             "bias": random.normal(rows) if bias else None,
             "residual": random.normal(*lead, n) if residual else None,
             "n": n,
             "k": k,
-            "activation": ("none", "relu", "gelu", "gelu_tanh", "silu")[index % 5],
-            "gated": gated,
+            "layout": layout,
         }
-        what = f"k{k}-bias{bias}-residual{residual}-gated{gated}-density{densities[index // 2 % 4]}"
-        if not quantized:
-            p = pack_sparse(random.normal(rows, k) * there)
-            weights = {"mask": p.mask, "values": p.values, "offsets": p.offsets}
-            yield "linear_sparse_float", what, {"x": random.normal(*lead, k), **weights, **common}
+        after = {"activation": ("none", "relu", "gelu", "gelu_tanh", "silu")[index % 5], "gated": gated}
+        what = f"{layout}-{value}-g{group}-k{k}-bias{bias}-residual{residual}-gated{gated}-density{density}"
+        keep = _patterned(random, layout, rows, k, density)
+        if not value.startswith("int"):
+            p = pack_sparse((random.normal(rows, k) * keep).to(getattr(torch, value)), layout)
+            weights = {"places": p.places, "values": p.values, "offsets": p.offsets}
+            yield "linear_sparse_float", what, {"x": random.normal(*lead, k), **weights, **common, **after}
             continue
-        codes = random.integers(-127, 128, rows, k).to(torch.int8) * there
-        dense = packing.pack_linear(codes, random.normal(rows, 1).abs() * 0.02, None, 8, 0)
-        p = pack_sparse(codes)
+        bits, low = int(value[3:]), -8 if value == "int4" else -127
+        codes = random.integers(low, -low if bits == 8 else 8, rows, k).to(torch.int8) * keep
+        groups = -(-k // group) if group else 1
+        scale, _ = packing.storable_scale(random.normal(rows, groups).abs() * 0.02, group)
+        dense = packing.pack_linear(codes, scale, None, bits, group)
+        p = pack_sparse(codes, layout, bits)
         u = random.integers(0, 256, *lead, packing.ceil_to(k, 32)).to(torch.uint8)
         params = torch.tensor([0.02, 131.0]) if bias else random.normal(*lead, 2).abs().round()
+        weights = {"places": p.places, "values": p.values, "offsets": p.offsets}
+        scales = {"scale": dense.scale, "wsum": dense.wsum}
+        form = {"bits": bits, "group_size": group, "scale_multiplier": dense.scale_multiplier}
         yield (
             "linear_sparse",
             what,
-            {
-                "u": u,
-                "params": params,
-                "mask": p.mask,
-                "values": p.values,
-                "offsets": p.offsets,
-                "scale": dense.scale,
-                "wsum": dense.wsum,
-                **common,
-            },
+            {"u": u, "params": params, **weights, **scales, **common, **form, **after},
         )
+
+
+def _patterned(random: _Random, layout: str, n: int, k: int, density: float) -> torch.Tensor:
+    """Which entries may be other than zero."""
+    if ":" in layout:
+        some, of = map(int, layout.split(":"))
+        order = torch.rand(n, packing.ceil_to(k, of) // of, of, generator=random.generator).argsort(-1)
+        return (order < some).flatten(1)[:, :k]
+    height, width = map(int, layout.split("x")) if "x" in layout else (1, 1)
+    shape = packing.ceil_to(n, height) // height, packing.ceil_to(k, width) // width
+    blocks = torch.rand(*shape, generator=random.generator) < density
+    keep = blocks.repeat_interleave(height, 0).repeat_interleave(width, 1)[:n, :k]
+    keep[:, 255 if layout == "windows" else k :: 256] = False  # a whole window is more than that layout holds
+    return keep
 
 
 def _codebooks() -> Iterator[Case]:

@@ -16,7 +16,7 @@ from .single import model_of, run
 CASES = list(cases())
 IDS = [f"{name}-{what}" for name, what, _ in CASES]
 CONSTANT = ("weight", "scale", "zero", "wsum", "bias", "codes", "table", "multiplier", "codebooks")
-SPARSE = ("mask", "values", "offsets")
+SPARSE = ("places", "values", "offsets")
 NOT_IN_LIBRARY = ("quantize_dequantize", "dequantize_weight", "dequantize_coded", "dequantize_codebook")
 
 
