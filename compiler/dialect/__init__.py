@@ -7,12 +7,15 @@ from .attention import attention
 from .conv_packed import conv_packed
 from .dequantize_codebook import dequantize_codebook
 from .dequantize_coded import dequantize_coded
+from .dequantize_outliers import dequantize_outliers
 from .dequantize_weight import dequantize_weight
 from .embedding_packed import embedding_packed
 from .gated import gated
 from .hadamard import hadamard
 from .linear_codebook import linear_codebook
 from .linear_coded import linear_coded
+from .linear_outliers import linear_outliers
+from .linear_outliers_float import linear_outliers_float
 from .linear_packed import linear_packed
 from .linear_packed_float import linear_packed_float
 from .linear_sparse import linear_sparse
@@ -36,12 +39,15 @@ __all__ = [
     "conv_packed",
     "dequantize_codebook",
     "dequantize_coded",
+    "dequantize_outliers",
     "dequantize_weight",
     "embedding_packed",
     "gated",
     "hadamard",
     "linear_codebook",
     "linear_coded",
+    "linear_outliers",
+    "linear_outliers_float",
     "linear_packed",
     "linear_packed_float",
     "linear_sparse",

@@ -279,6 +279,34 @@ def _sparse_weight(body: Body, call: Call, rows: int, k: int) -> ir.Value:
     return matrix if height == rows else body.slice(matrix, 0, rows, 0)
 
 
+def _outliers(body: Body, call: Call, rows: int, k: int) -> ir.Value:
+    """S of `outlier_packing` as a float32 matrix `[rows, k]`."""
+    panels, steps = call.size("offsets", 0) - 1, call.size("places", 0)
+    count = panels * LANES
+    one = body.constant(np.array(1, dtype=np.int64))
+    # The panel of a step: how many panels begin at or before it, the first one not counted.
+    starts = body.cast(body.slice(call["offsets"], 1, panels, 0), ir.DataType.INT64)
+    marks = body("Expand", one, body.ints(panels - 1))
+    none = body.constant(np.zeros(steps + 1, dtype=np.int64))
+    begun = body("ScatterElements", none, starts, marks, axis=0, reduction="add")
+    panel = body.slice(body("CumSum", begun, body.constant(np.array(0, dtype=np.int64))), 0, steps, 0)
+    first = body("Mul", body("Unsqueeze", panel, body.ints(1)), body.ints(LANES))
+    row = body("Add", first, body.constant(np.arange(LANES, dtype=np.int64)[None]))
+    places = body.cast(call["places"], ir.DataType.INT64)
+    index = body.reshape(body("Add", body("Mul", row, body.ints(k)), places), -1)
+    values = body.reshape(body.floats(call["values"]), -1)
+    if call.attributes["outlier_multiplier"] != 1.0:
+        values = body("Mul", values, body.real(call.attributes["outlier_multiplier"]))
+    zeros = body("Expand", body.real(0.0), body.ints(count * k))
+    matrix = body.reshape(body("ScatterElements", zeros, index, values, axis=0, reduction="add"), count, k)
+    return matrix if count == rows else body.slice(matrix, 0, rows, 0)
+
+
+def _outlier_weight(body: Body, call: Call, rows: int, k: int) -> ir.Value:
+    """The decoded matrix float32 `[rows, k]` of integers and outliers."""
+    return body("Add", _weight(body, call, rows, k), _outliers(body, call, rows, k))
+
+
 def _codebook_vectors(
     body: Body, call: Call, codes: ir.Value, rows: int, groups: int, count: int
 ) -> ir.Value:
@@ -384,6 +412,16 @@ def quantize_linear_packed(call: Call, body: Body) -> Results:
 def linear_packed_float(call: Call, body: Body) -> Results:
     """`linear_packed_float`."""
     return (_packed_linear(body, call, call["x"]),)
+
+
+def linear_outliers(call: Call, body: Body) -> Results:
+    """`linear_outliers`."""
+    return (_packed_linear(body, call, _dequantized(body, call), _outlier_weight),)
+
+
+def linear_outliers_float(call: Call, body: Body) -> Results:
+    """`linear_outliers_float`."""
+    return (_packed_linear(body, call, call["x"], _outlier_weight),)
 
 
 def linear_coded(call: Call, body: Body) -> Results:
@@ -604,6 +642,16 @@ def dequantize_weight(call: Call, body: Body) -> Results:
     return (body("DequantizeLinear", codes, *flat, axis=0),)
 
 
+def dequantize_outliers(call: Call, body: Body) -> Results:
+    """`dequantize_outliers`."""
+    (dense,) = dequantize_weight(call, body)
+    values = body.floats(call["values"])
+    if call.attributes["multiplier"] != 1.0:
+        values = body("Mul", values, body.real(call.attributes["multiplier"]))
+    places = body.cast(call["places"], ir.DataType.INT64)
+    return (body("ScatterElements", dense, places, values, axis=1, reduction="add"),)
+
+
 BODIES: dict[str, Builder] = {
     function.__name__: function
     for function in (
@@ -611,12 +659,15 @@ BODIES: dict[str, Builder] = {
         conv_packed,
         dequantize_codebook,
         dequantize_coded,
+        dequantize_outliers,
         dequantize_weight,
         embedding_packed,
         gated,
         hadamard,
         linear_codebook,
         linear_coded,
+        linear_outliers,
+        linear_outliers_float,
         linear_packed,
         linear_packed_float,
         linear_sparse,

@@ -45,6 +45,7 @@ _MODULES = (
     "quantize",
     "linear",
     "linear_float",
+    "outliers",
     "coded",
     "codebook",
     "norm",

@@ -1,4 +1,4 @@
-// QuantizeActivation, PackedLinear, both in one (QuantizePackedLinear), and PackedLinearFloat.
+// QuantizeActivation, PackedLinear, both in one (QuantizePackedLinear), PackedLinearFloat, and two of them with outliers.
 #include "op.h"
 
 namespace isofold {
@@ -186,10 +186,17 @@ OrtStatus* run_linear(const Context& c, const isofold_linear& l, isofold_linear_
   RunScratch scratch(bytes);
   if (bytes && !scratch.data) return out_of_memory(c.api, c.op->name, bytes);
   call->scratch = scratch.data;
-  if (bytes)
+  if (l.zero)
     ISOFOLD_TRY(c.parallel(call->m, 0.04 * double(l.kp), [&](int64_t begin, int64_t end) {
       isofold_linear_prepare(kernels, isa, &l, call, begin, end);
     }));
+  if (int64_t blocks = l.outliers ? isofold_outlier_blocks(call->m) : 0) {
+    void* behind = static_cast<char*>(scratch.data) + isofold_linear_outlier_scratch(&l, call->m);
+    double each = 0.1 * double(l.kp) * ISOFOLD_OUTLIER_BLOCK;
+    ISOFOLD_TRY(c.parallel(blocks, each, [&](int64_t begin, int64_t end) {
+      isofold_outlier_prepare(kernels, call->u, l.kp, call->m, behind, begin, end);
+    }));
+  }
   int64_t tasks = isofold_linear_tasks(&l, call->m);
   double rows = double(isofold_linear_row_block(&l, call->m));
   rows = rows < double(call->m) ? rows : double(call->m);
@@ -202,9 +209,9 @@ OrtStatus* run_linear(const Context& c, const isofold_linear& l, isofold_linear_
 
 // ---- PackedLinear
 
-OrtStatus* compute_linear(void* memory, Context& c) {
-  const auto& kernel = *static_cast<const LinearKernel*>(memory);
+OrtStatus* compute_packed(const LinearKernel& kernel, const isofold_outliers* outliers, Context& c) {
   isofold_linear l = kernel.linear;
+  l.outliers = outliers;
   ISOFOLD_TRY(read_weights(c, {2, 3, 4, 5, 6}, &l));
   Tensor u, params, residual;
   ISOFOLD_TRY(c.input(0, &u));
@@ -220,6 +227,10 @@ OrtStatus* compute_linear(void* memory, Context& c) {
   // One row of u [1, kp] has params [1, 2], which is also a pair: the same numbers either way.
   isofold_linear_call call = {u.as<uint8_t>(), params.f32(), residual.f32(), y, shape.rows(), per_tensor, nullptr};
   return run_linear(c, l, &call);
+}
+
+OrtStatus* compute_linear(void* memory, Context& c) {
+  return compute_packed(*static_cast<const LinearKernel*>(memory), nullptr, c);
 }
 
 // ---- QuantizePackedLinear
@@ -260,9 +271,9 @@ OrtStatus* compute_quantize_linear(void* memory, Context& c) {
 
 // ---- PackedLinearFloat
 
-OrtStatus* compute_linear_float(void* memory, Context& c) {
-  const auto& kernel = *static_cast<const LinearKernel*>(memory);
+OrtStatus* compute_packed_float(const LinearKernel& kernel, const isofold_outliers* outliers, Context& c) {
   isofold_linear l = kernel.linear;
+  l.outliers = outliers;
   ISOFOLD_TRY(read_weights(c, {1, 2, 3, 0, 4}, &l));
   Tensor x, residual;
   ISOFOLD_TRY(c.input(0, &x));
@@ -279,6 +290,75 @@ OrtStatus* compute_linear_float(void* memory, Context& c) {
   });
 }
 
+OrtStatus* compute_linear_float(void* memory, Context& c) {
+  return compute_packed_float(*static_cast<const LinearKernel*>(memory), nullptr, c);
+}
+
+// ---- OutlierLinear and OutlierLinearFloat: the same two with outliers
+
+struct OutlierKernel : LinearKernel {
+  float multiplier;
+  const void* checked;  // the places that a call has found to be in range
+};
+
+OrtStatus* create_outliers(void* memory, const Attributes& a) {
+  auto& kernel = *static_cast<OutlierKernel*>(memory);
+  ISOFOLD_TRY(create_linear(memory, a));
+  kernel.checked = nullptr;
+  if (kernel.k > 65536)
+    return fail(a.api, ORT_INVALID_ARGUMENT, "%s: attribute 'k' is %lld; places of outliers name at most 65536 inputs",
+                a.op->name, (long long)kernel.k);
+  return a.get("outlier_multiplier", &kernel.multiplier);
+}
+
+// Input `first` and the two behind it. Places address activations, so they are checked, once.
+OrtStatus* read_outliers(const Context& c, size_t first, OutlierKernel* kernel, isofold_outliers* o) {
+  Tensor places, values, offsets;
+  ISOFOLD_TRY(c.input(first, &places));
+  ISOFOLD_TRY(c.input(first + 1, &values));
+  ISOFOLD_TRY(c.input(first + 2, &offsets));
+  int64_t panels = isofold_linear_panels(&kernel->linear);
+  ISOFOLD_TRY(c.expect(first + 2, offsets, ORT_INT32, shape_of(panels + 1)));
+  const int32_t* ends = offsets.as<int32_t>();
+  if (places.shape.rank != 2)
+    return c.bad_input(first, "expected uint16 [J, 16], got %s", describe(places.type, places.shape).text);
+  int64_t steps = places.shape[0];
+  ISOFOLD_TRY(c.expect(first, places, ORT_UINT16, shape_of(steps, 16)));
+  ISOFOLD_TRY(c.expect(first + 1, values, ORT_FLOAT16, shape_of(steps, 16)));
+  *o = {places.as<uint16_t>(), values.as<uint16_t>(), ends, kernel->multiplier};
+  if (__atomic_load_n(&kernel->checked, __ATOMIC_RELAXED) == places.data) return nullptr;
+  if (ends[0] != 0 || ends[panels] != steps)
+    return c.bad_input(first + 2, "expected offsets from 0 to %lld, got %d to %d", (long long)steps, ends[0],
+                       ends[panels]);
+  for (int64_t p = 0; p < panels; ++p)
+    if (ends[p + 1] < ends[p])
+      return c.bad_input(first + 2, "expected ascending offsets, got %d behind %d", ends[p + 1], ends[p]);
+  for (int64_t p = 0; p < panels; ++p) {
+    for (int64_t i = ends[p] * 16; i < ends[p + 1] * 16; ++i) {
+      bool descends = i >= (ends[p] + 1) * 16 && o->places[i] < o->places[i - 16];
+      if (o->places[i] >= kernel->k || descends)
+        return c.bad_input(first, "expected ascending places below %lld along each row, got %d in row %lld",
+                           (long long)kernel->k, o->places[i], (long long)(p * 16 + i % 16));
+    }
+  }
+  __atomic_store_n(&kernel->checked, places.data, __ATOMIC_RELAXED);
+  return nullptr;
+}
+
+OrtStatus* compute_outliers(void* memory, Context& c) {
+  auto& kernel = *static_cast<OutlierKernel*>(memory);
+  isofold_outliers outliers;
+  ISOFOLD_TRY(read_outliers(c, 8, &kernel, &outliers));
+  return compute_packed(kernel, &outliers, c);
+}
+
+OrtStatus* compute_outliers_float(void* memory, Context& c) {
+  auto& kernel = *static_cast<OutlierKernel*>(memory);
+  isofold_outliers outliers;
+  ISOFOLD_TRY(read_outliers(c, 6, &kernel, &outliers));
+  return compute_packed_float(kernel, &outliers, c);
+}
+
 // What linears of codes have in common; the weight is input `first`.
 void define_linear(Op* op, size_t first) {
   op->inputs[first] = {"weight", ORT_UNDEFINED};
@@ -290,6 +370,14 @@ void define_linear(Op* op, size_t first) {
   op->output_count = 1;
   op->outputs[0] = {"y", ORT_FLOAT};
   op->infer = infer_linear;
+}
+
+void define_outliers(Op* op, size_t first) {
+  op->inputs[first] = {"places", ORT_UINT16};
+  op->inputs[first + 1] = {"values", ORT_FLOAT16};
+  op->inputs[first + 2] = {"offsets", ORT_INT32};
+  op->kernel_size = sizeof(OutlierKernel);
+  op->create = create_outliers;
 }
 
 }  // namespace
@@ -349,6 +437,22 @@ void define_packed_linear_float(Op* op) {
   op->create = create_linear;
   op->compute = compute_linear_float;
   op->infer = infer_linear;
+}
+
+void define_outlier_linear(Op* op) {
+  define_packed_linear(op);
+  op->name = "OutlierLinear";
+  op->input_count = 11;
+  define_outliers(op, 8);
+  op->compute = compute_outliers;
+}
+
+void define_outlier_linear_float(Op* op) {
+  define_packed_linear_float(op);
+  op->name = "OutlierLinearFloat";
+  op->input_count = 9;
+  define_outliers(op, 6);
+  op->compute = compute_outliers_float;
 }
 
 }  // namespace isofold

@@ -26,7 +26,7 @@
 
 namespace isofold {
 
-enum { MAX_RANK = 8, MAX_INPUTS = 10, MAX_OUTPUTS = 4 };
+enum { MAX_RANK = 8, MAX_INPUTS = 12, MAX_OUTPUTS = 4 };
 
 struct Shape {
   int rank = 0;
@@ -278,6 +278,8 @@ void define_quantize_activation(Op*);
 void define_packed_linear(Op*);
 void define_quantize_packed_linear(Op*);
 void define_packed_linear_float(Op*);
+void define_outlier_linear(Op*);
+void define_outlier_linear_float(Op*);
 void define_coded_linear(Op*);
 void define_sparse_linear(Op*);
 void define_sparse_linear_float(Op*);

@@ -203,7 +203,7 @@ void (*const definitions[])(Op*) = {
     define_packed_conv,         define_norm,          define_norm_quantize,       define_attention,
     define_rotary,              define_gated,         define_hadamard,            define_coded_linear,
     define_sparse_linear,       define_sparse_linear_float, define_quantize_packed_linear,
-    define_codebook_linear,
+    define_codebook_linear,     define_outlier_linear, define_outlier_linear_float,
 };
 constexpr size_t op_count = sizeof definitions / sizeof definitions[0];
 

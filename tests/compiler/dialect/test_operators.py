@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from isofold.compiler.dialect import OPERATORS, operator_of, packing
+from isofold.compiler.dialect import OPERATORS, operator_of, outlier_packing, packing
 from isofold.compiler.dialect.element_formats import FORMATS
 from isofold.compiler.dialect.packing_codebook import CodebookMatrix, pack_codebook
 from isofold.compiler.dialect.packing_coded import CodedMatrix, pack_coded
@@ -61,6 +61,25 @@ def float_arguments() -> tuple[Any, ...]:
     p = packed(5, 40, 4, 32, True)
     tensors = (p.weight, p.scale, p.zero, randn(5), None)
     return (randn(2, 3, 40), *tensors, 5, 40, 4, 32, p.scale_multiplier, "silu", False)
+
+
+def outlier_arguments(quantized: bool, gated: bool = False) -> tuple[Any, ...]:
+    rows, n = (32, 10) if gated else (5, 5)
+    p = packed(rows, 40, 4, 32, True)
+    places = torch.stack([torch.randperm(40, generator=generator())[:3] for _ in range(rows)])
+    held = outlier_packing.pack_outliers(places, randn(rows, 3).half(), 40, 0.5)
+    tail = (randn(rows if gated else n), None, held.places, held.values, held.offsets)
+    attributes = (n, 40, 4, 32, p.scale_multiplier, "silu", gated, held.multiplier)
+    if not quantized:
+        return (randn(2, 3, 40), p.weight, p.scale, p.zero, *tail, *attributes)
+    u, params = OPS.quantize_activation(randn(2, 3, 40), None, 32)
+    return (u, params, p.weight, p.scale, p.zero, p.wsum, *tail, *attributes)
+
+
+def dequantize_outliers_arguments() -> tuple[Any, ...]:
+    codes, scale, zero, group_size = dequantize_arguments()
+    places = torch.randint(0, 40, (5, 3), generator=generator(), dtype=torch.int32)
+    return codes, scale, zero, places, randn(5, 3).half(), 0.5, group_size
 
 
 def coded_matrix(name: str, n: int, k: int, group_size: int) -> CodedMatrix:
@@ -193,6 +212,7 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         lambda: dequantize_coded_arguments("e4m3", 0),
         lambda: dequantize_coded_arguments("nvfp4", 16),
     ],
+    "dequantize_outliers": [dequantize_outliers_arguments],
     "dequantize_weight": [dequantize_arguments],
     "embedding_packed": [embedding_arguments],
     "gated": [lambda: (randn(2, 6), randn(2, 6), "silu")],
@@ -211,6 +231,8 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         lambda: coded_arguments("table4", 32, gated=True),
         lambda: coded_arguments("mxfp6_e3m2", 32),
     ],
+    "linear_outliers": [lambda: outlier_arguments(True), lambda: outlier_arguments(True, gated=True)],
+    "linear_outliers_float": [lambda: outlier_arguments(False)],
     "linear_packed": [
         linear_arguments,
         lambda: linear_arguments(4, 32, True),
@@ -291,11 +313,13 @@ def floats_of(given: tuple[Any, ...]) -> list[int]:
         "attention",
         "dequantize_codebook",
         "dequantize_coded",
+        "dequantize_outliers",
         "dequantize_weight",
         "gated",
         "hadamard",
         "linear_codebook",
         "linear_coded",
+        "linear_outliers_float",
         "linear_packed_float",
         "linear_sparse_float",
         "norm",

@@ -16,8 +16,14 @@ from .single import model_of, run
 CASES = list(cases())
 IDS = [f"{name}-{what}" for name, what, _ in CASES]
 CONSTANT = ("weight", "scale", "zero", "wsum", "bias", "codes", "table", "multiplier", "codebooks")
-SPARSE = ("mask", "values", "offsets")
-NOT_IN_LIBRARY = ("quantize_dequantize", "dequantize_weight", "dequantize_coded", "dequantize_codebook")
+SPARSE = ("mask", "values", "offsets", "places")
+NOT_IN_LIBRARY = (
+    "quantize_dequantize",
+    "dequantize_weight",
+    "dequantize_coded",
+    "dequantize_codebook",
+    "dequantize_outliers",
+)
 
 
 def assert_close(name: str, arguments: dict[str, Any], got: list[np.ndarray]) -> None:
