@@ -4,7 +4,9 @@ Importing this package registers every operator. `OPERATORS` maps names to their
 """
 
 from .attention import attention
+from .attention_cached import attention_cached
 from .conv_packed import conv_packed
+from .dequantize_cache import dequantize_cache
 from .dequantize_codebook import dequantize_codebook
 from .dequantize_coded import dequantize_coded
 from .dequantize_outliers import dequantize_outliers
@@ -24,6 +26,7 @@ from .norm import norm
 from .norm_quantize import norm_quantize
 from .operator import NAMESPACE, ONNX_DOMAIN, ONNX_VERSION, OPERATORS, Cost, Operator, operator_of
 from .quantize_activation import quantize_activation
+from .quantize_cache import quantize_cache
 from .quantize_dequantize import quantize_dequantize
 from .quantize_linear_packed import quantize_linear_packed
 from .rotary import rotary
@@ -36,7 +39,9 @@ __all__ = [
     "Cost",
     "Operator",
     "attention",
+    "attention_cached",
     "conv_packed",
+    "dequantize_cache",
     "dequantize_codebook",
     "dequantize_coded",
     "dequantize_outliers",
@@ -56,6 +61,7 @@ __all__ = [
     "norm_quantize",
     "operator_of",
     "quantize_activation",
+    "quantize_cache",
     "quantize_dequantize",
     "quantize_linear_packed",
     "rotary",

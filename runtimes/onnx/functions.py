@@ -567,6 +567,54 @@ def attention(call: Call, body: Body) -> Results:
     return (body.transpose(body("MatMul", weights, values), 0, 2, 1, 3),)
 
 
+def quantize_cache(call: Call, body: Body) -> Results:
+    """`quantize_cache`."""
+    bits = call.attributes["bits"]
+    rounding = {"align": 32, "bits": bits, "hadamard": call.attributes["hadamard"]}
+    given = {"x": call["x"], "params": None, "shift": call.get("shift"), "scale": None}
+    u, params = quantize_activation(Call(given, rounding), body)
+    if bits == 8:
+        return u, params
+    lead = [0] * (call.rank("x") - 1)
+    blocks = body.reshape(u, *lead, -1, 2, 16)
+    low, high = (
+        body("Gather", blocks, body.constant(np.array(i, dtype=np.int64)), axis=len(lead) + 1) for i in (0, 1)
+    )
+    both = body("BitwiseOr", low, body("BitShift", high, _byte(body, 4), direction="LEFT"))
+    return body.reshape(both, *lead, ceil_to(call.size("x", -1), 32) // 2), params
+
+
+def dequantize_cache(call: Call, body: Body) -> Results:
+    """`dequantize_cache`."""
+    depth, bits = call.attributes["depth"], call.attributes["bits"]
+    return (_cached(body, call["codes"], call["params"], call.rank("codes"), depth, bits),)
+
+
+def _cached(body: Body, codes: ir.Value, params: ir.Value, rank: int, depth: int, bits: int) -> ir.Value:
+    if bits == 4:
+        lead = [0] * (rank - 1)
+        blocks = body.reshape(codes, *lead, -1, 16)
+        both = body.stack([_field(body, blocks, low, 4) for low in (0, 4)], rank)
+        codes = body.reshape(both, *lead, ceil_to(depth, 32))
+    u = body.floats(body.slice(codes, 0, depth, -1))
+    scale, zero = (body.slice(params, i, i + 1, -1) for i in (0, 1))
+    return body("Mul", body("Sub", u, zero), scale)
+
+
+def attention_cached(call: Call, body: Body) -> Results:
+    """`attention_cached`: the body of `attention` on decoded keys and values."""
+    at = dict(call.attributes)
+    depth, width, bits = at.pop("depth"), at.pop("value_depth"), at.pop("bits")
+    read = {}
+    for name, size in (("k", depth), ("v", width)):
+        decoded = _cached(body, call[name], call[f"{name}_params"], 4, size, bits)
+        moved = body.transpose(decoded, 0, 2, 1, 3)
+        moved.shape = ir.Shape([None, None, at["kv_heads"], size])
+        read[name] = moved
+    inputs = {"q": call["q"], **read, "mask": call.get("mask")}
+    return attention(Call(inputs, {**at, "k_start": 0, "v_start": 0}), body)
+
+
 def rotary(call: Call, body: Body) -> Results:
     """`rotary`."""
     x, at = call["x"], call.attributes
@@ -656,7 +704,9 @@ BODIES: dict[str, Builder] = {
     function.__name__: function
     for function in (
         attention,
+        attention_cached,
         conv_packed,
+        dequantize_cache,
         dequantize_codebook,
         dequantize_coded,
         dequantize_outliers,
@@ -675,6 +725,7 @@ BODIES: dict[str, Builder] = {
         norm,
         norm_quantize,
         quantize_activation,
+        quantize_cache,
         quantize_dequantize,
         quantize_linear_packed,
         rotary,

@@ -50,6 +50,7 @@ _MODULES = (
     "codebook",
     "norm",
     "attention",
+    "attention_cache",
     "rotary",
     "elementwise",
     "embedding",

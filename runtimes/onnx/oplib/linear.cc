@@ -116,6 +116,57 @@ OrtStatus* infer_quantize(Inference& f) {
   return f.output(1, pairs);
 }
 
+// ---- QuantizeCache: the same codes with a pair for each row, packed
+
+struct CacheKernel : KernelBase {
+  int64_t bits;
+  Quantizer quantizer;
+};
+
+OrtStatus* create_cache(void* memory, const Attributes& a) {
+  auto& kernel = *static_cast<CacheKernel*>(memory);
+  ISOFOLD_TRY(a.at_least("bits", 1, &kernel.bits));
+  return create_quantizer(a, "bits", &kernel.quantizer);
+}
+
+OrtStatus* compute_cache(void* memory, Context& c) {
+  const auto& kernel = *static_cast<const CacheKernel*>(memory);
+  Rows rows;
+  ISOFOLD_TRY(c.input(0, &rows.x));
+  ISOFOLD_TRY(c.input(1, &rows.shift));
+  const Shape& shape = rows.x.shape;
+  if (shape.rank < 1) return c.bad_input(0, "expected at least one dimension, got a scalar");
+  ISOFOLD_TRY(c.expect(1, rows.shift, ORT_FLOAT, shape_of(shape[-1])));
+  ISOFOLD_TRY(hadamard_expect(c, 0, rows.x, kernel.quantizer.hadamard));
+  int64_t dp = ceil_to(shape[-1], 32), bytes = dp * kernel.bits / 8, m = shape.rows();
+  uint8_t* codes = nullptr;
+  float* params = nullptr;
+  ISOFOLD_TRY(c.output(0, with_last(shape, bytes), &codes));
+  ISOFOLD_TRY(c.output(1, with_last(shape, 2), &params));
+  if (kernel.bits == 8) return quantize_rows(c, kernel.quantizer, rows, dp, codes, params);
+  RunScratch scratch(size_t(m * dp));
+  if (m && !scratch.data) return out_of_memory(c.api, c.op->name, size_t(m * dp));
+  auto* u = static_cast<uint8_t*>(scratch.data);
+  ISOFOLD_TRY(quantize_rows(c, kernel.quantizer, rows, dp, u, params));
+  return c.parallel(m, double(dp) / 40, [&](int64_t begin, int64_t end) {
+    kernels->cache_pack(u + begin * dp, codes + begin * bytes, (end - begin) * (dp / 32));
+  });
+}
+
+OrtStatus* infer_cache(Inference& f) {
+  SymbolicShape shape = f.input(0);
+  int64_t bits = f.integer("bits", 0);
+  if (!shape.known || bits <= 0) return nullptr;
+  int last = shape.rank - 1;
+  SymbolicShape pairs = shape;
+  if (shape.dims[last] >= 0) {
+    shape.set(last, ceil_to(shape.dims[last], 32) * bits / 8);
+    ISOFOLD_TRY(f.output(0, shape));
+  }
+  pairs.set(last, 2);
+  return f.output(1, pairs);
+}
+
 // ---- what multiplies by packed weights
 
 struct LinearKernel : KernelBase {
@@ -396,6 +447,20 @@ void define_quantize_activation(Op* op) {
   op->create = create_quantize;
   op->compute = compute_quantize;
   op->infer = infer_quantize;
+}
+
+void define_quantize_cache(Op* op) {
+  op->name = "QuantizeCache";
+  op->input_count = 2;
+  op->inputs[0] = {"x", ORT_FLOAT};
+  op->inputs[1] = {"shift", ORT_FLOAT, ORT_OPTIONAL};
+  op->output_count = 2;
+  op->outputs[0] = {"codes", ORT_UINT8};
+  op->outputs[1] = {"params", ORT_FLOAT};
+  op->kernel_size = sizeof(CacheKernel);
+  op->create = create_cache;
+  op->compute = compute_cache;
+  op->infer = infer_cache;
 }
 
 void define_packed_linear(Op* op) {

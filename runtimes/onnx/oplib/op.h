@@ -286,6 +286,8 @@ void define_sparse_linear_float(Op*);
 void define_codebook_linear(Op*);
 void define_packed_embedding(Op*);
 void define_packed_conv(Op*);
+void define_cached_attention(Op*);
+void define_quantize_cache(Op*);
 void define_norm(Op*);
 void define_norm_quantize(Op*);
 void define_attention(Op*);

@@ -82,6 +82,12 @@ def dequantize_outliers_arguments() -> tuple[Any, ...]:
     return codes, scale, zero, places, randn(5, 3).half(), 0.5, group_size
 
 
+def cached_arguments(bits: int) -> tuple[Any, ...]:
+    k, v = (OPS.quantize_cache(randn(2, 2, 6, depth), None, bits) for depth in (8, 40))
+    mask = randn(2, 1, 3, 6)
+    return (randn(2, 3, 5, 8), *k, *v, mask, 4, 2, 8, 40, bits, 1, 0.3, False, 20.0)
+
+
 def coded_matrix(name: str, n: int, k: int, group_size: int) -> CodedMatrix:
     form = FORMATS[name]
     codes = torch.randint(0, 2 ** (form.bits - 2), (n, k), generator=generator()).to(torch.uint8)
@@ -202,7 +208,9 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
             20.0,
         ),
     ],
+    "attention_cached": [lambda: cached_arguments(8), lambda: cached_arguments(4)],
     "conv_packed": [conv_arguments],
+    "dequantize_cache": [lambda: (*OPS.quantize_cache(randn(2, 3, 40), None, 4), 40, 4)],
     "dequantize_codebook": [
         lambda: dequantize_codebook_arguments(2, 8),
         lambda: dequantize_codebook_arguments(1, 16),
@@ -254,6 +262,10 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         lambda: (randn(2, 3, 40), None, 32),
         lambda: (randn(2, 3, 40), torch.tensor([0.02, 128.0]), 64),
         lambda: (randn(2, 3, 40), None, 32, randn(40), randn(40).flip(0), 4),
+    ],
+    "quantize_cache": [
+        lambda: (randn(2, 3, 40), None, 8),
+        lambda: (randn(2, 3, 40), randn(40), 4, [8]),
     ],
     "quantize_dequantize": [
         lambda: (randn(2, 3, 40), None, "token"),
@@ -311,6 +323,8 @@ def floats_of(given: tuple[Any, ...]) -> list[int]:
     "name",
     [
         "attention",
+        "attention_cached",
+        "dequantize_cache",
         "dequantize_codebook",
         "dequantize_coded",
         "dequantize_outliers",

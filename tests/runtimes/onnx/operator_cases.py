@@ -60,6 +60,7 @@ def cases() -> Iterator[Case]:
     yield from _convolutions()
     yield from _norms()
     yield from _attentions()
+    yield from _caches()
     yield from _elementwise()
 
 
@@ -458,6 +459,61 @@ def _attentions() -> Iterator[Case]:
                 "softcap": softcap,
             },
         )
+
+
+def _caches() -> Iterator[Case]:
+    for index, (bits, depth) in enumerate(product((8, 4), (16, 40, 64))):
+        random = _Random(700 + index)
+        x = random.normal(2, 3, 5, depth)
+        x[0, 0, 0] = 0.0  # an empty range
+        shift, orders = random.normal(depth) if index % 2 else None, [8] if index % 3 == 0 else []
+        yield (
+            "quantize_cache",
+            f"a{bits}-d{depth}-h{orders}",
+            {"x": x, "shift": shift, "bits": bits, "hadamard": orders},
+        )
+        codes, params = torch.ops.isofold.quantize_cache(x, None, bits)
+        held = {"codes": codes, "params": params, "depth": depth, "bits": bits}
+        yield "dequantize_cache", f"a{bits}-d{depth}", held
+    # Heads by kernels of 4, 2 and 1; one query, a few and many; masks of both kinds; caps.
+    sizes = [
+        (8, 1, 1, 300),
+        (6, 2, 1, 17),
+        (4, 4, 2, 33),
+        (5, 1, 3, 128),
+        (4, 2, 37, 150),
+        (7, 7, 1, 1),
+        (2, 1, 4, 9),
+    ]
+    for index, ((heads, kv_heads, queries, keys), bits) in enumerate(product(sizes, (8, 4))):
+        random = _Random(800 + index)
+        depth, width = ((64, 64), (40, 24), (16, 128))[index % 3]
+        k, k_params = torch.ops.isofold.quantize_cache(random.normal(2, kv_heads, keys, depth), None, bits)
+        v, v_params = torch.ops.isofold.quantize_cache(random.normal(2, kv_heads, keys, width), None, bits)
+        mask = None
+        if index % 4 == 1:
+            mask = random.normal(2, 1, queries, keys)
+        elif index % 4 == 2:
+            mask = random.integers(0, 2, 2, heads, 1, keys).bool()
+            mask[0] = False  # nothing to see
+        arguments = {
+            "q": random.normal(2, queries, heads + 1, depth),
+            "k": k,
+            "k_params": k_params,
+            "v": v,
+            "v_params": v_params,
+            "mask": mask,
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "depth": depth,
+            "value_depth": width,
+            "bits": bits,
+            "q_start": index % 2,
+            "scale": depth**-0.5,
+            "causal": index % 5 == 3,
+            "softcap": 20.0 if index % 3 == 1 else 0.0,
+        }
+        yield "attention_cached", f"a{bits}-{heads}x{kv_heads}-s{queries}-t{keys}", arguments
 
 
 def _elementwise() -> Iterator[Case]:

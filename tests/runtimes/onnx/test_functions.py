@@ -23,6 +23,7 @@ NOT_IN_LIBRARY = (
     "dequantize_coded",
     "dequantize_codebook",
     "dequantize_outliers",
+    "dequantize_cache",
 )
 
 
