@@ -18,6 +18,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -68,15 +69,36 @@ def _coded(name: str, bits: int, group: int) -> Kind:
     return Kind(name, "isofold", bits, group, 0, True, format=name)
 
 
+def _int4_with(what: str, group: int = 32, shared: bool = True, **more: Any) -> Kind:
+    """int4 in groups with something beside it."""
+    return Kind(f"int4 g{group}{what}", "isofold", 4, group, shared_quantizer=shared, **more)
+
+
 INT4 = {group: _integers(4, group) for group in (32, 64, 128)}
 INT4_FLOAT = _integers(4, 32, floating=True)
+INT4_OWN = _int4_with(", own quantizer", shared=False)
+COSTS_15, COSTS_10 = f">= {1 / 1.15:.3f}", f">= {1 / 1.1:.3f}"
+"""A format that may cost 15 % or 10 % over its rival."""
 FORMATS = [
     *(Format(kind) for kind in INT4.values()),
     *(Format(_integers(3, group), INT4[group], WITHIN) for group in INT4),
     Format(_integers(3, 32, zero=True), INT4[32], WITHIN),
     *(Format(_integers(2, group), INT4[group], WITHIN, ">= 1.5") for group in INT4),
     Format(_integers(2, 32, zero=True), INT4[32], WITHIN, ">= 1.5"),
+    Format(_int4_with(", 1 % outliers", outliers=0.01), INT4[32], None, COSTS_15),
+    Format(_int4_with(", 1 % outliers", 128, outliers=0.01), INT4[128], None, COSTS_15),
+    Format(_int4_with(", rank 8", rank=8), INT4[32], None, COSTS_10),
+    Format(INT4_OWN),
+    Format(
+        _int4_with(", own quantizer with Hadamard 4096", shared=False, hadamard=True),
+        INT4_OWN,
+        None,
+        COSTS_10,
+    ),
     Format(INT4_FLOAT),
+    Format(
+        _int4_with(", float activations, 1 % outliers", outliers=0.01, float_activations=True), INT4_FLOAT
+    ),
     Format(_integers(3, 32, zero=True, floating=True), INT4_FLOAT),
     Format(_integers(2, 32, zero=True, floating=True), INT4_FLOAT),
     Format(_coded("nf4", 4, 64), INT4_FLOAT, WITHIN),

@@ -36,6 +36,12 @@ class Kind:
     zero: bool = False
     format: str = ""
     """Of linear_coded, or codebooks such as 2x8; empty: integers."""
+    outliers: float = 0.0
+    """Share of each row that is kept beside integers in float16."""
+    rank: int = 0
+    """Of a thin float part beside them (LoRC)."""
+    hadamard: bool = False
+    """The layer's own quantizer turns its input by a Hadamard matrix first."""
 
     @property
     def ours(self) -> bool:
@@ -95,6 +101,24 @@ def zero_points(kind: Kind, n: int, k: int, layer: int) -> NDArray[np.float32] |
     return np.roll(drawn.astype(np.float32), layer, 0)
 
 
+def outliers(kind: Kind, n: int, k: int, layer: int) -> tuple[NDArray[np.int64], NDArray[np.float16]]:
+    """Places and values `[N, J]` of the outliers of a layer."""
+    generator = np.random.default_rng([SEED, n, k, 2])
+    each = round(kind.outliers * k)
+    places = generator.permuted(np.tile(np.arange(k), (64, 1)), axis=1)[:, :each]
+    values = (generator.standard_normal((64, each)) * 4 / np.sqrt(k)).astype(np.float16)
+    index = (np.arange(n) + layer) % 64
+    return places[index], values[index]
+
+
+def thin_part(kind: Kind, n: int, k: int, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The two factors `[K, r]` and `[r, N]` of a layer."""
+    generator = np.random.default_rng([SEED, n, k, kind.rank, 3])
+    down = generator.standard_normal((k, kind.rank), np.float32) / np.float32(k)
+    up = generator.standard_normal((kind.rank, n), np.float32)
+    return np.roll(down, layer, 0), np.roll(up, layer, 1)
+
+
 def coded_matrix(kind: Kind, n: int, k: int, layer: int) -> Any:
     """The CodedMatrix or CodebookMatrix of a layer: about normal weights, random vectors."""
     import torch
@@ -125,6 +149,16 @@ def reference(x: NDArray[np.float32], kind: Kind, n: int, k: int, layer: int) ->
     points = zero_points(kind, n, k, layer)
     centred = codes if points is None else codes - np.repeat(points, kind.group, axis=1)
     weight = centred * np.repeat(scales, k // scales.shape[1], axis=1).astype(np.float64)
+    if kind.outliers:
+        places, values = outliers(kind, n, k, layer)
+        np.add.at(weight, (np.arange(n)[:, None], places), values.astype(np.float64))
+    if kind.rank:
+        down, up = thin_part(kind, n, k, layer)
+        weight += (down.astype(np.float64) @ up).T
+    if kind.hadamard:
+        from isofold.compiler.hadamard_orders import signs
+
+        weight = weight @ signs(k).astype(np.float64).T / np.sqrt(k)
     result: NDArray[np.float64] = x.astype(np.float64) @ weight.T
     return result
 
@@ -160,6 +194,7 @@ def _isofold_nodes(
     import torch
 
     from isofold.compiler.dialect import packing
+    from isofold.compiler.dialect.outlier_packing import pack_outliers
 
     codes, scales = codes_and_scales(n, k, kind.bits, kind.group, layer)
     stored, _ = packing.storable_scale(torch.from_numpy(scales), kind.group)
@@ -179,19 +214,27 @@ def _isofold_nodes(
         "gated": 0,
         "domain": "ai.isofold",
     }
+    sums, beside = packed.wsum.numpy(), []
+    if kind.outliers:
+        places, values = outliers(kind, n, k, layer)
+        held = pack_outliers(torch.from_numpy(places), torch.from_numpy(values), k, 1.0)
+        tensors = {"places": held.places, "values": held.values, "offsets": held.offsets}
+        beside = [data.add(f"{name}{layer}", tensor.numpy()) for name, tensor in tensors.items()]
+        attributes["outlier_multiplier"] = 1.0
+        sums = (sums + values.astype(np.float64).sum(1)).astype(np.float32)
     if kind.float_activations:
-        yield helper.make_node(
-            "PackedLinearFloat", [source, weight, scale, stored_zero], [target], **attributes
-        )
+        inputs = [source, weight, scale, stored_zero, *(["", "", *beside] if beside else [])]
+        operator = "OutlierLinearFloat" if beside else "PackedLinearFloat"
+        yield helper.make_node(operator, inputs, [target], **attributes)
         return
-    wsum = data.add(f"wsum{layer}", packed.wsum.numpy())
+    wsum = data.add(f"wsum{layer}", sums)
     if not kind.shared_quantizer:
         inputs = [source, "", "", "", weight, scale, stored_zero, wsum]
         linear = helper.make_node("QuantizePackedLinear", inputs, [target], **attributes, input_bits=8)
-        yield _without_hadamard(linear)
+        yield _with_hadamard(linear, [k] if kind.hadamard else [])
         return
     if layer == 0:
-        yield _without_hadamard(
+        yield _with_hadamard(
             helper.make_node(
                 "QuantizeActivation",
                 [source],
@@ -199,15 +242,25 @@ def _isofold_nodes(
                 domain="ai.isofold",
                 bits=8,
                 align=packing.alignment(kind.group),
-            )
+            ),
+            [],
         )
     inputs = ["u", "params", weight, scale, stored_zero, wsum]
-    yield helper.make_node("PackedLinear", inputs, [target], **attributes)
+    if kind.rank:
+        parts = zip(("down", "up"), thin_part(kind, n, k, layer), strict=True)
+        down, up = (data.add(f"{name}{layer}", factor) for name, factor in parts)
+        yield helper.make_node("MatMul", [source, down], [f"thin{layer}"])
+        yield helper.make_node("MatMul", [f"thin{layer}", up], [f"residual{layer}"])
+        inputs += ["", f"residual{layer}"]
+    elif beside:
+        inputs += ["", "", *beside]
+    operator = "OutlierLinear" if beside else "PackedLinear"
+    yield helper.make_node(operator, inputs, [target], **attributes)
 
 
-def _without_hadamard(node: onnx.NodeProto) -> onnx.NodeProto:
+def _with_hadamard(node: onnx.NodeProto, orders: list[int]) -> onnx.NodeProto:
     """make_node cannot tell the type of an empty list."""
-    node.attribute.append(helper.make_attribute("hadamard", [], attr_type=onnx.AttributeProto.INTS))
+    node.attribute.append(helper.make_attribute("hadamard", orders, attr_type=onnx.AttributeProto.INTS))
     return node
 
 

@@ -32,8 +32,12 @@ FLOAT_LINEAR = "float32"
 MARGIN = 1.1
 """Predicted times closer than this are taken as equal."""
 
-_SAME = {"quantize_linear_packed": "linear_packed"}
-"""Operators that share their paces: a quantizer inside costs little beside the linear."""
+_SAME = {
+    "quantize_linear_packed": "linear_packed",
+    "linear_outliers": "linear_packed",
+    "linear_outliers_float": "linear_packed_float",
+}
+"""Operators that share their paces: a quantizer inside, or a percent of outliers, costs little beside the linear."""
 
 Curve = Sequence[tuple[float, float]]
 

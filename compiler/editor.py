@@ -82,6 +82,14 @@ class Editor:
         with self._mode, enable_python_dispatcher(), torch.no_grad():
             node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator] # call_function targets are callable
 
+    def refresh_all(self) -> None:
+        """Recompute every fake value, after constants or numbers of the graph have changed their sizes."""
+        for node in self.graph.nodes:
+            if node.op == "get_attr" and isinstance(held := self.tensors.get(str(node.target)), Tensor):
+                node.meta["val"] = self._mode.from_tensor(held, static_shapes=True)
+            elif node.op == "call_function":
+                self.refresh(node)
+
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Let every user of `old` read `new`, and erase `old` with all that only it needed."""
         old.replace_all_uses_with(new, propagate_meta=False)

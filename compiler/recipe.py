@@ -57,20 +57,24 @@ GROUP_SIZES: dict[str, tuple[int, ...]] = {
 """Sizes of the groups that each format of codes has, the default first (`dialect.element_formats.FORMATS`)."""
 
 
+_OUTLIERS = ("outliers", "outlier_sigma")
+
+
 class WeightFormat(_Strict):
     """How a weight matrix is stored.
 
     format: `int`; codes of a table or of small floats (nf4, table4, e4m3, e5m2, mxfp4, mxfp6_e3m2, mxfp6_e2m3,
     mxfp8_e4m3, mxfp8_e5m2, nvfp4); `codebook`, sums of vectors of 8 weights; or `auto`. All but `int` and `auto` meet
-    float activations.
-    bits, symmetric: of `int`: width, and no zero points (at 2 and 3 bits they are in sixteenths of a code, and worth
-    their byte a group). group_size: inputs that share a scale (0: the whole row, not at 2 and 3 bits; without it the
-    format's own). range: how the scale is found, `absmax` (largest magnitude; what the MX specification says) or `mse`
-    (least squared error over a grid). solver: of `int`: codes by rounding each weight to the nearest, or by GPTQ, which
-    needs calibration data. low_rank: rank of a thin part that stays float and makes up for the error of
-    rounding (0: none). codebooks, code_bits: of `codebook`: how many vectors are summed, and the width of the
-    code that chooses each. max_error: of `auto`, which takes the format that the cost model says is fastest here
-    among those whose rounding moves the weight by at most that share of its norm.
+    float activations. bits, symmetric: of `int`: width, and no zero points (at 2 and 3 bits they are in sixteenths of
+    a code, and worth their byte a group). group_size: inputs that share a scale (0: the whole row, not at 2 and 3
+    bits; without it the format's own). range: how the scale is found, `absmax` (largest magnitude; what the MX
+    specification says) or `mse` (least squared error over a grid). solver: of `int`: codes by rounding each weight
+    to the nearest, or by GPTQ, which needs calibration data. low_rank: rank of a thin part that stays float and
+    makes up for the error of rounding (0: none). outliers, outlier_sigma: of `int`: the share of each row's weights,
+    or all that lie so many standard deviations from its mean, that are kept as float16 beside the codes. codebooks,
+    code_bits: of `codebook`: how many vectors are summed, and the width of the code that chooses each. max_error: of
+    `auto`, which takes the format that the cost model says is fastest here among those whose rounding moves the
+    weight by at most that share of its norm.
     """
 
     format: Literal[
@@ -94,6 +98,8 @@ class WeightFormat(_Strict):
     range: Literal["absmax", "mse"] = "mse"
     solver: Literal["nearest", "gptq"] = "nearest"
     low_rank: int = Field(default=0, ge=0, le=256)
+    outliers: float = Field(default=0.0, ge=0.0, le=0.05)
+    outlier_sigma: float | None = Field(default=None, ge=2.0, le=20.0)
     codebooks: int = Field(default=2, ge=1, le=8)
     code_bits: Literal[8, 16] = 8
     max_error: float = Field(default=0.1, gt=0)
@@ -112,7 +118,7 @@ class WeightFormat(_Strict):
         if self.format == "int":
             return ("codebooks", "code_bits", "max_error")
         if self.format == "codebook":
-            return ("bits", "group_size", "symmetric", "range", "solver", "max_error")
+            return ("bits", "group_size", "symmetric", "range", "solver", "max_error", *_OUTLIERS)
         if self.format == "auto":
             return (
                 "bits",
@@ -123,8 +129,19 @@ class WeightFormat(_Strict):
                 "low_rank",
                 "codebooks",
                 "code_bits",
+                *_OUTLIERS,
             )
-        return ("bits", "symmetric", "solver", "codebooks", "code_bits", "max_error")
+        return ("bits", "symmetric", "solver", "codebooks", "code_bits", "max_error", *_OUTLIERS)
+
+    @model_validator(mode="after")
+    def _one_rule_of_outliers(self) -> WeightFormat:
+        if self.outliers and self.outlier_sigma is not None:
+            raise ValueError("outliers (a share of each row) and outlier_sigma are two rules; give one")
+        if self.solver == "gptq" and (self.outliers or self.outlier_sigma is not None):
+            raise ValueError(
+                "solver: gptq moves every weight of a row; outliers keep some as they are; choose one"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fields_of_the_format(self) -> WeightFormat:
@@ -217,17 +234,29 @@ class Sparsity(_Strict):
 
 
 class Prune(_Strict):
-    """Which weights of linears become zero: the smallest by magnitude.
+    """Which weights of linears become zero: the smallest by magnitude; or which channels and heads go altogether.
 
     pattern: `unstructured` (the largest `density` of a layer's weights stay), or `1:4`, `2:4`, `4:8` (that many of
     every 4 or 8 inputs stay, and density is not given).
+    structure: instead of a pattern, remove `fraction` of the hidden channels, of the heads of attentions, or of the
+    channels of the residual stream (`stream`), the least important by `criterion`: `magnitude` of their weights, or
+    `activation` (what they contribute on calibration data).
     """
 
     pattern: Literal["unstructured", "1:4", "2:4", "4:8"] = "unstructured"
     density: float | None = Field(default=None, gt=0.0, lt=1.0)
+    structure: Literal["channels", "heads", "stream"] | None = None
+    fraction: float | None = Field(default=None, gt=0.0, lt=1.0)
+    criterion: Literal["magnitude", "activation"] = "magnitude"
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Prune:
+        if self.structure is not None:
+            if self.fraction is None or self.density is not None or self.pattern != "unstructured":
+                raise ValueError("a structure needs a fraction, and has neither density nor pattern")
+            return self
+        if self.fraction is not None or self.criterion != "magnitude":
+            raise ValueError("fraction and criterion belong to a structure")
         if (self.density is None) == (self.pattern == "unstructured"):
             raise ValueError("an unstructured pattern needs a density, and an N:M pattern has its own")
         return self
@@ -352,6 +381,8 @@ class Recipe(_Strict):
         """Whether some range or transform must be found on data."""
         if self.fold is not None and self.fold.needs_data:
             return True
+        if any(form.criterion == "activation" for form in self.prune_formats):
+            return True
         static = any(form.mode == "static" for form in self.activation_formats)
         return static or any(form.solver == "gptq" for form in self.weight_formats)
 
@@ -359,6 +390,12 @@ class Recipe(_Strict):
     def activation_formats(self) -> list[ActivationFormat]:
         """The formats of activations that some layer may have."""
         return [self.activations, *(r.activations for r in self.layers if r.activations is not None)]
+
+    @property
+    def prune_formats(self) -> list[Prune]:
+        """What some layer may be pruned by."""
+        given = (self.prune, *(rule.prune for rule in self.layers))
+        return [form for form in given if form is not None]
 
     @property
     def weight_formats(self) -> list[WeightFormat]:
@@ -426,6 +463,7 @@ _Model = TypeVar("_Model", bound=BaseModel)
 _AUTO = WeightFormat(format="auto")
 _W8 = WeightFormat(bits=8)
 _W4 = WeightFormat(bits=4, group_size=32)
+_W4_OUTLIERS = WeightFormat(bits=4, group_size=128, outliers=0.01)
 _W3 = WeightFormat(bits=3, group_size=32, symmetric=False)
 _W2 = WeightFormat(bits=2, group_size=32, symmetric=False)
 _DYNAMIC = ActivationFormat(mode="dynamic")
@@ -476,6 +514,7 @@ PRESETS: dict[str, Recipe] = {
         _preset("sparse-int4", _W4, _DYNAMIC, sparsity=_SPARSE),
         Recipe(name="w8a16", weights=_W8, embeddings=EmbeddingFormat()),
         Recipe(name="w4a16", weights=_W4, embeddings=EmbeddingFormat()),
+        Recipe(name="w4a16-outliers", weights=_W4_OUTLIERS, embeddings=EmbeddingFormat()),
         Recipe(name="w3a16", weights=_W3, embeddings=EmbeddingFormat()),
         Recipe(name="w2a16", weights=_W2, embeddings=EmbeddingFormat()),
         Recipe(name="w4-nf4", weights=WeightFormat(format="nf4"), embeddings=EmbeddingFormat()),

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from .dialect.dense_packing import unpack_dense
 from .dialect.linear_packed import packed_rows
 from .dialect.operator import operator_of
+from .dialect.outlier_packing import unpack_outliers
 from .dialect.packing import (
     dequantize,
     split_gated,
@@ -105,6 +106,11 @@ def decoded(program: Program, node: fx.Node) -> Tensor:
     matrix = unpack_weight(
         weight, scale, constant("zero"), rows, k, bits, group_size, multiplier, torch.float32
     )
+    if declared.name in ("linear_outliers", "linear_outliers_float"):
+        places, values, offsets = (constant(name) for name in ("places", "values", "offsets"))
+        matrix = matrix + unpack_outliers(
+            places, values, offsets, rows, k, argument(node, "outlier_multiplier"), torch.float32
+        )
     return torch.cat(split_gated(matrix, n)) if gated else matrix
 
 

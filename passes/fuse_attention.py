@@ -1,6 +1,7 @@
 """Scaled dot product attention reads and writes `[B, S, H, D]`: `isofold.attention`, without transposes.
 
-    transpose(sdpa(transpose(q), transpose(k), transpose(v), mask)) → attention(q, k, v, mask)
+    transpose(sdpa(transpose(q), transpose(k), transpose(v), mask))             → attention(q, k, v, mask)
+    transpose(sdpa(transpose(q), dequantize_cache(k), dequantize_cache(v), mask)) → attention_cached(q, k, v, mask)
 
 Exchanging the head and sequence dimensions commutes with everything that works inside one head and position:
 rotary embedding (it then has head_dim_index 2), norms over the head, slices of it, products with a number or a vector
@@ -34,7 +35,14 @@ from ..compiler.canonicalize.match import (
     equal_sizes,
     is_call,
 )
-from ..compiler.dialect import attention, hadamard, quantize_dequantize, rotary
+from ..compiler.dialect import (
+    attention,
+    attention_cached,
+    dequantize_cache,
+    hadamard,
+    quantize_dequantize,
+    rotary,
+)
 from ..compiler.editor import Editor
 from ..compiler.graph import argument, dtype, shape
 from ..compiler.passes import Guarantee, define_pass
@@ -86,22 +94,38 @@ def _fuse(editor: Editor, node: fx.Node, forms: ClosedForms, tables: dict[fx.Nod
     kv_heads = (shape(node.args[1]) or ())[1]  # type: ignore[arg-type]  # a node, by the operator's schema
     given = argument(node, "scale")
     scale = float(given) if given is not None else float(depth) ** -0.5
+    codes = _codes(node)
     reads = []
-    for position in range(3):
+    for position in range(1 if codes else 3):
         x = node.args[position]
         assert isinstance(x, fx.Node)
         reads.append(_exchanged(editor, x, node, tables))
     mask, causal = _split_causal(forms, argument(node, "attn_mask"), argument(node, "is_causal"))
-    new = editor.call(
-        attention.overload, *reads, mask, heads, kv_heads, 0, 0, 0, scale, causal, 0.0, like=node
-    )
+    if codes:
+        new = editor.call(
+            attention_cached.overload, *reads, *codes[:4], mask, heads, kv_heads, *codes[4:], 0, scale, causal, 0.0,
+            like=node,
+        )  # fmt: skip
+    else:
+        new = editor.call(
+            attention.overload, *reads, mask, heads, kv_heads, 0, 0, 0, scale, causal, 0.0, like=node
+        )
     back = editor.call(aten.transpose.int, new, 1, 2, like=node)
     editor.replace(node, back)
     _cancel(editor, back, new)
-    inserted = sum(is_exchange(x) for x in new.args[:3]) + (not back._erased)
-    editor.applied(
-        new, "attention without transposes", transposes_left=inserted, heads=heads, kv_heads=kv_heads
-    )
+    inserted = sum(is_exchange(x) for x in reads) + (not back._erased)
+    what = f"attention on codes of {codes[-1]} bits" if codes else "attention without transposes"
+    editor.applied(new, what, transposes_left=inserted, heads=heads, kv_heads=kv_heads)
+
+
+def _codes(node: fx.Node) -> tuple[Any, ...] | None:
+    """Codes and pairs of keys and of values, their depths and bits, where an attention reads nothing else of them."""
+    keys, values = node.args[1:3]
+    if not (is_call(keys, dequantize_cache.overload) and is_call(values, dequantize_cache.overload)):
+        return None
+    parts = [[argument(x, name) for name in ("codes", "params", "depth", "bits")] for x in (keys, values)]
+    (k, k_params, depth, bits), (v, v_params, value_depth, other) = parts
+    return (k, k_params, v, v_params, depth, value_depth, bits) if bits == other else None
 
 
 def _split_causal(forms: ClosedForms, mask: Any, causal: bool) -> tuple[Any, bool]:

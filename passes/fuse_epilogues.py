@@ -18,6 +18,7 @@ Exactness: REAL; biases and scales are computed in float64 and rounded once.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -115,13 +116,17 @@ def _scaled(rows: PackedRows, factor: Tensor, group_size: int) -> PackedRows | s
     def times(t: Tensor | None) -> Tensor | None:
         return None if t is None else (t.double() * factor).float()
 
+    sums: dict[str, Any] = {"wsum": times(rows.wsum), "bias": times(rows.bias)}
+    power_of_two = not factor.dim() and math.frexp(float(factor))[0] == 0.5
+    if rows.values is not None and not power_of_two:
+        return "outliers are float16 and take only a power of two"
+    outliers = rows.outlier_multiplier * (float(factor) if power_of_two else 1.0)
     if group_size == 0:
         scale = (rows.scale.double() * factor.reshape(-1, 1)).float()
-        return PackedRows(rows.weight, scale, rows.zero, times(rows.wsum), times(rows.bias), rows.multiplier)
-    if factor.dim() or math.frexp(float(factor))[0] != 0.5:
+        return replace(rows, scale=scale, outlier_multiplier=outliers, **sums)
+    if not power_of_two:
         return "group scales are float16 and take only a power of two"
-    multiplier = rows.multiplier * float(factor)
-    return PackedRows(rows.weight, rows.scale, rows.zero, times(rows.wsum), times(rows.bias), multiplier)
+    return replace(rows, multiplier=rows.multiplier * float(factor), outlier_multiplier=outliers, **sums)
 
 
 def _absorb_sum(editor: Editor, node: fx.Node) -> None:

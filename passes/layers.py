@@ -14,8 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..compiler.dialect import dequantize_codebook, dequantize_coded, dequantize_weight, quantize_dequantize
+from ..compiler.dialect import (
+    dequantize_codebook,
+    dequantize_coded,
+    dequantize_outliers,
+    dequantize_weight,
+    quantize_dequantize,
+)
 from ..compiler.dialect.element_formats import element_format
+from ..compiler.dialect.outlier_packing import LARGEST_K, outlier_bytes
 from ..compiler.dialect.packing import LANES, alignment, ceil_to, code_range, zeros_fit
 from ..compiler.dialect.packing_codebook import GROUP
 from ..compiler.dialect.packing_coded import scale_dtype
@@ -24,6 +31,7 @@ from ..compiler.errors import InputError, RecipeError
 from ..compiler.graph import argument, dtype, module_path, place_of, shape
 from ..compiler.passes import Guarantee, define_pass
 from ..compiler.recipe import Kind, Recipe, WeightFormat
+from .outliers import Outliers, most_outliers, wants_outliers
 
 aten = torch.ops.aten
 
@@ -39,7 +47,12 @@ OPERATORS: dict[object, Kind] = {
     aten.conv_transpose2d.input: "convolutions",
     aten.convolution.default: "convolutions",
 }
-DEQUANTIZERS = (dequantize_weight.overload, dequantize_coded.overload, dequantize_codebook.overload)
+DEQUANTIZERS = (
+    dequantize_weight.overload,
+    dequantize_outliers.overload,
+    dequantize_coded.overload,
+    dequantize_codebook.overload,
+)
 """What a quantized weight is read through before it is packed."""
 ATTENTIONS = (aten.scaled_dot_product_attention.default,)
 """Operators whose keys and values a recipe's `kv` is for."""
@@ -76,14 +89,15 @@ def is_call_of(node: object, *overloads: object) -> bool:
 
 
 def quantized_weight(layer: Layer) -> fx.Node | None:
-    """The `dequantize_weight` call that the layer reads its weight from, or None."""
-    return layer.weight if is_call_of(layer.weight, dequantize_weight.overload) else None
+    """The call that makes the layer's weight of integer codes, or None."""
+    integers = (dequantize_weight.overload, dequantize_outliers.overload)
+    return layer.weight if is_call_of(layer.weight, *integers) else None
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """The constants behind a `dequantize_weight`: codes int8, scale `[N, G]`, zero int8 (float32 where not whole) or
-    None.
+    """The constants behind a `dequantize_weight` or `dequantize_outliers`: codes int8, scale `[N, G]`, zero int8
+    (float32 where not whole) or None, and outliers.
 
     node: the `get_attr` node of the codes.
     """
@@ -93,6 +107,7 @@ class QuantizedWeight:
     scale: Tensor
     zero: Tensor | None
     group_size: int
+    outliers: Outliers | None = None
 
 
 def codes_of(editor: Editor, layer: Layer) -> QuantizedWeight | str | None:
@@ -100,8 +115,15 @@ def codes_of(editor: Editor, layer: Layer) -> QuantizedWeight | str | None:
     call = quantized_weight(layer)
     if call is None:
         return None
-    node, scale_node, zero_node, group_size = call.args
+    node, scale_node, zero_node = call.args[:3]
+    group_size = argument(call, "group_size")
     codes, scale, zero = (editor.tensor(n) for n in (node, scale_node, zero_node))
+    outliers = None
+    if is_call_of(call, dequantize_outliers.overload):
+        places, values = (editor.tensor(argument(call, name)) for name in ("places", "values"))
+        if places is None or values is None:
+            return "its outliers are computed in the graph, not constants"
+        outliers = Outliers(places, values, float(argument(call, "multiplier")))
     if (
         not isinstance(node, fx.Node)
         or codes is None
@@ -112,7 +134,7 @@ def codes_of(editor: Editor, layer: Layer) -> QuantizedWeight | str | None:
     if dtype(layer.node) != torch.float32:
         return f"its result is {dtype(layer.node)}, not float32"
     assert isinstance(group_size, int)
-    return QuantizedWeight(node, codes, scale, zero, group_size)
+    return QuantizedWeight(node, codes, scale, zero, group_size, outliers)
 
 
 def narrowest_bits(quantized: QuantizedWeight, widths: Sequence[int]) -> int:
@@ -150,6 +172,10 @@ def _reason_against(editor: Editor, recipe: Recipe, layer: Layer, chosen: Any) -
         against = _reason_against_convolution(recipe, layer)
     else:
         against = None if weight.dim() == 2 else f"its weight has {weight.dim()} dimensions, not 2"
+        if against is None and wants_outliers(chosen) and weight.shape[1] > LARGEST_K:
+            against = (
+                f"its weight has {weight.shape[1]} inputs, and places of outliers name at most {LARGEST_K}"
+            )
     return against or _other_readers(layer) or _too_small(layer, weight, chosen)
 
 
@@ -219,7 +245,8 @@ def set_argument(node: fx.Node, name: str, new: fx.Node) -> None:
 
 
 def packed_bytes(kind: Kind, sizes: tuple[int, ...], chosen: Any) -> int:
-    """Bytes of a layer's tensors in the packed layout of docs/dialect.md, without its bias."""
+    """Bytes of a layer's tensors in the packed layout of docs/dialect.md, without its bias; of outliers by standard
+    deviations, the most that there can be."""
     n, k = sizes[0], math.prod(sizes[1:])
     if getattr(chosen, "format", "int") != "int":
         return _coded_bytes(n, k, chosen)
@@ -230,7 +257,8 @@ def packed_bytes(kind: Kind, sizes: tuple[int, ...], chosen: Any) -> int:
         return n * (ceil_to(k, 2) * bits // 8 + groups * (4 + zeros))
     rows, columns = ceil_to(n, LANES), ceil_to(k, alignment(group_size))
     groups = columns // group_size if group_size else 1
-    return rows * (columns * bits // 8 + groups * ((2 if group_size else 4) + zeros) + 4)
+    beside = outlier_bytes(n, most_outliers(chosen, k)) if wants_outliers(chosen) else 0
+    return rows * (columns * bits // 8 + groups * ((2 if group_size else 4) + zeros) + 4) + beside
 
 
 def _coded_bytes(n: int, k: int, chosen: WeightFormat) -> int:

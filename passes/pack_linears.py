@@ -2,6 +2,7 @@
 
     linear(quantize_dequantize(x), dequantize_weight(w)) + b → linear_packed(quantize_activation(x), pack(w), b)
     linear(x, dequantize_weight(w)) + b                      → linear_packed_float(x, pack(w), b)
+    the same on dequantize_outliers(w, S)                    → linear_outliers, linear_outliers_float
 
 REAL: codes and scales are kept bit for bit (`packing.pack_linear` refuses scales that it cannot store); the
 sums are the same ones multiplied out, so only the order of roundings differs. Linears that read one value
@@ -14,9 +15,18 @@ from __future__ import annotations
 
 import operator
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
-from ..compiler.dialect import linear_packed, linear_packed_float, quantize_activation, quantize_dequantize
+from ..compiler.dialect import (
+    linear_outliers,
+    linear_outliers_float,
+    linear_packed,
+    linear_packed_float,
+    quantize_activation,
+    quantize_dequantize,
+)
+from ..compiler.dialect.outlier_packing import PackedOutliers, pack_outliers
 from ..compiler.dialect.packing import PackedLinear, alignment, ceil_to, pack_linear
 from ..compiler.editor import Editor
 from ..compiler.graph import argument
@@ -26,7 +36,7 @@ from .layers import Layer, QuantizedWeight, codes_of, constant_name, is_call_of,
 
 @define_pass(Guarantee.REAL)
 def pack_linears(editor: Editor) -> None:
-    """Pack all linears whose weight is a `dequantize_weight` of constants."""
+    """Pack all linears whose weight is a `dequantize_weight` or `dequantize_outliers` of constants."""
     packable: list[tuple[Layer, QuantizedWeight]] = []
     for layer in layers(editor):
         quantized = codes_of(editor, layer) if layer.kind == "weights" else None
@@ -38,11 +48,11 @@ def pack_linears(editor: Editor) -> None:
         else:
             packable.append((layer, quantized))
     activations = _quantize_activations(editor, packable)
-    packed: dict[fx.Node, tuple[PackedLinear, dict[str, fx.Node]]] = {}
+    packed: dict[fx.Node, tuple[PackedLinear, PackedOutliers | None, dict[str, fx.Node]]] = {}
     for layer, quantized in packable:
         if layer.weight not in packed:
             packed[layer.weight] = _pack(editor, quantized)
-        matrix, nodes = packed[layer.weight]
+        matrix, outliers, nodes = packed[layer.weight]
         width = _width(layer)
         bias = argument(layer.node, "bias")
         weights: tuple[fx.Node | None, ...] = (
@@ -60,19 +70,26 @@ def pack_linears(editor: Editor) -> None:
             False,
         )
         rest = (bias, None, *attributes)
+        beside, size = "", matrix.nbytes
+        targets = (linear_packed.overload, linear_packed_float.overload)
+        if outliers is not None:
+            entries = (nodes[f"outlier_{part}"] for part in ("places", "values", "offsets"))
+            rest = (bias, None, *entries, *attributes, outliers.multiplier)
+            targets = (linear_outliers.overload, linear_outliers_float.overload)
+            beside, size = f", {outliers.nbytes} bytes of outliers", size + outliers.nbytes
         if layer.node in activations:
             u, params = activations[layer.node]
             weights = (*weights, nodes["packed_wsum"])
-            new = editor.call(linear_packed.overload, u, params, *weights, *rest, like=layer.node)
+            new = editor.call(targets[0], u, params, *weights, *rest, like=layer.node)
         else:
-            new = editor.call(linear_packed_float.overload, layer.input, *weights, *rest, like=layer.node)
+            new = editor.call(targets[1], layer.input, *weights, *rest, like=layer.node)
         editor.replace(layer.node, new)
         editor.applied(
             new,
-            f"int{matrix.bits} {matrix.n} x {matrix.k} packed",
+            f"int{matrix.bits} {matrix.n} x {matrix.k} packed{beside}",
             bits=matrix.bits,
             group_size=matrix.group_size,
-            bytes_after=matrix.nbytes,
+            bytes_after=size,
             activations=width,
         )
 
@@ -112,18 +129,31 @@ def _width(layer: Layer) -> str:
     return f"uint{argument(layer.input, 'bits')}" if rounded else "float"
 
 
-def _pack(editor: Editor, quantized: QuantizedWeight) -> tuple[PackedLinear, dict[str, fx.Node]]:
+def _pack(
+    editor: Editor, quantized: QuantizedWeight
+) -> tuple[PackedLinear, PackedOutliers | None, dict[str, fx.Node]]:
     bits = narrowest_bits(quantized, (2, 3, 4))
     matrix = pack_linear(quantized.codes, quantized.scale, quantized.zero, bits, quantized.group_size)
-    tensors = {
+    tensors: dict[str, Tensor | None] = {
         "packed": matrix.weight,
         "packed_scale": matrix.scale,
         "packed_zero": matrix.zero,
         "packed_wsum": matrix.wsum,
     }
+    outliers = None
+    if quantized.outliers is not None:
+        held = quantized.outliers
+        outliers = pack_outliers(held.places, held.values, matrix.k, held.multiplier)
+        sums = (held.values.double() * held.multiplier).sum(1)
+        tensors["packed_wsum"] = matrix.wsum.double().index_add(0, torch.arange(matrix.n), sums).float()
+        tensors |= {
+            "outlier_places": outliers.places,
+            "outlier_values": outliers.values,
+            "outlier_offsets": outliers.offsets,
+        }
     nodes = {
         part: editor.constant(tensor, constant_name(editor, quantized.node, part))
         for part, tensor in tensors.items()
         if tensor is not None
     }
-    return matrix, nodes
+    return matrix, outliers, nodes

@@ -10,14 +10,22 @@ after that.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from ..compiler.dialect import linear_codebook, linear_coded, linear_packed, linear_packed_float
+from ..compiler.dialect import (
+    linear_codebook,
+    linear_coded,
+    linear_outliers,
+    linear_outliers_float,
+    linear_packed,
+    linear_packed_float,
+)
+from ..compiler.dialect.outlier_packing import outlier_rows, pack_outliers
 from ..compiler.dialect.packing import LANES, ceil_to, interleave_gated
 from ..compiler.editor import Editor
 from ..compiler.graph import argument
@@ -25,6 +33,8 @@ from ..compiler.graph import argument
 LINEARS = (
     linear_packed.overload,
     linear_packed_float.overload,
+    linear_outliers.overload,
+    linear_outliers_float.overload,
     linear_coded.overload,
     linear_codebook.overload,
 )
@@ -75,6 +85,10 @@ class PackedRows:
     wsum: Tensor | None
     bias: Tensor | None
     multiplier: float
+    places: Tensor | None = None
+    """Of outliers, `[N, J]`, like their `values` (0: none)."""
+    values: Tensor | None = None
+    outlier_multiplier: float = 1.0
 
     def map(self, change: Callable[[Tensor], Tensor]) -> PackedRows:
         """`change` applied to every tensor."""
@@ -82,8 +96,9 @@ class PackedRows:
         def maybe(t: Tensor | None) -> Tensor | None:
             return None if t is None else change(t)
 
-        zero, wsum, bias = maybe(self.zero), maybe(self.wsum), maybe(self.bias)
-        return PackedRows(change(self.weight), change(self.scale), zero, wsum, bias, self.multiplier)
+        names = ("weight", "scale", "zero", "wsum", "bias", "places", "values")
+        changed: dict[str, Any] = {name: maybe(getattr(self, name)) for name in names}
+        return replace(self, **changed)
 
     def select(self, index: Tensor) -> PackedRows:
         """The rows `index` (int64), in that order."""
@@ -94,7 +109,7 @@ def read_rows(editor: Editor, linear: fx.Node) -> PackedRows | None:
     """The rows of a packed linear, or None where one of its tensors is not a constant."""
     given = arguments(linear)
     parts: dict[str, Tensor | None] = {}
-    for name in ("weight", "scale", "zero", "wsum", "bias"):
+    for name in ("weight", "scale", "zero", "wsum", "bias", "places", "values", "offsets"):
         node = given.get(name)
         parts[name] = editor.tensor(node)
         if node is not None and parts[name] is None:
@@ -110,6 +125,10 @@ def read_rows(editor: Editor, linear: fx.Node) -> PackedRows | None:
         parts["bias"],
         given.get("scale_multiplier", 1.0),
     )
+    places, values, offsets = parts["places"], parts["values"], parts["offsets"]
+    if places is not None and values is not None and offsets is not None:
+        at, held = outlier_rows(places, values, offsets)
+        rows = replace(rows, places=at, values=held, outlier_multiplier=given["outlier_multiplier"])
     count = 2 * ceil_to(given["n"], LANES) if given["gated"] else given["n"]
     return rows.map(lambda t: t[:count])
 
@@ -119,6 +138,8 @@ def join(parts: Sequence[PackedRows]) -> list[PackedRows] | str:
     multiplier = max(part.multiplier for part in parts)
     if not parts[0].scale.is_floating_point() and any(part.multiplier != multiplier for part in parts):
         return "their tensors' scales differ, and codes of group scales cannot take up the ratio"
+    outliers = max(part.outlier_multiplier for part in parts)
+    widest = max(0 if part.places is None else part.places.shape[1] for part in parts)
     joined = []
     for part in parts:
         scale = (part.scale.to(torch.float32) * (part.multiplier / multiplier)).to(part.scale.dtype)
@@ -131,8 +152,22 @@ def join(parts: Sequence[PackedRows]) -> list[PackedRows] | str:
             zero = torch.zeros(scale.shape, dtype=torch.int8)
         if bias is None and any(p.bias is not None for p in parts):
             bias = torch.zeros(count)
-        joined.append(PackedRows(part.weight, scale, zero, part.wsum, bias, multiplier))
+        places, values = part.places, part.values
+        if places is not None and values is not None:
+            values = _rescaled(values, part.outlier_multiplier / outliers)
+            if values is None:
+                return "their outliers are too far apart for one float16 multiplier"
+            places, values = (F.pad(t, (0, widest - t.shape[1])) for t in (places, values))
+        joined.append(
+            PackedRows(part.weight, scale, zero, part.wsum, bias, multiplier, places, values, outliers)
+        )
     return joined
+
+
+def _rescaled(values: Tensor, factor: float) -> Tensor | None:
+    """float16 values times a power of two, None where that is not exact."""
+    moved = (values.double() * factor).half()
+    return moved if torch.equal(moved.double() / factor, values.double()) else None
 
 
 def concatenate(parts: Sequence[PackedRows]) -> PackedRows | str:
@@ -151,14 +186,15 @@ def _combine(parts: list[PackedRows], combine: Callable[..., Tensor]) -> PackedR
     def of(name: str) -> Any:
         return None if getattr(parts[0], name) is None else combine(*(getattr(part, name) for part in parts))
 
-    return PackedRows(of("weight"), of("scale"), of("zero"), of("wsum"), of("bias"), parts[0].multiplier)
+    names = ("weight", "scale", "zero", "wsum", "bias", "places", "values")
+    return replace(parts[0], **{name: of(name) for name in names})
 
 
 def write_rows(editor: Editor, linears: Sequence[fx.Node], rows: PackedRows) -> dict[str, Any]:
     """New constants that hold `rows`, named after those of `linears`: changes for `call_with`."""
     count = len(rows.weight)
     whole = rows.map(lambda t: F.pad(t, [0, 0] * (t.dim() - 1) + [0, ceil_to(count, LANES) - count]))
-    tensors = {
+    tensors: dict[str, Tensor | None] = {
         "weight": whole.weight.unflatten(0, (-1, LANES)).movedim(1, -2),
         "scale": whole.scale.unflatten(0, (-1, LANES)).permute(0, 2, 1),
         "zero": None if whole.zero is None else whole.zero.unflatten(0, (-1, LANES)).permute(0, 2, 1),
@@ -167,13 +203,17 @@ def write_rows(editor: Editor, linears: Sequence[fx.Node], rows: PackedRows) -> 
     }
     known = arguments(linears[0])
     changes: dict[str, Any] = {"scale_multiplier": rows.multiplier} if "scale_multiplier" in known else {}
+    if rows.places is not None and rows.values is not None:
+        held = pack_outliers(rows.places, rows.values, known["k"], rows.outlier_multiplier)
+        tensors |= {"places": held.places, "values": held.values, "offsets": held.offsets}
+        changes["outlier_multiplier"] = rows.outlier_multiplier
     for name, tensor in tensors.items():
-        held = [arguments(linear).get(name) for linear in linears]
+        nodes = [arguments(linear).get(name) for linear in linears]
         if tensor is None:
             if name != "wsum" and name in known:
                 changes[name] = None
             continue
-        names = [editor.name_of(node) for node in held if isinstance(node, fx.Node)]
+        names = [editor.name_of(node) for node in nodes if isinstance(node, fx.Node)]
         changes[name] = editor.constant(tensor, joined_name(names))
     return changes
 

@@ -12,8 +12,8 @@
    Quantizers that still have one dense reader come last; then, for a runtime without a float matrix product of its own,
    float linears take panels (`pack_dense_linears`) and their epilogues.
 
-Between 1 and 2 come the folds that the recipe asks for (`fold_transforms`), then `prune_weights`. Steps that a
-recipe does not ask for are left out.
+Between 1 and 2 come the folds that the recipe asks for (`fold_transforms`), then `prune_channels` with
+`shrink_channels` and `prune_weights`. Steps that a recipe does not ask for are left out.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from .pack_convolutions import pack_convolutions
 from .pack_dense_linears import pack_dense_linears
 from .pack_embeddings import pack_embeddings
 from .pack_linears import pack_linears
+from .prune_channels import prune_channels
 from .prune_weights import prune_weights
 from .quantize_activations import quantize_activations
 from .quantize_cache import quantize_cache
@@ -52,6 +53,7 @@ from .quantize_coded import quantize_coded
 from .quantize_convolutions import quantize_convolutions
 from .quantize_embeddings import quantize_embeddings
 from .quantize_weights import quantize_weights
+from .shrink_channels import shrink_channels
 from .split_low_rank import split_low_rank
 
 
@@ -68,10 +70,17 @@ def plan(
         first, *others = plan(program, recipe, calibration, dense)
         return [first, Step(choose_formats, {"choices": choices}), *others]
     options = {"recipe": recipe}
-    if calibration is not None and (recipe.fold is not None or recipe.needs_calibration):
+    if calibration is not None and (
+        recipe.fold is not None or recipe.needs_calibration or recipe.prune_formats
+    ):
         calibration = list(calibration)
     steps = [Step(canonicalize), Step(check_recipe, options), *fold_steps(recipe, calibration)]
-    if recipe.asks_for("prune"):
+    structured = [form.structure is not None for form in recipe.prune_formats]
+    if any(structured):
+        steps.append(Step(prune_channels, {**options, "calibration": calibration}))
+    if any(structured) or recipe.asks_for("sparsity"):
+        steps.append(Step(shrink_channels))
+    if not all(structured):
         steps.append(Step(prune_weights, options))
     weights, embeddings, convolutions, cache = (
         recipe.asks_for(kind) for kind in ("weights", "embeddings", "convolutions", "kv")

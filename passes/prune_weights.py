@@ -33,7 +33,12 @@ def prune_weights(editor: Editor, *, recipe: Recipe) -> None:
     done: set[fx.Node] = set()
     for layer in layers(editor):
         form = recipe.format_for(layer.path, "prune") if layer.kind == "weights" else None
-        if form is None or layer.weight in done or is_call_of(layer.weight, dequantize_weight.overload):
+        if (
+            form is None
+            or form.structure is not None
+            or layer.weight in done
+            or is_call_of(layer.weight, dequantize_weight.overload)
+        ):
             continue
         weight = editor.tensor(layer.weight)
         if weight is None:

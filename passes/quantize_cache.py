@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..compiler.dialect import quantize_dequantize
+from ..compiler.dialect import dequantize_cache, quantize_dequantize
 from ..compiler.editor import Editor
 from ..compiler.graph import argument, dtype, module_path, shape
 from ..compiler.passes import Guarantee, define_pass
@@ -68,7 +68,7 @@ def _quantize(
 
 
 def _reason_against(x: fx.Node) -> str | None:
-    if is_call_of(x, quantize_dequantize.overload):
+    if is_call_of(x, quantize_dequantize.overload, dequantize_cache.overload):
         return "they are already quantized"
     if dtype(x) != torch.float32:
         return f"they are {dtype(x)}, not float32"

@@ -1,6 +1,7 @@
 """Linears read a weight rounded to 2, 3, 4 or 8 bits: `W → dequantize_weight(codes, scale, zero)`.
 
     y = x W^T + b   →   y = x (scale (w - zero))^T + b
+    with outliers   →   y = x (scale (w - zero) + S)^T + b      S: a few float16 entries (`outliers.py`)
 
 LOSSY: each weight moves by at most half a step, or further where the range search clips (`ranges.py`) or GPTQ lets
 it make up for others (`solve_gptq.py`, `solver: gptq`); the relative error of each layer is reported. Linears that
@@ -18,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from ..compiler.dialect import dequantize_weight
+from ..compiler.dialect import dequantize_outliers, dequantize_weight
 from ..compiler.editor import Editor
 from ..compiler.errors import InputError
 from ..compiler.graph import place_of
@@ -37,6 +38,7 @@ from .layers import (
     selected,
     set_argument,
 )
+from .outliers import quantize_with_outliers, wants_outliers
 from .ranges import quantize_matrix
 from .solve_gptq import input_products, solve_gptq
 
@@ -162,29 +164,34 @@ def _quantize(
     weight = editor.tensor(layer.weight)
     assert weight is not None
     group_size, symmetric = group_size_for(tuple(weight.shape), chosen), getattr(chosen, "symmetric", True)
-    found = quantize_matrix(
-        weight,
-        bits=chosen.bits,
-        group_size=group_size,
-        symmetric=symmetric,
-        search=chosen.range,
-        storable=storable,
-    )
+    outliers = None
+    if wants_outliers(chosen):
+        found, outliers = quantize_with_outliers(weight, chosen, group_size, storable=storable)
+    else:
+        found = quantize_matrix(
+            weight,
+            bits=chosen.bits,
+            group_size=group_size,
+            symmetric=symmetric,
+            search=chosen.range,
+            storable=storable,
+        )
     if product is not None:
         found = solve_gptq(weight, found, product, bits=chosen.bits, group_size=group_size)
+    tensors = {"codes": found.codes, "scale": found.scale, "zero": found.zero}
+    if outliers is not None:
+        tensors |= {"outlier_places": outliers.places, "outlier_values": outliers.values}
     parts = {
         part: editor.constant(tensor, constant_name(editor, layer.weight, part))
-        for part, tensor in (("codes", found.codes), ("scale", found.scale), ("zero", found.zero))
+        for part, tensor in tensors.items()
         if tensor is not None
     }
-    call = editor.call(
-        dequantize_weight.overload,
-        parts["codes"],
-        parts["scale"],
-        parts.get("zero"),
-        group_size,
-        like=layer.node,
-    )
+    dense = (parts["codes"], parts["scale"], parts.get("zero"))
+    if outliers is None:
+        call = editor.call(dequantize_weight.overload, *dense, group_size, like=layer.node)
+    else:
+        beside = (parts["outlier_places"], parts["outlier_values"], outliers.multiplier)
+        call = editor.call(dequantize_outliers.overload, *dense, *beside, group_size, like=layer.node)
     facts = {
         "kind": layer.kind,
         "shape": list(weight.shape),
@@ -197,6 +204,8 @@ def _quantize(
         "bytes_after": packed_bytes(layer.kind, tuple(weight.shape), chosen),
         "weight_error": found.error,
     }
+    if outliers is not None:
+        facts["outliers"] = outliers.count / max(weight.numel(), 1)
     return call, facts
 
 
@@ -204,7 +213,9 @@ def _describe(chosen: Any, facts: dict[str, Any]) -> str:
     per = f"groups of {facts['group_size']}" if facts["group_size"] else "one scale a row"
     form = "symmetric" if facts["symmetric"] else "asymmetric"
     by = " by GPTQ" if facts["solver"] == "gptq" else ""
-    return f"weight to int{chosen.bits}{by}, {form}, {per}, relative error {facts['weight_error']:.2e}"
+    beside = f", {facts['outliers']:.2%} outliers in float16" if "outliers" in facts else ""
+    error = facts["weight_error"]
+    return f"weight to int{chosen.bits}{by}, {form}, {per}{beside}, relative error {error:.2e}"
 
 
 def _list_unpackable(editor: Editor, recipe: Recipe) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from .code_ranges import quantize_codes
 from .codebooks import fit_codebooks
 from .layers import group_size_for
+from .outliers import quantize_with_outliers, wants_outliers
 from .ranges import QuantizedMatrix, dequantized, quantize_matrix
 
 
@@ -21,6 +22,10 @@ def rounded_weight(weight: Tensor, form: Any, *, storable: bool = True) -> Tenso
         if form.format == "codebook":
             return fit_codebooks(weight, form.codebooks, form.code_bits).dequantized()
         return quantize_codes(weight, form.format, form.group_size, form.range).dequantized()
+    if wants_outliers(form):
+        group_size = group_size_for(tuple(weight.shape), form)
+        found, outliers = quantize_with_outliers(weight, form, group_size, storable=storable)
+        return dequantized(found, group_size) + outliers.dense(weight.shape[1])
     found = integer_codes(weight, form, storable=storable)
     return dequantized(found, group_size_for(tuple(weight.shape), form)).reshape(weight.shape)
 

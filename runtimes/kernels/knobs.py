@@ -98,8 +98,8 @@ KNOBS = (
         (0, 4096, 8192, 16384, 32768),
         16384,
         "Bytes ahead that it fetches into the second-level cache; 0: none. The hardware's own prefetcher stops at the "
-        "end of every 4 KiB page. On Zen 4 near and far together read 10 to 25 % more than one of them; on Zen 5 near alone, 8 KiB ahead, reads "
-        "20 % more than both.",
+        "end of every 4 KiB page. On Zen 4 near and far together read 10 to 25 % more than one of them; on Zen 5 near "
+        "alone, 8 KiB ahead, reads 20 % more than both.",
     ),
     Knob(
         "stream_far_level",
@@ -149,8 +149,9 @@ KNOBS = (
         ("linear_g", "linear_gz"),
         (1, 2),
         1,
-        "Integer sums of a sub-tile for each output, taken in turn by steps of 4 inputs. A dot product waits for the last "
-        "one of its sum: 4 rows of 2 vectors are 8 chains, too few where two start in a cycle and take 4 or 5 (Zen 5).",
+        "Integer sums of a sub-tile for each output, taken in turn by steps of 4 inputs. A dot product waits for the "
+        "last one of its sum: 4 rows of 2 vectors are 8 chains, too few where two start in a cycle and take 4 or 5 "
+        "(Zen 5).",
         {"v4": 2},
     ),
     Knob(

@@ -112,8 +112,8 @@ def _prefetch_scales(arrays: dict[str, Any], offset: Any) -> None:
 class _Tile:
     """Accumulators of one sub-tile and how they are advanced by one step of 4 inputs.
 
-    Vector v of row r is the sum of ``acc[((chain * rows + r) * vectors + v) * lanes]`` over the chains, which steps take in
-    turn; ``end`` moves 16-bit sums (v3, small weights) to int32.
+    Vector v of row r is the sum of ``acc[((chain * rows + r) * vectors + v) * lanes]`` over the chains, which steps
+    take in turn; ``end`` moves 16-bit sums (v3, small weights) to int32.
     """
 
     def __init__(self, isa: Isa, rows: int, vectors: int, small: bool, chains: int = 1) -> None:
@@ -161,7 +161,9 @@ class _Tile:
                 store(self.acc, i * 8, load(self.acc, i * 8, 8) + widened, 8)
 
     def value(self, row: int, vector: int) -> Any:
-        at = range(row * self.vectors + vector, self.chains * self.rows * self.vectors, self.rows * self.vectors)
+        at = range(
+            row * self.vectors + vector, self.chains * self.rows * self.vectors, self.rows * self.vectors
+        )
         first, *others = (load(self.acc, i * self.lanes, self.lanes) for i in at)
         return sum(others, first)
 

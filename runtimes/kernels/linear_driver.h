@@ -15,6 +15,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "outlier_driver.h"
+
 #ifdef __cplusplus
 #define ISOFOLD_ALIGNED alignas(64)
 #else
@@ -39,6 +41,7 @@ struct isofold_linear {
   float scale_multiplier;  // power of two
   int32_t activation;      // enum isofold_activation
   int32_t gated;
+  const struct isofold_outliers* outliers;  // what the codes cannot hold; or null
 };
 
 // One call of it.
@@ -86,8 +89,15 @@ static inline int64_t isofold_linear_tasks(const struct isofold_linear* l, int64
   return m == 0 ? 0 : blocks * isofold_ceildiv(m, isofold_linear_row_block(l, m));
 }
 
+// Where the scratch memory of outliers begins: behind the sums of zero points.
+static inline int64_t isofold_linear_outlier_scratch(const struct isofold_linear* l, int64_t m) {
+  return l->zero ? isofold_ceildiv(m * isofold_linear_groups(l) * 8, 64) * 64 : 0;
+}
+
 static inline int64_t isofold_linear_scratch_bytes(const struct isofold_linear* l, int64_t m) {
-  return l->zero ? m * isofold_linear_groups(l) * 8 + 64 : 0;
+  int64_t bytes = isofold_linear_outlier_scratch(l, m);
+  bytes += l->outliers ? isofold_outlier_scratch_bytes(l->kp, m) : 0;
+  return bytes ? bytes + 64 : 0;
 }
 
 // What kernels multiply codes of this width by (unit of codec.py).
@@ -95,7 +105,8 @@ static inline int32_t isofold_linear_unit(int32_t bits, enum isofold_isa isa) {
   return isa == ISOFOLD_V4 ? 1 << (8 - bits) : 1;
 }
 
-// Sums of the activations over each group, for rows begin..end; needed only where scratch_bytes is not 0.
+// Sums of the activations over each group, for rows begin..end; needed only where scratch_bytes is not 0. With outliers,
+// isofold_outlier_prepare on the scratch memory behind it (isofold_linear_outlier_scratch) comes first too.
 // Kernels subtract zero * sum in units of int4 codes; zero points of 2 and 3 bits are sixteenths: the factor is the rest.
 static inline void isofold_linear_prepare(const struct isofold_kernels* k, enum isofold_isa isa,
                                           const struct isofold_linear* l, const struct isofold_linear_call* c,
@@ -275,7 +286,7 @@ static inline void isofold_linear_finish(const struct isofold_linear_block* b, i
   int64_t ldparams = c->static_params ? 0 : 2;
   int32_t flags = (l->bias ? 1 : 0) | (c->residual ? 2 : 0) | (l->zero ? 4 : 0);
   float multiplier = l->scale_multiplier / (float)b->unit;
-  if (l->group_size == 0)
+  if (l->group_size == 0 && !l->outliers)
     b->epilogue_pc((const int32_t*)t, 32, (const float*)l->scale + from,
                    l->zero ? l->zero + from : (const int8_t*)b->wsum,
                    l->zero ? b->usum_int + m : (const int32_t*)b->wsum, b->unit, params, ldparams, b->wsum, bias,
@@ -283,6 +294,46 @@ static inline void isofold_linear_finish(const struct isofold_linear_block* b, i
   else
     b->epilogue_g((const float*)t, 32, params, ldparams, b->wsum, bias, residual, c->y + at, l->n, rows, columns,
                   multiplier, flags);
+}
+
+// What outliers of a panel fetch: from `weights` on, and the scales of two panels later.
+static inline struct isofold_outlier_ahead isofold_linear_ahead(const struct isofold_linear* l, int64_t panel,
+                                                                const void* weights) {
+  int64_t bytes = isofold_linear_groups(l) * (l->group_size ? 32 : 64);
+  struct isofold_outlier_ahead ahead = {weights, (const char*)l->scale + (panel + 2) * bytes, bytes};
+  return ahead;
+}
+
+static inline void isofold_linear_further(const struct isofold_linear* l, int64_t panel,
+                                          struct isofold_outlier_ahead* ahead) {
+  ahead->weights = (const char*)ahead->weights + (l->outliers->offsets[panel + 1] - l->outliers->offsets[panel]) * 64;
+  ahead->scales = (const char*)ahead->scales + ahead->scale_bytes;
+}
+
+// Adds the outliers of the block's panels to sums t [rows, 32] of rows m..m+rows; sums of formats with one scale a row
+// become floats first. `next`: the dense weights behind these panels.
+static inline void isofold_linear_outliers(const struct isofold_linear_block* b, int64_t m, int64_t rows,
+                                           const int8_t* next, float* t) {
+  const struct isofold_linear* l = b->l;
+  const struct isofold_linear_call* c = b->c;
+  if (!l->outliers) return;
+  if (l->group_size == 0)
+    b->k->outlier_rescale(t, 32, (const float*)l->scale + b->panel * 16,
+                          l->zero ? l->zero + b->panel * 16 : (const int8_t*)b->wsum,
+                          l->zero ? b->usum_int + m : (const int32_t*)b->wsum, b->unit, rows, b->panels, l->zero != 0);
+  float factor = l->outliers->multiplier * (float)b->unit / l->scale_multiplier;
+  if (isofold_outlier_blocks(c->m)) {
+    const char* scratch = (const char*)c->scratch + isofold_linear_outlier_scratch(l, c->m);
+    for (int64_t p = 0; p < b->panels; ++p)
+      isofold_outlier_block(b->k, l->outliers, b->panel + p, factor, scratch, l->kp, m, rows, t + 16 * p);
+    return;
+  }
+  // The kernels in front have asked for the first 16 KB behind these panels.
+  struct isofold_outlier_ahead ahead = isofold_linear_ahead(l, b->panel, next + 16384);
+  for (int64_t p = 0; p < b->panels; ++p) {
+    isofold_outlier_gemv(b->k, l->outliers, b->panel + p, factor, c->u + m * l->kp, 1, l->kp, rows, &ahead, t + 16 * p);
+    isofold_linear_further(l, b->panel + p, &ahead);
+  }
 }
 
 // Asks for the lines that the epilogue of rows m..m+rows will write (and add), while their tile is computed: stores
@@ -332,6 +383,7 @@ static inline void isofold_linear_run(const struct isofold_kernels* k, enum isof
       isofold_linear_gemv_wide(&b, m0, t);
       for (int64_t p = 0; p < wide; p += 2) {
         b.wsum = l->wsum + b.panel * 16;
+        isofold_linear_outliers(&b, m0, 1, (const int8_t*)l->weight + (b.panel + wide - p) * bytes, t + p * 16);
         isofold_linear_finish(&b, m0, 1, t + p * 16);
         b.panel += 2;
       }
@@ -347,15 +399,21 @@ static inline void isofold_linear_run(const struct isofold_kernels* k, enum isof
       for (int64_t m = m0; m < m1;) {
         int64_t rows = isofold_tile_rows(m1 - m);
         const int8_t* ahead = next + isofold_min((m - m0) / 8 * (l->kp / 32) * stride, 2 * bytes);
+        float* sums = l->outliers ? t + (m - m0) * 32 : t;
         isofold_linear_expect(&b, m, rows);
-        isofold_linear_tile(&b, m, rows, 0, l->kp, w, bytes, ahead, stride, t);
-        isofold_linear_finish(&b, m, rows, t);
+        isofold_linear_tile(&b, m, rows, 0, l->kp, w, bytes, ahead, stride, sums);
+        if (!l->outliers) isofold_linear_finish(&b, m, rows, t);
         m += rows;
+      }
+      if (l->outliers) {
+        isofold_linear_outliers(&b, m0, m1 - m0, next, t);
+        isofold_linear_finish(&b, m0, m1 - m0, t);
       }
     } else if (m1 - m0 <= k->gemv_rows) {
       for (int64_t p = 0; p < b.panels; ++p)
         for (int64_t m = m0; m < m1; m += isofold_gemv_rows(m1 - m))
           isofold_linear_gemv(&b, m, isofold_gemv_rows(m1 - m), b.panel + p, t + (m - m0) * 32 + 16 * p);
+      isofold_linear_outliers(&b, m0, m1 - m0, next, t);
       isofold_linear_finish(&b, m0, m1 - m0, t);
     } else {
       int64_t stride = tiles >= 8 ? 64 : 128;
@@ -371,6 +429,7 @@ static inline void isofold_linear_run(const struct isofold_kernels* k, enum isof
           m += rows;
         }
       }
+      isofold_linear_outliers(&b, m0, m1 - m0, next, t);
       isofold_linear_finish(&b, m0, m1 - m0, t);
     }
   }

@@ -145,6 +145,7 @@ static inline void isofold_float_run(const struct isofold_kernels* k, const stru
     e.block.panels = isofold_min(2, all - e.block.panel);
     memset(t, 0, (size_t)(m1 - m0) * 32 * sizeof(float));
     if (padded > whole) isofold_float_tail(c, m0, m1 - m0, tail);
+    float factor = l->outliers ? l->outliers->multiplier / multiplier : 0.0f;
     if (m1 - m0 <= ISOFOLD_FLOAT_GEMV_ROWS) {
       for (int64_t m = m0; m < m1;) {
         int64_t rows = isofold_tile_rows(m1 - m);
@@ -157,12 +158,29 @@ static inline void isofold_float_run(const struct isofold_kernels* k, const stru
         }
         m += rows;
       }
+      if (l->outliers) {
+        const char* next = (const char*)l->weight + (e.block.panel + 2) * l->kp * 2 * l->bits + 16384;
+        struct isofold_outlier_ahead ahead = isofold_linear_ahead(l, e.block.panel, next);
+        for (int64_t p = 0; p < e.block.panels; ++p) {
+          isofold_outlier_gemv(k, l->outliers, e.block.panel + p, factor, c->x + m0 * c->k, 0, c->k, m1 - m0, &ahead, t + 16 * p);
+          isofold_linear_further(l, e.block.panel + p, &ahead);
+        }
+      }
     } else {
+      int64_t cursors[2][16] = {{0}};
       for (int64_t from = 0; from < padded;) {
         int64_t to = from == whole ? padded : isofold_min(from + ISOFOLD_FLOAT_CHUNK / ISOFOLD_FLOAT_BLOCK, whole);
         int64_t inputs = (to - from) * ISOFOLD_FLOAT_BLOCK;
         if (e.block.panels == 1) memset(weights, 0, sizeof weights);
         for (int64_t p = 0; p < e.block.panels; ++p) unpack(k, l, e.block.panel + p, from, to, weights + 16 * p);
+        if (l->outliers)
+          for (int64_t p = 0; p < e.block.panels; ++p) {
+            const struct isofold_outliers* o = l->outliers;
+            int64_t at = o->offsets[e.block.panel + p], steps = o->offsets[e.block.panel + p + 1] - at;
+            if (steps)
+              k->outlier_merge(o->places + at * 16, o->values + at * 16, steps, factor, cursors[p],
+                               from * ISOFOLD_FLOAT_BLOCK, to * ISOFOLD_FLOAT_BLOCK, weights + 16 * p);
+          }
         for (int64_t m = m0; m < m1;) {
           int64_t rows = isofold_tile_rows(m1 - m);
           int partial = from == whole;

@@ -261,6 +261,34 @@ def _dense_weight(body: Body, call: Call, rows: int, k: int) -> ir.Value:
     return matrix if height == rows else body.slice(matrix, 0, rows, 0)
 
 
+def _outliers(body: Body, call: Call, rows: int, k: int) -> ir.Value:
+    """S of `outlier_packing` as a float32 matrix `[rows, k]`."""
+    panels, steps = call.size("offsets", 0) - 1, call.size("places", 0)
+    count = panels * LANES
+    one = body.constant(np.array(1, dtype=np.int64))
+    # The panel of a step: how many panels begin at or before it, the first one not counted.
+    starts = body.cast(body.slice(call["offsets"], 1, panels, 0), ir.DataType.INT64)
+    marks = body("Expand", one, body.ints(panels - 1))
+    none = body.constant(np.zeros(steps + 1, dtype=np.int64))
+    begun = body("ScatterElements", none, starts, marks, axis=0, reduction="add")
+    panel = body.slice(body("CumSum", begun, body.constant(np.array(0, dtype=np.int64))), 0, steps, 0)
+    first = body("Mul", body("Unsqueeze", panel, body.ints(1)), body.ints(LANES))
+    row = body("Add", first, body.constant(np.arange(LANES, dtype=np.int64)[None]))
+    places = body.cast(call["places"], ir.DataType.INT64)
+    index = body.reshape(body("Add", body("Mul", row, body.ints(k)), places), -1)
+    values = body.reshape(body.floats(call["values"]), -1)
+    if call.attributes["outlier_multiplier"] != 1.0:
+        values = body("Mul", values, body.real(call.attributes["outlier_multiplier"]))
+    zeros = body("Expand", body.real(0.0), body.ints(count * k))
+    matrix = body.reshape(body("ScatterElements", zeros, index, values, axis=0, reduction="add"), count, k)
+    return matrix if count == rows else body.slice(matrix, 0, rows, 0)
+
+
+def _outlier_weight(body: Body, call: Call, rows: int, k: int) -> ir.Value:
+    """The decoded matrix float32 `[rows, k]` of integers and outliers."""
+    return body("Add", _weight(body, call, rows, k), _outliers(body, call, rows, k))
+
+
 def _codebook_vectors(
     body: Body, call: Call, codes: ir.Value, rows: int, groups: int, count: int
 ) -> ir.Value:
@@ -366,6 +394,16 @@ def quantize_linear_packed(call: Call, body: Body) -> Results:
 def linear_packed_float(call: Call, body: Body) -> Results:
     """`linear_packed_float`."""
     return (_packed_linear(body, call, call["x"]),)
+
+
+def linear_outliers(call: Call, body: Body) -> Results:
+    """`linear_outliers`."""
+    return (_packed_linear(body, call, _dequantized(body, call), _outlier_weight),)
+
+
+def linear_outliers_float(call: Call, body: Body) -> Results:
+    """`linear_outliers_float`."""
+    return (_packed_linear(body, call, call["x"], _outlier_weight),)
 
 
 def linear_coded(call: Call, body: Body) -> Results:
@@ -516,6 +554,54 @@ def attention(call: Call, body: Body) -> Results:
     return (body.transpose(body("MatMul", weights, values), 0, 2, 1, 3),)
 
 
+def quantize_cache(call: Call, body: Body) -> Results:
+    """`quantize_cache`."""
+    bits = call.attributes["bits"]
+    rounding = {"align": 32, "bits": bits, "hadamard": call.attributes["hadamard"]}
+    given = {"x": call["x"], "params": None, "shift": call.get("shift"), "scale": None}
+    u, params = quantize_activation(Call(given, rounding), body)
+    if bits == 8:
+        return u, params
+    lead = [0] * (call.rank("x") - 1)
+    blocks = body.reshape(u, *lead, -1, 2, 16)
+    low, high = (
+        body("Gather", blocks, body.constant(np.array(i, dtype=np.int64)), axis=len(lead) + 1) for i in (0, 1)
+    )
+    both = body("BitwiseOr", low, body("BitShift", high, _byte(body, 4), direction="LEFT"))
+    return body.reshape(both, *lead, ceil_to(call.size("x", -1), 32) // 2), params
+
+
+def dequantize_cache(call: Call, body: Body) -> Results:
+    """`dequantize_cache`."""
+    depth, bits = call.attributes["depth"], call.attributes["bits"]
+    return (_cached(body, call["codes"], call["params"], call.rank("codes"), depth, bits),)
+
+
+def _cached(body: Body, codes: ir.Value, params: ir.Value, rank: int, depth: int, bits: int) -> ir.Value:
+    if bits == 4:
+        lead = [0] * (rank - 1)
+        blocks = body.reshape(codes, *lead, -1, 16)
+        both = body.stack([_field(body, blocks, low, 4) for low in (0, 4)], rank)
+        codes = body.reshape(both, *lead, ceil_to(depth, 32))
+    u = body.floats(body.slice(codes, 0, depth, -1))
+    scale, zero = (body.slice(params, i, i + 1, -1) for i in (0, 1))
+    return body("Mul", body("Sub", u, zero), scale)
+
+
+def attention_cached(call: Call, body: Body) -> Results:
+    """`attention_cached`: the body of `attention` on decoded keys and values."""
+    at = dict(call.attributes)
+    depth, width, bits = at.pop("depth"), at.pop("value_depth"), at.pop("bits")
+    read = {}
+    for name, size in (("k", depth), ("v", width)):
+        decoded = _cached(body, call[name], call[f"{name}_params"], 4, size, bits)
+        moved = body.transpose(decoded, 0, 2, 1, 3)
+        moved.shape = ir.Shape([None, None, at["kv_heads"], size])
+        read[name] = moved
+    inputs = {"q": call["q"], **read, "mask": call.get("mask")}
+    return attention(Call(inputs, {**at, "k_start": 0, "v_start": 0}), body)
+
+
 def rotary(call: Call, body: Body) -> Results:
     """`rotary`."""
     x, at = call["x"], call.attributes
@@ -591,13 +677,26 @@ def dequantize_weight(call: Call, body: Body) -> Results:
     return (body("DequantizeLinear", codes, *flat, axis=0),)
 
 
+def dequantize_outliers(call: Call, body: Body) -> Results:
+    """`dequantize_outliers`."""
+    (dense,) = dequantize_weight(call, body)
+    values = body.floats(call["values"])
+    if call.attributes["multiplier"] != 1.0:
+        values = body("Mul", values, body.real(call.attributes["multiplier"]))
+    places = body.cast(call["places"], ir.DataType.INT64)
+    return (body("ScatterElements", dense, places, values, axis=1, reduction="add"),)
+
+
 BODIES: dict[str, Builder] = {
     function.__name__: function
     for function in (
         attention,
+        attention_cached,
         conv_packed,
+        dequantize_cache,
         dequantize_codebook,
         dequantize_coded,
+        dequantize_outliers,
         dequantize_weight,
         embedding_packed,
         gated,
@@ -605,6 +704,8 @@ BODIES: dict[str, Builder] = {
         linear_codebook,
         linear_coded,
         linear_dense,
+        linear_outliers,
+        linear_outliers_float,
         linear_packed,
         linear_packed_float,
         linear_sparse,
@@ -612,6 +713,7 @@ BODIES: dict[str, Builder] = {
         norm,
         norm_quantize,
         quantize_activation,
+        quantize_cache,
         quantize_dequantize,
         quantize_linear_packed,
         rotary,

@@ -1,4 +1,4 @@
-// Attention: scores, scale, softcap, mask, softmax and values of all heads.
+// Attention: scores, scale, softcap, mask, softmax and values of all heads; CachedAttention: the same on packed codes.
 #include "op.h"
 
 namespace isofold {
@@ -34,10 +34,10 @@ struct Mask {
   int64_t strides[4] = {};
 };
 
-OrtStatus* read_mask(const Context& c, const Tensor& mask, const Shape& full, Mask* result) {
+OrtStatus* read_mask(const Context& c, const Tensor& mask, const Shape& full, Mask* result, size_t input = 3) {
   if (!mask.present) return nullptr;
   if (mask.type != ORT_FLOAT && mask.type != ORT_BOOL)
-    return c.bad_input(3, "expected float32 or bool, got %s", describe(mask.type, mask.shape).text);
+    return c.bad_input(input, "expected float32 or bool, got %s", describe(mask.type, mask.shape).text);
   result->kind = mask.type == ORT_FLOAT ? 1 : 2;
   int64_t step = 1;
   bool fits = mask.shape.rank <= 4;
@@ -49,9 +49,22 @@ OrtStatus* read_mask(const Context& c, const Tensor& mask, const Shape& full, Ma
     step *= size;
   }
   if (fits) return nullptr;
-  return c.bad_input(3, "expected a shape that broadcasts to %s, got %s", describe(mask.type, full).text,
+  return c.bad_input(input, "expected a shape that broadcasts to %s, got %s", describe(mask.type, full).text,
                      describe(mask.type, mask.shape).text);
 }
+
+// Keys or values as floats: head g of batch element b is at data + b * batch + g * head, its tokens are `row` apart.
+struct Stream {
+  const float* data;
+  int64_t batch, head, row;
+};
+
+struct Sizes {
+  int64_t batch, queries, keys, d, dv;
+};
+
+OrtStatus* run(Context& c, const AttentionKernel& a, const Sizes& n, const float* q, int64_t q_row, const Stream& k,
+               const Stream& v, const Tensor& mask_tensor, const Mask& mask, float* out);
 
 OrtStatus* compute(void* memory, Context& c) {
   const auto& a = *static_cast<const AttentionKernel*>(memory);
@@ -77,9 +90,16 @@ OrtStatus* compute(void* memory, Context& c) {
   ISOFOLD_TRY(read_mask(c, mask_tensor, shape_of(batch, a.heads, queries, keys), &mask));
   float* out = nullptr;
   ISOFOLD_TRY(c.output(0, shape_of(batch, queries, a.heads, dv), &out));
-  if (batch * queries * dv == 0) return nullptr;
+  int64_t k_row = k.shape[2] * d, v_row = v.shape[2] * dv;
+  Stream keys_at = {k.f32() + a.k_start * d, keys * k_row, d, k_row};
+  Stream values_at = {v.f32() + a.v_start * dv, keys * v_row, dv, v_row};
+  return run(c, a, {batch, queries, keys, d, dv}, q.f32(), q.shape[2] * d, keys_at, values_at, mask_tensor, mask, out);
+}
 
-  int64_t q_row = q.shape[2] * d, k_row = k.shape[2] * d, v_row = v.shape[2] * dv, out_row = a.heads * dv;
+OrtStatus* run(Context& c, const AttentionKernel& a, const Sizes& n, const float* q, int64_t q_row, const Stream& k,
+               const Stream& v, const Tensor& mask_tensor, const Mask& mask, float* out) {
+  int64_t batch = n.batch, queries = n.queries, keys = n.keys, d = n.d, dv = n.dv, out_row = a.heads * dv;
+  if (batch * queries * dv == 0) return nullptr;
   int64_t group = a.heads / a.kv_heads;
   // One query of several heads that share their keys is a block whose rows are the heads.
   bool heads_as_rows = queries == 1 && group >= FEW_QUERIES;
@@ -110,25 +130,138 @@ OrtStatus* compute(void* memory, Context& c) {
         int64_t last = heads_as_rows ? 1 : s + count;
         visible = visible < last ? visible : last;
       }
-      const float* q_at = q.f32() + (b * queries + s) * q_row + (a.q_start + h) * d;
-      const float* k_at = k.f32() + b * keys * k_row + (a.k_start + g) * d;
-      const float* v_at = v.f32() + b * keys * v_row + (a.v_start + g) * dv;
+      const float* q_at = q + (b * queries + s) * q_row + (a.q_start + h) * d;
+      const float* k_at = k.data + b * k.batch + g * k.head;
+      const float* v_at = v.data + b * v.batch + g * v.head;
       float* out_at = out + (b * queries + s) * out_row + h * dv;
       int64_t mask_at = b * mask.strides[0] + h * mask.strides[1] + s * mask.strides[2];
       const float* mask_f = mask.kind == 1 ? mask_tensor.f32() + mask_at : nullptr;
       const uint8_t* mask_b = mask.kind == 2 ? mask_tensor.as<uint8_t>() + mask_at : nullptr;
       if (single_rows) {
-        kernels->attention_row(q_at, k_at, v_at, mask_f, mask_b, out_at, scratch, k_row, v_row, visible, d, dv,
+        kernels->attention_row(q_at, k_at, v_at, mask_f, mask_b, out_at, scratch, k.row, v.row, visible, d, dv,
                                mask.kind, mask.strides[3], a.scale, a.softcap);
         continue;
       }
       auto run = count <= 16 ? kernels->attention_block16 : kernels->attention_block32;
-      run(q_at, k_at, v_at, mask_f, mask_b, out_at, scratch, count, heads_as_rows ? d : q_row, k_row, v_row,
+      run(q_at, k_at, v_at, mask_f, mask_b, out_at, scratch, count, heads_as_rows ? d : q_row, k.row, v.row,
           heads_as_rows ? dv : out_row, visible, d, dv, s, a.causal && !heads_as_rows, mask.kind,
           mask.strides[heads_as_rows ? 1 : 2], mask.strides[3], a.scale, a.softcap);
     }
   }));
   return failed ? out_of_memory(c.api, c.op->name, floats * sizeof(float)) : nullptr;
+}
+
+// ---- CachedAttention
+
+struct CachedKernel : AttentionKernel {
+  int64_t depth, value_depth, bits;
+};
+
+OrtStatus* create_cached(void* memory, const Attributes& a) {
+  auto& kernel = *static_cast<CachedKernel*>(memory);
+  ISOFOLD_TRY(a.at_least("heads", 1, &kernel.heads));
+  ISOFOLD_TRY(a.at_least("kv_heads", 1, &kernel.kv_heads));
+  ISOFOLD_TRY(a.at_least("depth", 1, &kernel.depth));
+  ISOFOLD_TRY(a.at_least("value_depth", 1, &kernel.value_depth));
+  ISOFOLD_TRY(a.at_least("bits", 1, &kernel.bits));
+  ISOFOLD_TRY(a.at_least("q_start", 0, &kernel.q_start));
+  ISOFOLD_TRY(a.get("scale", &kernel.scale));
+  ISOFOLD_TRY(a.get("softcap", &kernel.softcap));
+  ISOFOLD_TRY(a.get("causal", &kernel.causal));
+  kernel.k_start = kernel.v_start = 0;
+  if (kernel.bits != 4 && kernel.bits != 8)
+    return fail(a.api, ORT_INVALID_ARGUMENT, "%s: attribute 'bits' is %lld; expected 4 or 8", a.op->name,
+                (long long)kernel.bits);
+  if (kernel.heads % kernel.kv_heads != 0)
+    return fail(a.api, ORT_INVALID_ARGUMENT,
+                "%s: attribute 'heads' (%lld) is not a multiple of attribute 'kv_heads' (%lld)", a.op->name,
+                (long long)kernel.heads, (long long)kernel.kv_heads);
+  return nullptr;
+}
+
+// Few queries read the codes: a task is a query and up to four heads that share their keys.
+OrtStatus* run_on_codes(Context& c, const CachedKernel& a, const Sizes& n, const Tensor* t, const Mask& mask, float* out) {
+  int64_t group = a.heads / a.kv_heads, some = group >= 4 ? 4 : group >= 2 ? 2 : 1, parts = (group + some - 1) / some;
+  int64_t dp = ceil_to(n.d, 32), dvp = ceil_to(n.dv, 32), k_row = dp * a.bits / 8, v_row = dvp * a.bits / 8;
+  int64_t q_row = t[0].shape[2] * n.d, tasks = n.batch * n.queries * a.kv_heads * parts;
+  size_t floats = size_t(some * (ceil_to(n.keys, 16) + dp + dvp + 256));
+  double nanoseconds = double(n.keys) * double(n.d + n.dv) * (1 + double(some)) / 60 + 100;
+  bool failed = false;
+  ISOFOLD_TRY(c.parallel(tasks, nanoseconds, [&](int64_t begin, int64_t end) {
+    auto* scratch = static_cast<float*>(thread_scratch(floats * sizeof(float)));
+    if (!scratch) {
+      __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
+      return;
+    }
+    for (int64_t task = begin; task < end; ++task) {
+      int64_t g = task / parts % a.kv_heads, row = task / parts / a.kv_heads, b = row / n.queries, s = row % n.queries;
+      int64_t first = task % parts * some, left = group - first < some ? group - first : some;
+      int64_t keys = a.causal && s + 1 < n.keys ? s + 1 : n.keys, stream = b * a.kv_heads + g;
+      for (int64_t i = first; i < first + left;) {
+        int64_t rows = first + left - i >= 4 ? 4 : first + left - i >= 2 ? 2 : 1, h = g * group + i;
+        const float* q = t[0].f32() + row * q_row + (a.q_start + h) * n.d;
+        int64_t mask_at = b * mask.strides[0] + h * mask.strides[1] + s * mask.strides[2];
+        const float* mask_f = mask.kind == 1 ? t[5].f32() + mask_at : nullptr;
+        const uint8_t* mask_b = mask.kind == 2 ? t[5].as<uint8_t>() + mask_at : nullptr;
+        auto run = a.bits == 8 ? (rows == 4 ? kernels->attention_cache8_4 : rows == 2 ? kernels->attention_cache8_2
+                                                                                  : kernels->attention_cache8_1)
+                               : (rows == 4 ? kernels->attention_cache4_4 : rows == 2 ? kernels->attention_cache4_2
+                                                                                  : kernels->attention_cache4_1);
+        run(q, t[1].as<uint8_t>() + stream * n.keys * k_row, t[2].f32() + stream * n.keys * 2,
+            t[3].as<uint8_t>() + stream * n.keys * v_row, t[4].f32() + stream * n.keys * 2, mask_f, mask_b,
+            out + (row * a.heads + h) * n.dv, scratch, n.d, n.dv, keys, n.d, n.dv, mask.kind, mask.strides[1],
+            mask.strides[3], a.scale, a.softcap);
+        i += rows;
+      }
+    }
+  }));
+  return failed ? out_of_memory(c.api, c.op->name, floats * sizeof(float)) : nullptr;
+}
+
+OrtStatus* compute_cached(void* memory, Context& c) {
+  const auto& a = *static_cast<const CachedKernel*>(memory);
+  Tensor t[6];
+  for (size_t i = 0; i < 6; ++i) ISOFOLD_TRY(c.input(i, &t[i]));
+  const Shape& q = t[0].shape;
+  if (q.rank != 4 || q[3] != a.depth || q[2] < a.q_start + a.heads)
+    return c.bad_input(0, "expected [batch, sequence, at least %lld heads, %lld], got %s",
+                       (long long)(a.q_start + a.heads), (long long)a.depth, describe(ORT_FLOAT, q).text);
+  if (t[1].shape.rank != 4)
+    return c.bad_input(1, "expected [batch, heads, tokens, bytes], got %s", describe(t[1].type, t[1].shape).text);
+  Sizes n = {q[0], q[1], t[1].shape[2], a.depth, a.value_depth};
+  int64_t dp = ceil_to(n.d, 32), dvp = ceil_to(n.dv, 32);
+  ISOFOLD_TRY(c.expect(1, t[1], ORT_UINT8, shape_of(n.batch, a.kv_heads, n.keys, dp * a.bits / 8)));
+  ISOFOLD_TRY(c.expect(2, t[2], ORT_FLOAT, shape_of(n.batch, a.kv_heads, n.keys, 2)));
+  ISOFOLD_TRY(c.expect(3, t[3], ORT_UINT8, shape_of(n.batch, a.kv_heads, n.keys, dvp * a.bits / 8)));
+  ISOFOLD_TRY(c.expect(4, t[4], ORT_FLOAT, shape_of(n.batch, a.kv_heads, n.keys, 2)));
+  Mask mask;
+  ISOFOLD_TRY(read_mask(c, t[5], shape_of(n.batch, a.heads, n.queries, n.keys), &mask, 5));
+  float* out = nullptr;
+  ISOFOLD_TRY(c.output(0, shape_of(n.batch, n.queries, a.heads, n.dv), &out));
+  if (n.batch * n.queries == 0) return nullptr;
+  if (n.queries < FEW_QUERIES) return run_on_codes(c, a, n, t, mask, out);
+  // Many queries: every code is used often, and as a float from the second time on.
+  int64_t tokens = n.batch * a.kv_heads * n.keys;
+  RunScratch scratch(size_t(tokens * (dp + dvp)) * sizeof(float));
+  if (tokens && !scratch.data) return out_of_memory(c.api, c.op->name, size_t(tokens * (dp + dvp)) * sizeof(float));
+  float *k = static_cast<float*>(scratch.data), *v = k + tokens * dp;
+  auto expand = a.bits == 8 ? kernels->cache_expand8 : kernels->cache_expand4;
+  ISOFOLD_TRY(c.parallel(tokens, double(dp + dvp) / 10, [&](int64_t begin, int64_t end) {
+    expand(t[1].as<uint8_t>() + begin * (dp * a.bits / 8), t[2].f32() + 2 * begin, k + begin * dp, end - begin, n.d);
+    expand(t[3].as<uint8_t>() + begin * (dvp * a.bits / 8), t[4].f32() + 2 * begin, v + begin * dvp, end - begin, n.dv);
+  }));
+  Stream keys_at = {k, a.kv_heads * n.keys * dp, n.keys * dp, dp};
+  Stream values_at = {v, a.kv_heads * n.keys * dvp, n.keys * dvp, dvp};
+  return run(c, a, n, t[0].f32(), q[2] * n.d, keys_at, values_at, t[5], mask, out);
+}
+
+OrtStatus* infer_cached(Inference& f) {
+  SymbolicShape q = f.input(0);
+  int64_t heads = f.integer("heads", 0), width = f.integer("value_depth", 0);
+  if (!q.known || q.rank != 4 || heads <= 0 || width <= 0) return nullptr;
+  q.set(2, heads);
+  q.set(3, width);
+  return f.output(0, q);
 }
 
 OrtStatus* infer(Inference& f) {
@@ -156,6 +289,23 @@ void define_attention(Op* op) {
   op->create = create;
   op->compute = compute;
   op->infer = infer;
+}
+
+void define_cached_attention(Op* op) {
+  op->name = "CachedAttention";
+  op->input_count = 6;
+  op->inputs[0] = {"q", ORT_FLOAT};
+  op->inputs[1] = {"k", ORT_UINT8};
+  op->inputs[2] = {"k_params", ORT_FLOAT};
+  op->inputs[3] = {"v", ORT_UINT8};
+  op->inputs[4] = {"v_params", ORT_FLOAT};
+  op->inputs[5] = {"mask", ORT_UNDEFINED, ORT_OPTIONAL};
+  op->output_count = 1;
+  op->outputs[0] = {"y", ORT_FLOAT};
+  op->kernel_size = sizeof(CachedKernel);
+  op->create = create_cached;
+  op->compute = compute_cached;
+  op->infer = infer_cached;
 }
 
 }  // namespace isofold

@@ -1,4 +1,4 @@
-// QuantizeActivation, PackedLinear, both in one (QuantizePackedLinear), and PackedLinearFloat.
+// QuantizeActivation, PackedLinear, both in one (QuantizePackedLinear), PackedLinearFloat, and two of them with outliers.
 #include "op.h"
 
 namespace isofold {
@@ -116,6 +116,57 @@ OrtStatus* infer_quantize(Inference& f) {
   return f.output(1, pairs);
 }
 
+// ---- QuantizeCache: the same codes with a pair for each row, packed
+
+struct CacheKernel : KernelBase {
+  int64_t bits;
+  Quantizer quantizer;
+};
+
+OrtStatus* create_cache(void* memory, const Attributes& a) {
+  auto& kernel = *static_cast<CacheKernel*>(memory);
+  ISOFOLD_TRY(a.at_least("bits", 1, &kernel.bits));
+  return create_quantizer(a, "bits", &kernel.quantizer);
+}
+
+OrtStatus* compute_cache(void* memory, Context& c) {
+  const auto& kernel = *static_cast<const CacheKernel*>(memory);
+  Rows rows;
+  ISOFOLD_TRY(c.input(0, &rows.x));
+  ISOFOLD_TRY(c.input(1, &rows.shift));
+  const Shape& shape = rows.x.shape;
+  if (shape.rank < 1) return c.bad_input(0, "expected at least one dimension, got a scalar");
+  ISOFOLD_TRY(c.expect(1, rows.shift, ORT_FLOAT, shape_of(shape[-1])));
+  ISOFOLD_TRY(hadamard_expect(c, 0, rows.x, kernel.quantizer.hadamard));
+  int64_t dp = ceil_to(shape[-1], 32), bytes = dp * kernel.bits / 8, m = shape.rows();
+  uint8_t* codes = nullptr;
+  float* params = nullptr;
+  ISOFOLD_TRY(c.output(0, with_last(shape, bytes), &codes));
+  ISOFOLD_TRY(c.output(1, with_last(shape, 2), &params));
+  if (kernel.bits == 8) return quantize_rows(c, kernel.quantizer, rows, dp, codes, params);
+  RunScratch scratch(size_t(m * dp));
+  if (m && !scratch.data) return out_of_memory(c.api, c.op->name, size_t(m * dp));
+  auto* u = static_cast<uint8_t*>(scratch.data);
+  ISOFOLD_TRY(quantize_rows(c, kernel.quantizer, rows, dp, u, params));
+  return c.parallel(m, double(dp) / 40, [&](int64_t begin, int64_t end) {
+    kernels->cache_pack(u + begin * dp, codes + begin * bytes, (end - begin) * (dp / 32));
+  });
+}
+
+OrtStatus* infer_cache(Inference& f) {
+  SymbolicShape shape = f.input(0);
+  int64_t bits = f.integer("bits", 0);
+  if (!shape.known || bits <= 0) return nullptr;
+  int last = shape.rank - 1;
+  SymbolicShape pairs = shape;
+  if (shape.dims[last] >= 0) {
+    shape.set(last, ceil_to(shape.dims[last], 32) * bits / 8);
+    ISOFOLD_TRY(f.output(0, shape));
+  }
+  pairs.set(last, 2);
+  return f.output(1, pairs);
+}
+
 // ---- what multiplies by packed weights
 
 struct LinearKernel : KernelBase {
@@ -186,10 +237,17 @@ OrtStatus* run_linear(const Context& c, const isofold_linear& l, isofold_linear_
   RunScratch scratch(bytes);
   if (bytes && !scratch.data) return out_of_memory(c.api, c.op->name, bytes);
   call->scratch = scratch.data;
-  if (bytes)
+  if (l.zero)
     ISOFOLD_TRY(c.parallel(call->m, 0.04 * double(l.kp), [&](int64_t begin, int64_t end) {
       isofold_linear_prepare(kernels, isa, &l, call, begin, end);
     }));
+  if (int64_t blocks = l.outliers ? isofold_outlier_blocks(call->m) : 0) {
+    void* behind = static_cast<char*>(scratch.data) + isofold_linear_outlier_scratch(&l, call->m);
+    double each = 0.1 * double(l.kp) * ISOFOLD_OUTLIER_BLOCK;
+    ISOFOLD_TRY(c.parallel(blocks, each, [&](int64_t begin, int64_t end) {
+      isofold_outlier_prepare(kernels, call->u, l.kp, call->m, behind, begin, end);
+    }));
+  }
   int64_t tasks = isofold_linear_tasks(&l, call->m);
   double rows = double(isofold_linear_row_block(&l, call->m));
   rows = rows < double(call->m) ? rows : double(call->m);
@@ -202,9 +260,9 @@ OrtStatus* run_linear(const Context& c, const isofold_linear& l, isofold_linear_
 
 // ---- PackedLinear
 
-OrtStatus* compute_linear(void* memory, Context& c) {
-  const auto& kernel = *static_cast<const LinearKernel*>(memory);
+OrtStatus* compute_packed(const LinearKernel& kernel, const isofold_outliers* outliers, Context& c) {
   isofold_linear l = kernel.linear;
+  l.outliers = outliers;
   ISOFOLD_TRY(read_weights(c, {2, 3, 4, 5, 6}, &l));
   Tensor u, params, residual;
   ISOFOLD_TRY(c.input(0, &u));
@@ -220,6 +278,10 @@ OrtStatus* compute_linear(void* memory, Context& c) {
   // One row of u [1, kp] has params [1, 2], which is also a pair: the same numbers either way.
   isofold_linear_call call = {u.as<uint8_t>(), params.f32(), residual.f32(), y, shape.rows(), per_tensor, nullptr};
   return run_linear(c, l, &call);
+}
+
+OrtStatus* compute_linear(void* memory, Context& c) {
+  return compute_packed(*static_cast<const LinearKernel*>(memory), nullptr, c);
 }
 
 // ---- QuantizePackedLinear
@@ -261,9 +323,9 @@ OrtStatus* compute_quantize_linear(void* memory, Context& c) {
 
 // ---- PackedLinearFloat
 
-OrtStatus* compute_linear_float(void* memory, Context& c) {
-  const auto& kernel = *static_cast<const LinearKernel*>(memory);
+OrtStatus* compute_packed_float(const LinearKernel& kernel, const isofold_outliers* outliers, Context& c) {
   isofold_linear l = kernel.linear;
+  l.outliers = outliers;
   ISOFOLD_TRY(read_weights(c, {1, 2, 3, 0, 4}, &l));
   Tensor x, residual;
   ISOFOLD_TRY(c.input(0, &x));
@@ -280,6 +342,75 @@ OrtStatus* compute_linear_float(void* memory, Context& c) {
   });
 }
 
+OrtStatus* compute_linear_float(void* memory, Context& c) {
+  return compute_packed_float(*static_cast<const LinearKernel*>(memory), nullptr, c);
+}
+
+// ---- OutlierLinear and OutlierLinearFloat: the same two with outliers
+
+struct OutlierKernel : LinearKernel {
+  float multiplier;
+  const void* checked;  // the places that a call has found to be in range
+};
+
+OrtStatus* create_outliers(void* memory, const Attributes& a) {
+  auto& kernel = *static_cast<OutlierKernel*>(memory);
+  ISOFOLD_TRY(create_linear(memory, a));
+  kernel.checked = nullptr;
+  if (kernel.k > 65536)
+    return fail(a.api, ORT_INVALID_ARGUMENT, "%s: attribute 'k' is %lld; places of outliers name at most 65536 inputs",
+                a.op->name, (long long)kernel.k);
+  return a.get("outlier_multiplier", &kernel.multiplier);
+}
+
+// Input `first` and the two behind it. Places address activations, so they are checked, once.
+OrtStatus* read_outliers(const Context& c, size_t first, OutlierKernel* kernel, isofold_outliers* o) {
+  Tensor places, values, offsets;
+  ISOFOLD_TRY(c.input(first, &places));
+  ISOFOLD_TRY(c.input(first + 1, &values));
+  ISOFOLD_TRY(c.input(first + 2, &offsets));
+  int64_t panels = isofold_linear_panels(&kernel->linear);
+  ISOFOLD_TRY(c.expect(first + 2, offsets, ORT_INT32, shape_of(panels + 1)));
+  const int32_t* ends = offsets.as<int32_t>();
+  if (places.shape.rank != 2)
+    return c.bad_input(first, "expected uint16 [J, 16], got %s", describe(places.type, places.shape).text);
+  int64_t steps = places.shape[0];
+  ISOFOLD_TRY(c.expect(first, places, ORT_UINT16, shape_of(steps, 16)));
+  ISOFOLD_TRY(c.expect(first + 1, values, ORT_FLOAT16, shape_of(steps, 16)));
+  *o = {places.as<uint16_t>(), values.as<uint16_t>(), ends, kernel->multiplier};
+  if (__atomic_load_n(&kernel->checked, __ATOMIC_RELAXED) == places.data) return nullptr;
+  if (ends[0] != 0 || ends[panels] != steps)
+    return c.bad_input(first + 2, "expected offsets from 0 to %lld, got %d to %d", (long long)steps, ends[0],
+                       ends[panels]);
+  for (int64_t p = 0; p < panels; ++p)
+    if (ends[p + 1] < ends[p])
+      return c.bad_input(first + 2, "expected ascending offsets, got %d behind %d", ends[p + 1], ends[p]);
+  for (int64_t p = 0; p < panels; ++p) {
+    for (int64_t i = ends[p] * 16; i < ends[p + 1] * 16; ++i) {
+      bool descends = i >= (ends[p] + 1) * 16 && o->places[i] < o->places[i - 16];
+      if (o->places[i] >= kernel->k || descends)
+        return c.bad_input(first, "expected ascending places below %lld along each row, got %d in row %lld",
+                           (long long)kernel->k, o->places[i], (long long)(p * 16 + i % 16));
+    }
+  }
+  __atomic_store_n(&kernel->checked, places.data, __ATOMIC_RELAXED);
+  return nullptr;
+}
+
+OrtStatus* compute_outliers(void* memory, Context& c) {
+  auto& kernel = *static_cast<OutlierKernel*>(memory);
+  isofold_outliers outliers;
+  ISOFOLD_TRY(read_outliers(c, 8, &kernel, &outliers));
+  return compute_packed(kernel, &outliers, c);
+}
+
+OrtStatus* compute_outliers_float(void* memory, Context& c) {
+  auto& kernel = *static_cast<OutlierKernel*>(memory);
+  isofold_outliers outliers;
+  ISOFOLD_TRY(read_outliers(c, 6, &kernel, &outliers));
+  return compute_packed_float(kernel, &outliers, c);
+}
+
 // What linears of codes have in common; the weight is input `first`.
 void define_linear(Op* op, size_t first) {
   op->inputs[first] = {"weight", ORT_UNDEFINED};
@@ -291,6 +422,14 @@ void define_linear(Op* op, size_t first) {
   op->output_count = 1;
   op->outputs[0] = {"y", ORT_FLOAT};
   op->infer = infer_linear;
+}
+
+void define_outliers(Op* op, size_t first) {
+  op->inputs[first] = {"places", ORT_UINT16};
+  op->inputs[first + 1] = {"values", ORT_FLOAT16};
+  op->inputs[first + 2] = {"offsets", ORT_INT32};
+  op->kernel_size = sizeof(OutlierKernel);
+  op->create = create_outliers;
 }
 
 }  // namespace
@@ -309,6 +448,20 @@ void define_quantize_activation(Op* op) {
   op->create = create_quantize;
   op->compute = compute_quantize;
   op->infer = infer_quantize;
+}
+
+void define_quantize_cache(Op* op) {
+  op->name = "QuantizeCache";
+  op->input_count = 2;
+  op->inputs[0] = {"x", ORT_FLOAT};
+  op->inputs[1] = {"shift", ORT_FLOAT, ORT_OPTIONAL};
+  op->output_count = 2;
+  op->outputs[0] = {"codes", ORT_UINT8};
+  op->outputs[1] = {"params", ORT_FLOAT};
+  op->kernel_size = sizeof(CacheKernel);
+  op->create = create_cache;
+  op->compute = compute_cache;
+  op->infer = infer_cache;
 }
 
 void define_packed_linear(Op* op) {
@@ -350,6 +503,22 @@ void define_packed_linear_float(Op* op) {
   op->create = create_linear;
   op->compute = compute_linear_float;
   op->infer = infer_linear;
+}
+
+void define_outlier_linear(Op* op) {
+  define_packed_linear(op);
+  op->name = "OutlierLinear";
+  op->input_count = 11;
+  define_outliers(op, 8);
+  op->compute = compute_outliers;
+}
+
+void define_outlier_linear_float(Op* op) {
+  define_packed_linear_float(op);
+  op->name = "OutlierLinearFloat";
+  op->input_count = 9;
+  define_outliers(op, 6);
+  op->compute = compute_outliers_float;
 }
 
 }  // namespace isofold

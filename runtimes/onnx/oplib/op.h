@@ -28,7 +28,7 @@
 
 namespace isofold {
 
-enum { MAX_RANK = 8, MAX_INPUTS = 10, MAX_OUTPUTS = 4 };
+enum { MAX_RANK = 8, MAX_INPUTS = 12, MAX_OUTPUTS = 4 };
 
 struct Shape {
   int rank = 0;
@@ -280,6 +280,8 @@ void define_quantize_activation(Op*);
 void define_packed_linear(Op*);
 void define_quantize_packed_linear(Op*);
 void define_packed_linear_float(Op*);
+void define_outlier_linear(Op*);
+void define_outlier_linear_float(Op*);
 void define_coded_linear(Op*);
 void define_dense_linear(Op*);
 void define_sparse_linear(Op*);
@@ -287,6 +289,8 @@ void define_sparse_linear_float(Op*);
 void define_codebook_linear(Op*);
 void define_packed_embedding(Op*);
 void define_packed_conv(Op*);
+void define_cached_attention(Op*);
+void define_quantize_cache(Op*);
 void define_norm(Op*);
 void define_norm_quantize(Op*);
 void define_attention(Op*);

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from isofold.compiler.dialect import OPERATORS, operator_of, packing
+from isofold.compiler.dialect import OPERATORS, operator_of, outlier_packing, packing
 from isofold.compiler.dialect.dense_packing import pack_dense
 from isofold.compiler.dialect.element_formats import FORMATS
 from isofold.compiler.dialect.packing_codebook import CodebookMatrix, pack_codebook
@@ -62,6 +62,31 @@ def float_arguments() -> tuple[Any, ...]:
     p = packed(5, 40, 4, 32, True)
     tensors = (p.weight, p.scale, p.zero, randn(5), None)
     return (randn(2, 3, 40), *tensors, 5, 40, 4, 32, p.scale_multiplier, "silu", False)
+
+
+def outlier_arguments(quantized: bool, gated: bool = False) -> tuple[Any, ...]:
+    rows, n = (32, 10) if gated else (5, 5)
+    p = packed(rows, 40, 4, 32, True)
+    places = torch.stack([torch.randperm(40, generator=generator())[:3] for _ in range(rows)])
+    held = outlier_packing.pack_outliers(places, randn(rows, 3).half(), 40, 0.5)
+    tail = (randn(rows if gated else n), None, held.places, held.values, held.offsets)
+    attributes = (n, 40, 4, 32, p.scale_multiplier, "silu", gated, held.multiplier)
+    if not quantized:
+        return (randn(2, 3, 40), p.weight, p.scale, p.zero, *tail, *attributes)
+    u, params = OPS.quantize_activation(randn(2, 3, 40), None, 32)
+    return (u, params, p.weight, p.scale, p.zero, p.wsum, *tail, *attributes)
+
+
+def dequantize_outliers_arguments() -> tuple[Any, ...]:
+    codes, scale, zero, group_size = dequantize_arguments()
+    places = torch.randint(0, 40, (5, 3), generator=generator(), dtype=torch.int32)
+    return codes, scale, zero, places, randn(5, 3).half(), 0.5, group_size
+
+
+def cached_arguments(bits: int) -> tuple[Any, ...]:
+    k, v = (OPS.quantize_cache(randn(2, 2, 6, depth), None, bits) for depth in (8, 40))
+    mask = randn(2, 1, 3, 6)
+    return (randn(2, 3, 5, 8), *k, *v, mask, 4, 2, 8, 40, bits, 1, 0.3, False, 20.0)
 
 
 def coded_matrix(name: str, n: int, k: int, group_size: int) -> CodedMatrix:
@@ -191,7 +216,9 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
             20.0,
         ),
     ],
+    "attention_cached": [lambda: cached_arguments(8), lambda: cached_arguments(4)],
     "conv_packed": [conv_arguments],
+    "dequantize_cache": [lambda: (*OPS.quantize_cache(randn(2, 3, 40), None, 4), 40, 4)],
     "dequantize_codebook": [
         lambda: dequantize_codebook_arguments(2, 8),
         lambda: dequantize_codebook_arguments(1, 16),
@@ -201,6 +228,7 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         lambda: dequantize_coded_arguments("e4m3", 0),
         lambda: dequantize_coded_arguments("nvfp4", 16),
     ],
+    "dequantize_outliers": [dequantize_outliers_arguments],
     "dequantize_weight": [dequantize_arguments],
     "embedding_packed": [embedding_arguments],
     "gated": [lambda: (randn(2, 6), randn(2, 6), "silu")],
@@ -220,6 +248,8 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         lambda: coded_arguments("mxfp6_e3m2", 32),
     ],
     "linear_dense": [lambda: dense_arguments(False), lambda: dense_arguments(True)],
+    "linear_outliers": [lambda: outlier_arguments(True), lambda: outlier_arguments(True, gated=True)],
+    "linear_outliers_float": [lambda: outlier_arguments(False)],
     "linear_packed": [
         linear_arguments,
         lambda: linear_arguments(4, 32, True),
@@ -241,6 +271,10 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         lambda: (randn(2, 3, 40), None, 32),
         lambda: (randn(2, 3, 40), torch.tensor([0.02, 128.0]), 64),
         lambda: (randn(2, 3, 40), None, 32, randn(40), randn(40).flip(0), 4),
+    ],
+    "quantize_cache": [
+        lambda: (randn(2, 3, 40), None, 8),
+        lambda: (randn(2, 3, 40), randn(40), 4, [8]),
     ],
     "quantize_dequantize": [
         lambda: (randn(2, 3, 40), None, "token"),
@@ -298,14 +332,18 @@ def floats_of(given: tuple[Any, ...]) -> list[int]:
     "name",
     [
         "attention",
+        "attention_cached",
+        "dequantize_cache",
         "dequantize_codebook",
         "dequantize_coded",
+        "dequantize_outliers",
         "dequantize_weight",
         "gated",
         "hadamard",
         "linear_codebook",
         "linear_coded",
         "linear_dense",
+        "linear_outliers_float",
         "linear_packed_float",
         "linear_sparse_float",
         "norm",

@@ -12,6 +12,13 @@ from torch import Tensor
 from isofold.compiler.dialect import packing
 from isofold.compiler.dialect.dense_packing import pack_dense
 from isofold.compiler.dialect.element_formats import FORMATS
+from isofold.compiler.dialect.outlier_packing import (
+    PackedOutliers,
+    outlier_rows,
+    pack_outliers,
+    storable_values,
+    unpack_outliers,
+)
 from isofold.compiler.dialect.packing_codebook import CodebookMatrix, pack_codebook
 from isofold.compiler.dialect.packing_coded import CodedMatrix, pack_coded
 from isofold.compiler.dialect.sparse_layouts import HELD
@@ -47,6 +54,7 @@ def packed(random: _Random, rows: int, k: int, bits: int, group: int, zero: bool
 def cases() -> Iterator[Case]:
     """All cases."""
     yield from _linears()
+    yield from _outliers()
     yield from _coded()
     yield from _sparse()
     yield from _dense()
@@ -55,6 +63,7 @@ def cases() -> Iterator[Case]:
     yield from _convolutions()
     yield from _norms()
     yield from _attentions()
+    yield from _caches()
     yield from _elementwise()
 
 
@@ -63,28 +72,28 @@ def _linears() -> Iterator[Case]:
     for index, ((bits, group), zero, bias, residual) in enumerate(product(formats, *[(False, True)] * 3)):
         activation = ("none", "relu", "gelu", "gelu_tanh", "silu")[index % 5]
         gated, k = index % 3 == 2, (70, 96, 131)[index % 3]
-        yield _linear(
+        yield linear(
             index, 37, k, bits, group, zero, bias, residual, activation, gated, static=index % 4 == 1
         )
     # Odd ones: one row and one column, K below one group, N a multiple of 16, a 4-dimensional activation.
-    yield _linear(90, 1, 1, 8, 0, False, True, False, "none", False, static=False)
-    yield _linear(91, 16, 5, 4, 128, True, True, True, "none", False, static=False)
-    yield _linear(92, 32, 64, 4, 32, False, True, True, "silu", True, static=False)
-    yield _linear(97, 3, 5, 2, 64, True, True, False, "none", False, static=True)
-    yield _linear(98, 17, 33, 3, 32, True, False, True, "gelu", True, static=False)
+    yield linear(90, 1, 1, 8, 0, False, True, False, "none", False, static=False)
+    yield linear(91, 16, 5, 4, 128, True, True, True, "none", False, static=False)
+    yield linear(92, 32, 64, 4, 32, False, True, True, "silu", True, static=False)
+    yield linear(97, 3, 5, 2, 64, True, True, False, "none", False, static=True)
+    yield linear(98, 17, 33, 3, 32, True, False, True, "gelu", True, static=False)
     floating = [(70, 4, False), (131, 8, True), (96, 4, True), (64, 8, False), (45, 2, False), (131, 3, True)]
     floating += [(70, 3, False), (96, 2, True)]
     for i, (k, bits, gated) in enumerate(floating):
-        yield _floating(_linear(99 + i, 37, k, bits, 32, i % 2 == 1, i > 1, i == 3, "gelu", gated, False))
+        yield _floating(linear(99 + i, 37, k, bits, 32, i % 2 == 1, i > 1, i == 3, "gelu", gated, False))
 
     for i, (bits, group) in enumerate(formats):
         zero, bias, gated = i % 2 == 1, i % 3 == 0, i == 3
-        plain = _linear(97 + i, 37, 70, bits, group, zero, bias, not bias, "gelu", gated, False)
+        plain = linear(97 + i, 37, 70, bits, group, zero, bias, not bias, "gelu", gated, False)
         for static, vectors, input_bits in product((False, True), (False, True), (8, 4)):
             yield _quantizing(plain, static, vectors, input_bits, [2] if (static, vectors)[i % 2] else [])
 
 
-def _linear(
+def linear(
     seed: int, n: int, k: int, bits: int, group: int, zero: bool, bias: bool, residual: bool, activation: str,
     gated: bool, static: bool,
 ) -> Case:  # fmt: skip
@@ -162,6 +171,66 @@ def coded(random: _Random, rows: int, k: int, name: str, group: int) -> CodedMat
         low, high = (118, 128) if form.scale == "e8m0" else (1, 0x50)
         scale = random.integers(low, high, rows, groups).to(torch.uint8)
     return CodedMatrix(codes, scale, 0.03 if name == "nvfp4" else 1.0, table, name, group)
+
+
+def _outliers() -> Iterator[Case]:
+    formats = [(8, 0), (8, 32), (4, 0), (4, 32), (4, 128), (3, 64), (2, 32)]
+    for index, ((bits, group), zero, gated) in enumerate(product(formats, (False, True), (False, True))):
+        k, bias = (70, 96, 131)[index % 3], index % 2 == 0
+        dense = linear(300 + index, 37, k, bits, group, zero, bias, not bias, "gelu", gated, index % 4 == 1)
+        for case in (dense, _floating(dense)):
+            name, what, arguments = with_outliers(case, index % 5)
+            # Blocks of 16, 32 and 64 rows and a remainder, beside few rows.
+            yield name, what, _with_rows(arguments, (1, 3, 7, 25, 50, 130)[index % 6])
+    codes = _Random(3).integers(-8, 8, 20, 45).to(torch.int8)
+    scale, _ = packing.storable_scale(_Random(4).normal(20, 2).abs() * 0.1, 32)
+    held = outliers_of(5, 20, 45, 3)
+    places, values = (t[:20] for t in outlier_rows(held.places, held.values, held.offsets))
+    for zero in (None, torch.ones(20, 2, dtype=torch.int8), torch.full((20, 2), 0.25)):
+        given = {"codes": codes, "scale": scale, "zero": zero, "places": places.int(), "values": values}
+        rest = {"multiplier": held.multiplier, "group_size": 32}
+        yield "dequantize_outliers", "bare" if zero is None else str(zero.dtype), {**given, **rest}
+
+
+def outliers_of(seed: int, rows: int, k: int, each: int) -> PackedOutliers:
+    """Up to `each` random outliers a row: every fifth row has none, others half or all."""
+    random = _Random(seed)
+    places = torch.stack([torch.randperm(k, generator=random.generator)[: min(each, k)] for _ in range(rows)])
+    values, multiplier = storable_values(random.normal(*places.shape))
+    for row in range(rows):
+        values[row, (0, each // 2, each, each, each)[row % 5] :] = 0
+    return pack_outliers(places, values, k, multiplier)
+
+
+def with_outliers(case: Case, each: int) -> Case:
+    """A packed linear with up to `each` outliers a row."""
+    name, what, arguments = case
+    n, k = arguments["n"], arguments["k"]
+    rows = 2 * packing.ceil_to(n, 16) if arguments["gated"] else n
+    held = outliers_of(k + each, rows, k, each)
+    tensors = {"places": held.places, "values": held.values, "offsets": held.offsets}
+    if name == "linear_packed":
+        dense = unpack_outliers(
+            *tensors.values(), packing.ceil_to(rows, 16), k, held.multiplier, torch.float64
+        )
+        tensors["wsum"] = (arguments["wsum"] + dense.sum(1)).float()
+    target = {"linear_packed": "linear_outliers", "linear_packed_float": "linear_outliers_float"}[name]
+    return target, f"{what}-outliers{each}", {**arguments, **tensors, "outlier_multiplier": held.multiplier}
+
+
+def _with_rows(arguments: dict[str, Any], rows: int) -> dict[str, Any]:
+    """The same linear on that many rows of activations."""
+
+    def grown(t: Tensor) -> Tensor:
+        flat = t.flatten(0, -2)
+        return flat.repeat(-(-rows // len(flat)), 1)[:rows].unsqueeze(0).roll(1, 1)
+
+    moved = {
+        name: grown(arguments[name])
+        for name in ("u", "x", "params", "residual")
+        if arguments.get(name) is not None and arguments[name].dim() > 1
+    }
+    return {**arguments, **moved}
 
 
 def _coded() -> Iterator[Case]:
@@ -428,6 +497,61 @@ def _attentions() -> Iterator[Case]:
                 "softcap": softcap,
             },
         )
+
+
+def _caches() -> Iterator[Case]:
+    for index, (bits, depth) in enumerate(product((8, 4), (16, 40, 64))):
+        random = _Random(700 + index)
+        x = random.normal(2, 3, 5, depth)
+        x[0, 0, 0] = 0.0  # an empty range
+        shift, orders = random.normal(depth) if index % 2 else None, [8] if index % 3 == 0 else []
+        yield (
+            "quantize_cache",
+            f"a{bits}-d{depth}-h{orders}",
+            {"x": x, "shift": shift, "bits": bits, "hadamard": orders},
+        )
+        codes, params = torch.ops.isofold.quantize_cache(x, None, bits)
+        held = {"codes": codes, "params": params, "depth": depth, "bits": bits}
+        yield "dequantize_cache", f"a{bits}-d{depth}", held
+    # Heads by kernels of 4, 2 and 1; one query, a few and many; masks of both kinds; caps.
+    sizes = [
+        (8, 1, 1, 300),
+        (6, 2, 1, 17),
+        (4, 4, 2, 33),
+        (5, 1, 3, 128),
+        (4, 2, 37, 150),
+        (7, 7, 1, 1),
+        (2, 1, 4, 9),
+    ]
+    for index, ((heads, kv_heads, queries, keys), bits) in enumerate(product(sizes, (8, 4))):
+        random = _Random(800 + index)
+        depth, width = ((64, 64), (40, 24), (16, 128))[index % 3]
+        k, k_params = torch.ops.isofold.quantize_cache(random.normal(2, kv_heads, keys, depth), None, bits)
+        v, v_params = torch.ops.isofold.quantize_cache(random.normal(2, kv_heads, keys, width), None, bits)
+        mask = None
+        if index % 4 == 1:
+            mask = random.normal(2, 1, queries, keys)
+        elif index % 4 == 2:
+            mask = random.integers(0, 2, 2, heads, 1, keys).bool()
+            mask[0] = False  # nothing to see
+        arguments = {
+            "q": random.normal(2, queries, heads + 1, depth),
+            "k": k,
+            "k_params": k_params,
+            "v": v,
+            "v_params": v_params,
+            "mask": mask,
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "depth": depth,
+            "value_depth": width,
+            "bits": bits,
+            "q_start": index % 2,
+            "scale": depth**-0.5,
+            "causal": index % 5 == 3,
+            "softcap": 20.0 if index % 3 == 1 else 0.0,
+        }
+        yield "attention_cached", f"a{bits}-{heads}x{kv_heads}-s{queries}-t{keys}", arguments
 
 
 def _elementwise() -> Iterator[Case]:

@@ -1,0 +1,269 @@
+"""Attention on packed codes of keys and values (``compiler/dialect/cache_packing.py``), for one query of R heads.
+
+Identity: ``q . k_t = s_t (sum_d q_d u_td - z_t sum_d q_d)`` and ``sum_t p_t v_t = sum_t (p_t s_t) u_t - sum_t p_t s_t
+z_t``, so codes meet floats as they are: a conversion and a multiply-add for 16 of them, and the pairs cost one
+operation a token.
+
+* R heads (4, 2 or 1) that share their keys are worked on together: each code is converted once for all of them.
+* Scores: lanes run along the head, 16 tokens at a time, whose 16 vectors of partial sums are transposed and added, so
+  that a sum across lanes costs 5 operations and not 12.
+* Values: blocks of 128 tokens (their codes stay in the first-level cache), 32 dimensions of the head at a time in
+  registers.
+
+Many queries (prefill) are compute, not memory: codes are expanded to floats once (``cache_expand``) and go through the
+kernels of attention.py. Scratch of R heads: R (ceil(keys, 16) + Dp + Dvp) + 16 R 16 floats, 64-byte aligned.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from operator import add
+from typing import Any
+
+from tvm import tirx
+
+from .attention import _masked
+from .codegen import Isa, Kernel, T, bind, for_range, load, registers, store, when
+from .math import exp, reduce_lanes, tanh, transpose16
+
+HEADS = (4, 2, 1)
+"""Heads of one query that a kernel takes."""
+TOKENS = 128
+"""Tokens of a block of values."""
+NEG_INF = float("-inf")
+
+
+def _vector(value: float) -> Any:
+    return T.broadcast(T.float32(value), 16)
+
+
+def _codes(bits: int, buffer: Any, at: Any) -> tuple[Any, Any]:
+    """32 dimensions of a token at byte ``at``, as two vectors of floats."""
+    if bits == 8:
+        return tuple(bind(T.cast(load(buffer, at + 16 * i), "float32x16")) for i in range(2))
+    words = bind(T.cast(load(buffer, at), "int32x16"))
+    low, high = words & T.broadcast(T.int32(15), 16), words >> T.broadcast(T.int32(4), 16)
+    return bind(T.cast(low, "float32x16")), bind(T.cast(high, "float32x16"))
+
+
+def _pairs(params: Any, tokens: list[Any]) -> tuple[Any, Any]:
+    """Scales and zero points of 16 tokens."""
+    lanes = [tirx.const(i, "int32") for i in range(16)]
+    both = [[load(params, token * 2 + which, 1) for token in tokens] for which in range(2)]
+    scales, zeros = (bind(tirx.Shuffle(scalars, lanes)) for scalars in both)
+    return scales, zeros
+
+
+def _attention(bits: int, heads: int, isa: Isa, *arguments: Any) -> None:
+    """out[r, :] for R heads of one query; rows of q, out and masks are their strides apart."""
+    del isa
+    (q, k, k_params, v, v_params, mask_f, mask_b, out, scratch, q_head, out_head, keys, d, dv,
+     mask_kind, mask_head, mask_t, scale, softcap) = arguments  # fmt: skip
+    dp, dvp = bind((d + 31) // 32 * 32), bind((dv + 31) // 32 * 32)
+    per_byte = 8 // bits
+    k_row, v_row = bind(dp // per_byte), bind(dvp // per_byte)
+    padded = bind((keys + 15) // 16 * 16)
+    queries = bind(
+        padded * heads
+    )  # offsets in scratch: scores [R, padded], q [R, dp], o [R, dvp], sums [R, 16, 16]
+    outputs = bind(queries + dp * heads)
+    sums = bind(outputs + dvp * heads)
+
+    sizes = registers(heads, "float32")  # sum of q, in every lane
+    for r in range(heads):
+        with for_range(0, dp // 16) as i:
+            store(scratch, queries + dp * r + i * 16, _vector(0.0))
+        with for_range(0, d) as i:
+            store(scratch, queries + dp * r + i, load(q, q_head * r + i, 1) * scale, 1)
+        total = registers(1, "float32")
+        store(total, 0, _vector(0.0))
+        with for_range(0, dp // 16) as i:
+            store(total, 0, load(total, 0) + load(scratch, queries + dp * r + i * 16))
+        store(sizes, r * 16, T.broadcast(reduce_lanes(load(total, 0), add), 16))
+
+    _scores(bits, heads, k, k_params, scratch, keys, padded, k_row, queries, dp, sums, sizes)
+    inverses = registers(heads, "float32")
+    offsets = registers(heads, "float32")  # sum of p s z
+    for r in range(heads):
+        at = bind(padded * r)
+        _softmax(r, at, v_params, mask_f, mask_b, scratch, keys, padded, mask_kind, mask_head, mask_t, softcap,
+                 inverses, offsets)  # fmt: skip
+    _values(bits, heads, v, scratch, keys, padded, v_row, outputs, dvp)
+    for r in range(heads):
+        with for_range(0, dv // 16) as i:
+            value = load(scratch, outputs + dvp * r + i * 16) - load(offsets, r * 16)
+            store(out, out_head * r + i * 16, value * load(inverses, r * 16))
+        with for_range(dv // 16 * 16, dv) as i:
+            value = load(scratch, outputs + dvp * r + i, 1) - load(offsets, r * 16, 1)
+            store(out, out_head * r + i, value * load(inverses, r * 16, 1), 1)
+
+
+def _scores(
+    bits: int, heads: int, k: Any, params: Any, scratch: Any, keys: Any, padded: Any, row: Any, queries: Any,
+    dp: Any, sums: Any, sizes: Any,
+) -> None:  # fmt: skip
+    together = 4 // heads  # tokens in flight: 8 chains of multiply-adds with their two halves
+    acc = registers(2 * together * heads, "float32")
+    with for_range(0, padded // 16) as block:
+        tokens = [bind(tirx.min(block * 16 + i, keys - 1)) for i in range(16)]
+        for first in range(0, 16, together):
+            for i in range(2 * together * heads):
+                store(acc, i * 16, _vector(0.0))
+            starts = [bind(tokens[first + i] * row) for i in range(together)]
+            with for_range(0, dp // 32) as chunk:
+                parts = [
+                    [bind(load(scratch, queries + dp * r + chunk * 32 + 16 * h)) for h in range(2)]
+                    for r in range(heads)
+                ]
+                for i, start in enumerate(starts):
+                    codes = _codes(bits, k, start + chunk * (32 * bits // 8))
+                    for r in range(heads):
+                        for h in range(2):
+                            index = ((i * heads + r) * 2 + h) * 16
+                            store(acc, index, T.fma(parts[r][h], codes[h], load(acc, index)))
+            for i in range(together):
+                for r in range(heads):
+                    index = (i * heads + r) * 32
+                    whole = load(acc, index) + load(acc, index + 16)
+                    store(scratch, sums + (r * 16 + first + i) * 16, whole)
+        scales, zeros = _pairs(params, tokens)
+        for r in range(heads):
+            columns = transpose16([bind(load(scratch, sums + (r * 16 + i) * 16)) for i in range(16)])
+            while len(columns) > 1:
+                columns = [bind(a + b) for a, b in zip(columns[::2], columns[1::2], strict=True)]
+            score = scales * (columns[0] - zeros * load(sizes, r * 16))
+            store(scratch, padded * r + block * 16, score)
+
+
+def _softmax(
+    r: int, at: Any, params: Any, mask_f: Any, mask_b: Any, scratch: Any, keys: Any, padded: Any, mask_kind: Any,
+    mask_head: Any, mask_t: Any, softcap: Any, inverses: Any, offsets: Any,
+) -> None:  # fmt: skip
+    """Scores of one head to p s, with 1 / sum p and sum p s z."""
+    highest, total, offset = (registers(1, "float32") for _ in range(3))
+    with when(softcap > T.float32(0.0)), for_range(0, padded // 16) as block:
+        cap = T.broadcast(softcap, 16)
+        store(scratch, at + block * 16, cap * tanh(load(scratch, at + block * 16) / cap))
+    for code, kind, mask in ((1, "f32", mask_f), (2, "u8", mask_b)):
+        with when(mask_kind == code):
+            vectors = bind(T.Select(mask_t == 1, keys // 16, tirx.const(0, "int64")))
+            with for_range(0, vectors) as block:
+                held = load(mask, mask_head * r + block * 16)
+                store(scratch, at + block * 16, _masked(kind, load(scratch, at + block * 16), held, 16))
+            with for_range(vectors * 16, keys) as t:
+                held = load(mask, mask_head * r + t * mask_t, 1)
+                store(scratch, at + t, _masked(kind, load(scratch, at + t, 1), held, 1), 1)
+    with for_range(keys, padded) as t:
+        store(scratch, at + t, T.float32(NEG_INF), 1)
+    store(highest, 0, _vector(NEG_INF))
+    with for_range(0, padded // 16) as block:
+        store(highest, 0, tirx.max(load(highest, 0), load(scratch, at + block * 16)))
+    top = bind(reduce_lanes(load(highest, 0), tirx.max))
+    # -inf - -inf would be NaN: where nothing is seen, subtract 0.
+    reference = bind(T.broadcast(T.Select(top == T.float32(NEG_INF), T.float32(0.0), top), 16))
+    store(total, 0, _vector(0.0))
+    store(offset, 0, _vector(0.0))
+    with for_range(0, padded // 16) as block:
+        weight = bind(exp(load(scratch, at + block * 16) - reference))
+        store(total, 0, load(total, 0) + weight)
+        scales, zeros = _pairs(params, [bind(tirx.min(block * 16 + i, keys - 1)) for i in range(16)])
+        scaled = bind(weight * scales)
+        store(scratch, at + block * 16, scaled)
+        store(offset, 0, T.fma(scaled, zeros, load(offset, 0)))
+    sum_ = bind(reduce_lanes(load(total, 0), add))
+    inverse = T.Select(sum_ > T.float32(0.0), T.float32(1.0) / sum_, T.float32(0.0))
+    store(inverses, r * 16, T.broadcast(inverse, 16))
+    store(offsets, r * 16, T.broadcast(reduce_lanes(load(offset, 0), add), 16))
+
+
+def _values(
+    bits: int, heads: int, v: Any, scratch: Any, keys: Any, padded: Any, row: Any, outputs: Any, dvp: Any
+) -> None:
+    """o[r, :] = sum_t w[r, t] u[t, :]."""
+    ways = 4 // heads  # chains of multiply-adds for each vector
+    acc = registers(2 * heads * ways, "float32")
+    for r in range(heads):
+        with for_range(0, dvp // 16) as i:
+            store(scratch, outputs + dvp * r + i * 16, _vector(0.0))
+    with for_range(0, (keys + TOKENS - 1) // TOKENS) as block:
+        first = bind(block * TOKENS)
+        count = bind(tirx.min(keys - first, tirx.const(TOKENS, "int64")))
+        with for_range(0, dvp // 32) as chunk:
+            for i in range(2 * heads * ways):
+                store(acc, i * 16, _vector(0.0))
+
+            def step(t: Any, way: int, chunk: Any = chunk) -> None:
+                codes = _codes(bits, v, t * row + chunk * (32 * bits // 8))
+                for r in range(heads):
+                    weight = bind(T.broadcast(load(scratch, padded * r + t, 1), 16))
+                    for h in range(2):
+                        index = ((way * heads + r) * 2 + h) * 16
+                        store(acc, index, T.fma(weight, codes[h], load(acc, index)))
+
+            with for_range(0, count // ways) as i:
+                for way in range(ways):
+                    step(bind(first + i * ways + way), way)
+            with for_range(count // ways * ways, count) as t:
+                step(bind(first + t), 0)
+            for r in range(heads):
+                for h in range(2):
+                    whole = [load(acc, ((way * heads + r) * 2 + h) * 16) for way in range(ways)]
+                    while len(whole) > 1:
+                        whole = [a + b for a, b in zip(whole[::2], whole[1::2], strict=True)]
+                    at = outputs + dvp * r + chunk * 32 + 16 * h
+                    store(scratch, at, load(scratch, at) + whole[0])
+
+
+def _expand(bits: int, isa: Isa, *arguments: Any) -> None:
+    """out[t, 0:dp] = s (u - z), dp = ceil(d, 32)."""
+    del isa
+    codes, params, out, tokens, d = arguments
+    dp = bind((d + 31) // 32 * 32)
+    with for_range(0, tokens) as t:
+        scale = bind(T.broadcast(load(params, t * 2, 1), 16))
+        zero = bind(T.broadcast(load(params, t * 2 + 1, 1), 16))
+        with for_range(0, dp // 32) as chunk:
+            for h, u in enumerate(_codes(bits, codes, t * (dp * bits // 8) + chunk * (32 * bits // 8))):
+                store(out, t * dp + chunk * 32 + 16 * h, scale * (u - zero))
+
+
+def _pack(isa: Isa, *arguments: Any) -> None:
+    """Codes [rows, dp], a byte each, to two a byte."""
+    del isa
+    u, packed, blocks = arguments
+    with for_range(0, blocks) as i:
+        high = load(u, i * 32 + 16) << T.broadcast(T.uint8(4), 16)
+        store(packed, i * 16, load(u, i * 32) | high)
+
+
+_POINTERS = (
+    "q: const f32*, k: const u8*, k_params: const f32*, v: const u8*, v_params: const f32*, mask_f: const f32*, "
+    "mask_b: const u8*, out: f32*, scratch: f32*"
+)
+_SIZES = (
+    "q_head: i64, out_head: i64, keys: i64, d: i64, dv: i64, mask_kind: i64, mask_head: i64, mask_t: i64, "
+    "scale: f32, softcap: f32"
+)
+
+KERNELS = [
+    *(
+        Kernel(
+            f"attention_cache{bits}_{heads}",
+            f"{_POINTERS}, {_SIZES}",
+            partial(_attention, bits, heads),
+            "attention_cache",
+        )
+        for bits in (8, 4)
+        for heads in HEADS
+    ),
+    *(
+        Kernel(
+            f"cache_expand{bits}",
+            "codes: const u8*, params: const f32*, out: f32*, tokens: i64, d: i64",
+            partial(_expand, bits),
+            "attention_cache",
+        )
+        for bits in (8, 4)
+    ),
+    Kernel("cache_pack", "u: const u8*, packed: u8*, blocks: i64", _pack, "attention_cache"),
+]
