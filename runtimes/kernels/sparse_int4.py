@@ -78,6 +78,8 @@ def _gemv(mode: str, isa: Isa, *arguments: Any) -> None:
                     factors = [w * 2, second]
                 elif mode == "g64":
                     factors = [w * WORD // group]
+                if factors and part == 0:
+                    prefetch(scale, row + (groups + factors[0]) * 16, 3)  # of the next panel
                 scales = [bind(T.cast(load(scale, row + g * 16), "float32x16")) for g in factors]
                 for i in range(SHARED):
                     word = bind(load(mask, (first + i) * words + w, 1))
