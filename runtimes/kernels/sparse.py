@@ -13,10 +13,11 @@ work of the epilogues of linear.py. A *word* is 64 bits of the mask: 64 inputs o
 * One row of activations and few non-zeros (``sparse_gemv_low``, AVX512-VBMI2): expanding costs the same however few
   non-zeros there are, so instead the places of up to 16 non-zeros of a word are compressed from 0..63 and looked up in
   the word's 64 activations, which stay in registers for 8 rows of weights.
-* Many rows (``sparse_gemm_V``, ``sparse8_gemm``): activations lie transposed, ``xt[k, 16 V]`` (8 bits: ``[k, 64]``), so
-  that one non-zero meets 16 V of them in V multiply-adds. Zeros cost nothing. 8 bits: four non-zeros of a row at a
-  time; their four rows of 64 activations are interleaved byte by byte to operands of ``vpdpbusd`` (v3: pairs for
-  ``vpmaddwd``). The places of the non-zeros are written out first (``sparse8_list``), once for all rows of activations.
+* One row and 8 bits (``sparse8_gemv_1``, ``_low``): four rows of weights share a word's activations in registers.
+* bfloat16 (``sparse16_gemv_R``): pairs of values are expanded with ``vpexpandw``. Blocks of four codes
+  (``sparse4x8_gemv_R``, layout 1x4) are expanded like floats.
+
+Many rows of activations, and other layouts, are in `sparse_many.py` and beside it.
 
 Sums over 8-bit products are exact in int32 on both instruction sets.
 """
