@@ -13,10 +13,11 @@ work of the epilogues of linear.py. A *word* is 64 bits of the mask: 64 inputs o
 * One row of activations and few non-zeros (``sparse_gemv_low``, AVX512-VBMI2): expanding costs the same however few
   non-zeros there are, so instead the places of up to 16 non-zeros of a word are compressed from 0..63 and looked up in
   the word's 64 activations, which stay in registers for 8 rows of weights.
-* Many rows (``sparse_gemm_V``, ``sparse8_gemm``): activations lie transposed, ``xt[k, 16 V]`` (8 bits: ``[k, 64]``), so
-  that one non-zero meets 16 V of them in V multiply-adds. Zeros cost nothing. 8 bits: four non-zeros of a row at a
-  time; their four rows of 64 activations are interleaved byte by byte to operands of ``vpdpbusd`` (v3: pairs for
-  ``vpmaddwd``). The places of the non-zeros are written out first (``sparse8_list``), once for all rows of activations.
+* One row and 8 bits (``sparse8_gemv_1``, ``_low``): four rows of weights share a word's activations in registers.
+* bfloat16 (``sparse16_gemv_R``): pairs of values are expanded with ``vpexpandw``. Blocks of four codes
+  (``sparse4x8_gemv_R``, layout 1x4) are expanded like floats.
+
+Many rows of activations, and other layouts, are in `sparse_many.py` and beside it.
 
 Sums over 8-bit products are exact in int32 on both instruction sets.
 """
@@ -286,10 +287,11 @@ def _gemv8_shared(half: bool, isa: Isa, *arguments: Any) -> None:
             store(at, i, T.cast(load(offsets, first + i, 1), "int64"), 1)
         next_ = bind(T.cast(load(offsets, first + SHARED, 1), "int64"))
         pace = bind((next_ - load(at, 0, 1)) // words)
+        behind = bind(next_ * 2 - load(at, 0, 1))  # about where the rows after the next ones begin
         with for_range(0, words) as w:
-            prefetch(mask, (first + SHARED) * words + w * SHARED, 3)
-            for line in range(3 if half else 5):
-                prefetch(values, next_ + w * pace + 64 * line, 3)
+            prefetch(mask, (first + 2 * SHARED) * words + w * SHARED, 3)
+            for line in range(2 if half else 3):
+                prefetch(values, behind + w * pace + 64 * line, 3)
             codes = bind(T.reinterpret("int32x16", load(x, w * WORD, 64)))
             for i in range(SHARED):
                 word = bind(load(mask, (first + i) * words + w, 1))

@@ -63,11 +63,12 @@ def _gemv(mode: str, isa: Isa, *arguments: Any) -> None:
                 store(at, i, T.cast(load(offsets, first + i, 1), "int64"), 1)
             next_ = bind(T.cast(load(offsets, first + SHARED, 1), "int64"))
             pace = bind((next_ - load(at, 0, 1)) // words)
+            behind = bind(next_ * 2 - load(at, 0, 1))  # about where the rows after the next ones begin
             row = bind(first // 16 * groups * 16)
             with for_range(0, words) as w:
-                prefetch(mask, (first + SHARED) * words + w * SHARED, 3)
-                for line in range(2):
-                    prefetch(values, next_ + w * pace + 64 * line, 3)
+                prefetch(mask, (first + 2 * SHARED) * words + w * SHARED, 3)
+                for line in range(3):
+                    prefetch(values, behind + w * pace + 64 * line, 3)
                 codes = bind(T.reinterpret("int32x16", load(x, w * WORD, 64)))
                 factors = []
                 if mode == "g32":
@@ -77,6 +78,8 @@ def _gemv(mode: str, isa: Isa, *arguments: Any) -> None:
                     factors = [w * 2, second]
                 elif mode == "g64":
                     factors = [w * WORD // group]
+                if factors and part == 0:
+                    prefetch(scale, row + (groups + factors[0]) * 16, 3)  # of the next panel
                 scales = [bind(T.cast(load(scale, row + g * 16), "float32x16")) for g in factors]
                 for i in range(SHARED):
                     word = bind(load(mask, (first + i) * words + w, 1))

@@ -33,7 +33,7 @@ GEMM_VECTORS = (4, 2, 1)
 GEMM8_VECTORS = (8, 4)
 """The same of the 8-bit kernels; 8 of them share the work on lists and weights."""
 
-STEP = 8
+STEP = 4
 """Non-zeros that lists are padded to a multiple of."""
 
 PLACE = 64
@@ -277,9 +277,13 @@ def _gemm8(vectors: int, isa: Isa, *arguments: Any) -> None:
                         product = vpmaddwd(bind(shuffle(a, b, index)), factor)
                         store(sums, i, load(sums, i, 8) + product, 8)
 
-        with for_range(0, load(counts, r, 1) // (4 * sets)) as g:
+        steps = bind(load(counts, r, 1) // 4)
+        with for_range(0, steps // sets) as g:
             for s in range(sets):
                 four(g * sets + s, s)
+        if sets == 2:
+            with when(steps % 2 > T.int64(0)):
+                four(steps - T.int64(1), 0)
         for v in range(count):
             total = load(sums, v * lanes, lanes)
             for s in range(1, sets):

@@ -20,7 +20,7 @@ from .sparse_many import STEP, VBMI2, counter, splat
 
 WINDOW = 256
 
-AHEAD = 2048
+AHEAD = 6144
 """Bytes ahead of what is fetched of places and of values."""
 
 

@@ -217,7 +217,7 @@ SIZES = [
 
 @variants
 @forms
-@pytest.mark.parametrize("density", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
 def test_shapes(library: ctypes.CDLL, variant: str, form: tuple[str, str, int], density: float) -> None:
     rng = np.random.default_rng(int(density * 100))
     for i, (m, (n, k)) in enumerate(zip(ROWS, itertools.cycle(SIZES), strict=False)):
@@ -227,7 +227,7 @@ def test_shapes(library: ctypes.CDLL, variant: str, form: tuple[str, str, int], 
 
 @variants
 @forms
-@pytest.mark.parametrize("m", [1, 2, 6, 20, 70])
+@pytest.mark.parametrize("m", [1, 6, 70])
 def test_gated(library: ctypes.CDLL, variant: str, form: tuple[str, str, int], m: int) -> None:
     rng = np.random.default_rng(m)
     for n, k, activation in ((5, 40, "silu"), (32, 64, "gelu"), (50, 129, "none")):
