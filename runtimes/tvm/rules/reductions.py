@@ -312,7 +312,13 @@ def running_sum(own: str, result: str) -> tirx.PrimFunc:
 
     @T.prim_func(private=True, s_tir=True)
     def cumsum(x: T.handle, y: T.handle):  # type: ignore[no-untyped-def] # TVM's script
-        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
+        T.func_attr(
+            {
+                "tirx.is_scheduled": True,
+                "tirx.noalias": True,
+                "isofold.schedule": "running sum: rows in parallel",
+            }
+        )
         outer, length, inner = T.int64(), T.int64(), T.int64()
         x_at = T.match_buffer(x, (outer, length, inner), own)
         y_at = T.match_buffer(y, (outer, length, inner), result)
