@@ -2,10 +2,11 @@
 
     python benchmarks/tvm_cpu.py [--json FILE] [--quick] [--only coverage | bert | llama]
 
-Coverage: every architecture, uncompressed and w4a8, at two shapes, against the program itself. Speed: BERT-base (sequence
-128, batch 1) and one decoding step of a model with the shapes of Llama 1B (4 of its 16 layers, one token), our TVM artefact
-against our ONNX artefact with the same recipe, and uncompressed against ONNX Runtime; outputs are compared before anything is
-timed. Times of compiling BERT-base (the op library is built already) and of opening an artefact in a new process.
+Coverage: every architecture, uncompressed and w4a8, at two shapes, against the program itself. Speed: BERT-base
+(sequence 128, batch 1) and one decoding step of a model with the shapes of Llama 1B (4 of its 16 layers, one token),
+our TVM artefact against our ONNX artefact with the same recipe, and uncompressed against ONNX Runtime; outputs are
+compared before anything is timed. Times of compiling BERT-base (the op library is built already) and of opening an
+artefact in a new process.
 """
 
 from __future__ import annotations
@@ -89,6 +90,8 @@ def float32_onnx(module: Any, feeds: dict[str, Any], folder: Path) -> tuple[Path
     import torch
 
     path, inputs = folder / "float32.onnx", folder / "inputs.npz"
+    if path.exists() and inputs.exists():
+        return path, inputs
     np.savez(inputs, **{name: value.numpy() for name, value in feeds.items()})
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -108,6 +111,30 @@ def outputs(worker: Worker, folder: Path) -> np.ndarray:
     return result
 
 
+def artefacts(
+    results: Results, label: str, module: Any, feeds: dict[str, Any], folder: Path
+) -> dict[str, Artefact]:
+    """Ours by name; those that are in the folder already are taken as they are."""
+    ours: dict[str, Artefact] = {}
+    for recipe in ("float32", "w8a8", "w4a8"):
+        place = folder / f"tvm-{recipe}"
+        if place.exists():
+            ours[f"TVM {recipe}"] = Artefact(place, place, None)
+        else:
+            begin = time.perf_counter()
+            ours[f"TVM {recipe}"] = compile_to(place, module, recipe, kwargs=feeds, target="tvm-cpu")
+            spent = time.perf_counter() - begin
+            results.add(
+                f"{label} {recipe}: compile", spent, "s", "<= 60" if label.startswith("BERT") else None
+            )
+        place = folder / f"onnx-{recipe}"
+        if place.exists():
+            ours[f"ONNX {recipe}"] = Artefact(place, place / "model.onnx", None)
+        elif recipe != "float32":
+            ours[f"ONNX {recipe}"] = compile_to(place, module, recipe, kwargs=feeds)
+    return ours
+
+
 def speed(
     results: Results, label: str, module: Any, feeds: dict[str, Any], float32: tuple[Path, Path],
     arguments: argparse.Namespace, folder: Path,
@@ -115,19 +142,14 @@ def speed(
     """One interleaved run of every pair."""
     path, inputs = float32
     threads = 1 if arguments.cpu_time else 2
-    ours: dict[str, Artefact] = {}
-    for recipe in ("float32", "w8a8", "w4a8"):
-        begin = time.perf_counter()
-        ours[f"TVM {recipe}"] = compile_to(folder / f"tvm-{recipe}", module, recipe, kwargs=feeds, target="tvm-cpu")
-        spent = time.perf_counter() - begin
-        bar = "<= 60" if label.startswith("BERT") else None
-        results.add(f"{label} {recipe}: compile", spent, "s", bar)
-        if recipe != "float32":
-            ours[f"ONNX {recipe}"] = compile_to(folder / f"onnx-{recipe}", module, recipe, kwargs=feeds)
+    ours = artefacts(results, label, module, feeds, folder)
+    if arguments.compile_only:
+        return
     for recipe in ("float32", "w4a8"):
         command = [sys.executable, "-c", START, str(ours[f"TVM {recipe}"].folder)]
         spent = min(
-            float(subprocess.run(command, check=True, capture_output=True, text=True).stdout) for _ in range(3)
+            float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            for _ in range(3)
         )
         results.add(f"{label} {recipe}: import, open and first run in a new process", spent, "s", "<= 1")
     workers: list[Worker] = []
@@ -136,7 +158,11 @@ def speed(
         workers.append(Worker(FLOAT32, spec))
         workers.extend(Worker(name, artefact.spec(threads, inputs)) for name, artefact in ours.items())
         found = {worker.name: outputs(worker, folder) for worker in workers}
-        pairs = [("TVM float32", FLOAT32, 1.25), ("TVM w8a8", "ONNX w8a8", 1.1), ("TVM w4a8", "ONNX w4a8", 1.1)]
+        pairs = [
+            ("TVM float32", FLOAT32, 1.25),
+            ("TVM w8a8", "ONNX w8a8", 1.1),
+            ("TVM w4a8", "ONNX w4a8", 1.1),
+        ]
         for one, other, _ in pairs:
             scale = np.abs(found[other]).max()
             difference = float(np.abs(found[one] - found[other]).max() / scale)
@@ -151,7 +177,9 @@ def speed(
     for name, times in seconds.items():
         results.sampled(f"{title}: {name}", [1e3 * t for t in per_round(times)], "ms")
     for one, other, most in pairs:
-        results.sampled(f"{title}: {one} over {other}", ratios(seconds[one], seconds[other]), "x time", f"<= {most}")
+        results.sampled(
+            f"{title}: {one} over {other}", ratios(seconds[one], seconds[other]), "x time", f"<= {most}"
+        )
 
 
 def body() -> int:
@@ -159,18 +187,24 @@ def body() -> int:
 
     def extra(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--only", choices=("coverage", "bert", "llama"), action="append")
+        parser.add_argument(
+            "--artefacts", metavar="FOLDER", help="keep compiled artefacts here and reuse them"
+        )
+        parser.add_argument(
+            "--compile-only", action="store_true", help="compile into --artefacts, time nothing"
+        )
 
     arguments = parse(__doc__, extra)
     wanted = arguments.only or ["coverage", "bert", "llama"]
     results = Results("tvm_cpu")
     with tempfile.TemporaryDirectory(prefix="isofold-tvm-") as temporary:
-        folder = Path(temporary)
+        folder = Path(arguments.artefacts or temporary)
         if "bert" in wanted:
-            (folder / "bert").mkdir()
+            (folder / "bert").mkdir(parents=True, exist_ok=True)
             module, feeds = bert_base()
             speed(results, "BERT-base", module, feeds, bert_onnx(), arguments, folder / "bert")
         if "llama" in wanted:
-            (folder / "llama").mkdir()
+            (folder / "llama").mkdir(parents=True, exist_ok=True)
             module, feeds = llama_step()
             float32 = float32_onnx(module, feeds, folder / "llama")
             speed(results, "Llama step", module, feeds, float32, arguments, folder / "llama")

@@ -181,9 +181,13 @@ def memory() -> dict[str, int]:
 def serve(answers: Any) -> None:
     """Read the specification and then commands until ``quit`` or the end of the input."""
     spec = json.loads(sys.stdin.readline())
-    engine: Any = {"onnxruntime": OnnxRuntime, "openvino": OpenVino, "tvm": Tvm, "read": Probe, "vnni": Probe}[
-        spec["engine"]
-    ](spec)
+    engine: Any = {
+        "onnxruntime": OnnxRuntime,
+        "openvino": OpenVino,
+        "tvm": Tvm,
+        "read": Probe,
+        "vnni": Probe,
+    }[spec["engine"]](spec)
 
     def answer(value: dict[str, Any]) -> None:
         answers.write(json.dumps(value) + "\n")

@@ -121,7 +121,9 @@ def _conv_transpose(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
     rank = fake(a["weight"]).dim() - 2
     stride, padding, more = (_spread(a[name], rank) for name in ("stride", "padding", "output_padding"))
     dilation = _spread(a["dilation"], rank)
-    return transposed(b, node, a["input"], a["weight"], a["bias"], stride, padding, more, a["groups"], dilation)
+    return transposed(
+        b, node, a["input"], a["weight"], a["bias"], stride, padding, more, a["groups"], dilation
+    )
 
 
 def transposed(

@@ -240,7 +240,9 @@ def _hard(x: Expr) -> Expr:
 
 @rule(aten.mish.default)
 def _mish(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
-    return pointwise(b, node, [a["self"]], dtype_name(fake(node).dtype), lambda x: x * tirx.tanh(_log1p_exp(x)))
+    return pointwise(
+        b, node, [a["self"]], dtype_name(fake(node).dtype), lambda x: x * tirx.tanh(_log1p_exp(x))
+    )
 
 
 @rule(aten.clamp.default, aten.clamp.Tensor)

@@ -197,7 +197,9 @@ def _with_index(
     return parts[only] if only is not None else parts
 
 
-@rule(aten.var.correction, aten.std.correction, aten.var.dim, aten.std.dim, aten.var.default, aten.std.default)
+@rule(
+    aten.var.correction, aten.std.correction, aten.var.dim, aten.std.dim, aten.var.default, aten.std.default
+)
 def _var(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
     source, correction = a["self"], a.get("correction", int(a.get("unbiased", True)))
     correction = 1 if correction is None else correction
@@ -261,7 +263,9 @@ def _softmax(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
             return [0 if d in dims else at for d, at in enumerate(i)]
 
         largest = reduced(k, shape, dims, True, lambda *i: cast(x(*i), dtype), kept, te.max, "largest")
-        weights = te.compute(shape, lambda *i: tirx.exp(cast(x(*i), dtype) - largest(*own(i))), name="weights")
+        weights = te.compute(
+            shape, lambda *i: tirx.exp(cast(x(*i), dtype) - largest(*own(i))), name="weights"
+        )
         total = reduced(k, shape, dims, True, lambda *i: weights(*i), kept, te.sum, "total")
         if only_sum:
             expand = lambda i: i if a["keepdim"] else _insert(i, dims, rank)  # noqa: E731
@@ -308,7 +312,13 @@ def running_sum(own: str, result: str) -> tirx.PrimFunc:
 
     @T.prim_func(private=True, s_tir=True)
     def cumsum(x: T.handle, y: T.handle):  # type: ignore[no-untyped-def] # TVM's script
-        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
+        T.func_attr(
+            {
+                "tirx.is_scheduled": True,
+                "tirx.noalias": True,
+                "isofold.schedule": "running sum: rows in parallel",
+            }
+        )
         outer, length, inner = T.int64(), T.int64(), T.int64()
         x_at = T.match_buffer(x, (outer, length, inner), own)
         y_at = T.match_buffer(y, (outer, length, inner), result)

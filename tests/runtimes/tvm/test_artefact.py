@@ -29,7 +29,12 @@ def compiled(objects: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
     case = registry.get("llama")
     folder = tmp_path_factory.mktemp("artefact") / "llama"
     return isofold.compile(
-        case.module, case.args, target="tvm-cpu", recipe="w8a8", dynamic_shapes=case.dynamic_shapes, output=folder
+        case.module,
+        case.args,
+        target="tvm-cpu",
+        recipe="w8a8",
+        dynamic_shapes=case.dynamic_shapes,
+        output=folder,
     )
 
 
@@ -82,7 +87,14 @@ def test_loading_needs_neither_torch_nor_the_compiler(compiled: Any, tmp_path: P
     case = registry.get("llama")
     inputs = dict(zip([p.name for p in compiled.inputs], [a.numpy() for a in case.other_args], strict=True))
     np.savez(tmp_path / "in.npz", **inputs)
-    command = [sys.executable, "-c", LOADED, str(compiled.folder), str(tmp_path / "in.npz"), str(tmp_path / "out.npz")]
+    command = [
+        sys.executable,
+        "-c",
+        LOADED,
+        str(compiled.folder),
+        str(tmp_path / "in.npz"),
+        str(tmp_path / "out.npz"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = np.load(tmp_path / "out.npz")
@@ -100,10 +112,22 @@ def test_the_cpp_example_computes_the_same(compiled: Any, root: Path, tmp_path: 
     source = root / "examples/tvm/run_artefact.cc"
     libraries = [f"-L{ffi}/lib", f"-L{tvm}", "-ltvm_ffi", "-Wl,--no-as-needed", "-ltvm_runtime"]
     places = [f"-Wl,-rpath,{ffi}/lib", f"-Wl,-rpath,{tvm}"]
-    built = ["g++", "-std=c++17", "-O1", str(source), f"-I{ffi}/include", *libraries, *places, "-o", str(program)]
+    built = [
+        "g++",
+        "-std=c++17",
+        "-O1",
+        str(source),
+        f"-I{ffi}/include",
+        *libraries,
+        *places,
+        "-o",
+        str(program),
+    ]
     subprocess.run(built, check=True, capture_output=True)
     case = registry.get("llama")
-    inputs = {p.name: np.ascontiguousarray(a.numpy()) for p, a in zip(compiled.inputs, case.other_args, strict=True)}
+    inputs = {
+        p.name: np.ascontiguousarray(a.numpy()) for p, a in zip(compiled.inputs, case.other_args, strict=True)
+    }
     with (tmp_path / "in.safetensors").open("wb") as file:
         write_tensors(file, [(n, a.dtype.name, a.shape, a.tobytes()) for n, a in inputs.items()])
     command = [str(program), str(compiled.folder), str(tmp_path / "in.safetensors")]
@@ -157,7 +181,10 @@ def test_explicit_targets_and_single_files(target: str, tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"model.so", "model.so.data"}
     before = path.read_bytes(), path.with_name("model.so.data").read_bytes()
     isofold.export(module, path, (x,), target=target, recipe="float32")
-    assert (path.read_bytes(), path.with_name("model.so.data").read_bytes()) == before  # the same program, the same bytes
+    assert (
+        path.read_bytes(),
+        path.with_name("model.so.data").read_bytes(),
+    ) == before  # the same program, the same bytes
 
 
 def test_bad_requests(compiled: Any, tmp_path: Path) -> None:

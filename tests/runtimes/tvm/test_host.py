@@ -36,7 +36,11 @@ def test_the_library_says_what_it_is(host: Executor) -> None:
     ("text", "tensors", "message"),
     [
         ("Nrom in=1000 out=01 eps=f:1 kind=s:rms", 2, "no operator of this name"),
-        ("Norm in=1000 out=01 eps=f:1 kind=s:batch", 2, "attribute 'kind' is 'batch'; expected one of layer, rms"),
+        (
+            "Norm in=1000 out=01 eps=f:1 kind=s:batch",
+            2,
+            "attribute 'kind' is 'batch'; expected one of layer, rms",
+        ),
         ("Norm in=1000 out=01 kind=s:rms", 2, r"attribute 'eps' \(float\) is missing"),
         ("Norm in=1000 out=01 eps=f:1 kind=s:rms", 3, "number of tensors is not what the description says"),
         ("Norm in=1000 eps=f:1 kind=s:rms", 2, "malformed"),
@@ -51,9 +55,13 @@ def test_bad_descriptions_are_errors(text: str, tensors: int, message: str, host
 def test_what_an_operator_refuses_is_an_error(host: Executor) -> None:
     call = host.operator("isofold_op")
     x, y = tensor(np.ones((2, 8), np.float32)), tensor(np.ones((2, 8), np.float32))
-    with pytest.raises(RuntimeError, match=r"Norm: input 2 \(weight\): expected float32 \[8\], got float32 \[7\]"):
+    with pytest.raises(
+        RuntimeError, match=r"Norm: input 2 \(weight\): expected float32 \[8\], got float32 \[7\]"
+    ):
         call(NORM.replace("in=1000", "in=1010"), x, tensor(np.ones(7, np.float32)), y)
-    with pytest.raises(RuntimeError, match=r"Norm: result 1 has the shape \[2, 8\], the executable expects \[2, 9\]"):
+    with pytest.raises(
+        RuntimeError, match=r"Norm: result 1 has the shape \[2, 8\], the executable expects \[2, 9\]"
+    ):
         call(NORM, x, tensor(np.ones((2, 9), np.float32)))
     with pytest.raises(RuntimeError, match="not a tensor"):
         call(NORM, x, 3)

@@ -1,4 +1,4 @@
-"""Every dialect operator: the op library through its TVM host, and TVM's own kernels, against the PyTorch references."""
+"""Every dialect operator against its PyTorch reference: the op library through its TVM host, and TVM's kernels."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def test_every_operator_is_covered_here() -> None:
 
 
 @pytest.mark.parametrize(("name", "what", "arguments"), LIBRARY, ids=[f"{n}-{w}" for n, w, _ in LIBRARY])
-def test_the_host_computes_the_reference(name: str, what: str, arguments: dict[str, Any], host: Executor) -> None:
+def test_the_host_computes_the_reference(
+    name: str, what: str, arguments: dict[str, Any], host: Executor
+) -> None:
     expected = OPERATORS[name].reference(**arguments)
     like = list(expected) if isinstance(expected, tuple) else [expected]
     declared = OPERATORS[name].overload._schema.arguments

@@ -112,6 +112,7 @@ def test_views(execute: Callable[..., Executor]) -> None:
         lambda x, y: x.unflatten(2, (2, 3)).transpose(1, 2), lambda x, y: x[:, :, 1:5:2], lambda x, y: x[:, -3:],
         lambda x, y: x[:, 0], lambda x, y: x[..., -1], lambda x, y: x.unsqueeze(1).expand(-1, 4, -1, -1),
         lambda x, y: y.expand(x.shape[0], -1, -1) + x, lambda x, y: torch.cat([x, x * 2, x[:, :1]], 1),
+        lambda x, y: torch.cat([x[..., :4], x[..., 6:]], -1),
         lambda x, y: torch.stack([x, -x], 1), lambda x, y: x.split([2, 4], -1)[1], lambda x, y: x.chunk(3, -1)[2],
         lambda x, y: x.unbind(-1)[3], lambda x, y: F.pad(x, (1, 2, 0, 3)), lambda x, y: F.pad(x, (-1, 2), value=4.0),
         lambda x, y: F.pad(x, (2, 1), mode="reflect"), lambda x, y: F.pad(x, (2, 1), mode="replicate"),
@@ -179,7 +180,9 @@ def test_indexing(execute: Callable[..., Executor]) -> None:
 
 def test_convolutions(execute: Callable[..., Executor]) -> None:
     generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(*s, generator=generator) for s in ((8, 4, 3), (8, 1, 3), (4, 8, 4), (6, 4, 3, 3), (6,))]
+    weights = [
+        torch.randn(*s, generator=generator) for s in ((8, 4, 3), (8, 1, 3), (4, 8, 4), (6, 4, 3, 3), (6,))
+    ]
     one, depthwise, transposed, two, bias = weights
     longer = Dim("length", min=8, max=512)
 
@@ -199,7 +202,13 @@ def test_convolutions(execute: Callable[..., Executor]) -> None:
         lambda x, z: F.batch_norm(x, bias[:4] * 0, bias[:4].abs() + 1, bias[:4], bias[:4]),
         lambda x, z: F.pixel_shuffle(z, 2),
     ]  # fmt: skip
-    check(execute, functions, [inputs(2, 9), inputs(3, 14)], ({0: BATCH, 2: longer}, {0: BATCH, 2: longer}), 1e-5)
+    check(
+        execute,
+        functions,
+        [inputs(2, 9), inputs(3, 14)],
+        ({0: BATCH, 2: longer}, {0: BATCH, 2: longer}),
+        1e-5,
+    )
 
 
 def test_sizes_that_only_expressions_determine(execute: Callable[..., Executor]) -> None:
