@@ -168,7 +168,9 @@ def _unbind(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
 @rule(aten.cat.default)
 def _cat(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
     dim = a["dim"] % fake(node).dim()
-    parts = [p for p in a["tensors"] if not any(isinstance(s, int) and s == 0 for s in sizes(p))] or a["tensors"]
+    parts = [p for p in a["tensors"] if not any(isinstance(s, int) and s == 0 for s in sizes(p))] or a[
+        "tensors"
+    ]
     if len(parts) == 1 and fake(parts[0]).dtype == fake(node).dtype:
         return b.reshape(node, parts[0])
     return _joined(b, node, parts, dim)

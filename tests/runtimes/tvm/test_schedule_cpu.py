@@ -31,9 +31,9 @@ def loops(stmt: Any) -> Iterator[Any]:
 
 
 def work(stmt: Any) -> int:
-    """Iterations of the largest nest; unknown extents are many."""
+    """Iterations of the largest nest; an unknown extent is 4096, which is mostly split for vectors."""
     if isinstance(stmt, tirx.For):
-        extent = int(stmt.extent) if isinstance(stmt.extent, tirx.IntImm) else 4096
+        extent = int(stmt.extent) if isinstance(stmt.extent, tirx.IntImm) else 4096 // 16
         return extent * work(stmt.body)
     if isinstance(stmt, tirx.SeqStmt):
         return max(work(part) for part in stmt.seq)
