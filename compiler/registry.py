@@ -41,6 +41,9 @@ class Backend(Protocol):
     suffix: str
     """Suffix of the single file that `write_file` writes, such as ".onnx"."""
 
+    def check_target(self, target: str) -> None:
+        """Raise InputError for a suffix of a target that this backend does not know."""
+
     def write(
         self,
         program: Program,
@@ -120,6 +123,7 @@ def backend_for(target: str) -> Backend:
     _load()
     for backend in _backends.values():
         if target in backend.targets or target.split(":")[0] in backend.targets:
+            backend.check_target(target)
             return backend
     known = known_targets()
     raise InputError(

@@ -23,6 +23,13 @@ class OnnxBackend:
     suffix = ".onnx"
     dense_linears = False
 
+    def check_target(self, target: str) -> None:
+        """Targets have no suffix."""
+        from ...compiler.errors import InputError
+
+        if target not in self.targets:
+            raise InputError(f"Unknown target {target!r}", expected=" | ".join(self.targets))
+
     def write(
         self,
         program: Program,

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ...compiler.artefact import FORMAT_VERSION, MANIFEST, cannot_write, replacing
-from ...compiler.errors import InputError
 from ...compiler.graph import value
 from ...compiler.interface import (
     dimension_names,
@@ -119,13 +117,8 @@ def _write_model(
 def _compile_cuda(
     program: Program, library: Path, weights: Path, target: str, say: Progress
 ) -> dict[str, Any]:
-    """The GPU half of the backend. Raises InputError where this isofold has none."""
-    name = f"{__package__}.cuda"
-    if find_spec(name) is None or find_spec(f"{name}.compile") is None:
-        raise InputError(
-            "This isofold is built without CUDA", expected="target cpu | tvm-cpu | llvm", got=repr(target)
-        )
-    facts: dict[str, Any] = import_module(f"{name}.compile").compile_cuda(
+    """The GPU half of the backend (`plugin.check_target` has seen that it is there)."""
+    facts: dict[str, Any] = import_module(f"{__package__}.cuda.compile").compile_cuda(
         program, library, weights, target=target, progress=say
     )
     return facts

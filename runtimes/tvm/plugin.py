@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str], None]
 
+INSTRUCTION_SETS = ("x86-64-v3", "x86-64-v4")
+"""Explicit ones, `llvm:NAME`; both are what the op library's own kernels are compiled for."""
+
 
 class TvmBackend:
     """TVM's virtual machine: one shared library with TVM's kernels and isofold's."""
@@ -22,6 +26,23 @@ class TvmBackend:
     targets: tuple[str, ...] = ("tvm-cpu", "llvm", "cuda")
     suffix = ".so"
     dense_linears = True
+
+    def check_target(self, target: str) -> None:
+        """A suffix names an instruction set, or (cuda) an architecture."""
+        from ...compiler.errors import InputError, near_misses
+
+        kind, _, suffix = target.partition(":")
+        if kind == "cuda":
+            if find_spec(f"{__package__}.cuda") is None or find_spec(f"{__package__}.cuda.compile") is None:
+                raise InputError(
+                    "This isofold is built without CUDA", expected="target cpu | tvm-cpu | llvm", got=target
+                )
+        elif suffix and suffix not in INSTRUCTION_SETS:
+            raise InputError(
+                f"Unknown instruction set in the target {target!r}",
+                expected=" | ".join(f"llvm:{known}" for known in INSTRUCTION_SETS),
+                hint=near_misses(suffix, INSTRUCTION_SETS),
+            )
 
     def write(
         self,

@@ -164,33 +164,33 @@ def _max_dim(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
 def _with_index(
     b: Builder, node: fx.Node, source: fx.Node, dim: int, keep: bool, largest: bool, fakes: list[Any], only: int | None
 ) -> Any:  # fmt: skip
-    """The extreme along a dimension and its first place."""
+    """The extreme along a dimension, then the first place that holds it: two reductions that run in vectors, where one
+    of pairs does not."""
 
     def describe(k: Kernel) -> Sequence[te.Tensor]:
         x = k.tensor(source)
         d = dim % fake(source).dim()
-        axis = te.reduce_axis((0, k.shape(source)[d]), "r")
+        size = k.shape(source)[d]
+        one, two = te.reduce_axis((0, size), "r"), te.reduce_axis((0, size), "p")
+        shape = [k.size(s) for s in fakes[0].shape]
 
-        def join(one: Any, two: Any) -> Any:
-            better = one[1] > two[1] if largest else one[1] < two[1]
-            first = tirx.Or(better, tirx.And(tirx.EQ(one[1], two[1]), one[0] < two[0]))
-            return tirx.Select(first, one[0], two[0]), tirx.Select(first, one[1], two[1])
-
-        def neutral(index: Any, type_: Any) -> Any:
-            low = te.min_value(str(type_)) if largest else te.max_value(str(type_))
-            return tirx.const(2**62, "int64"), low
-
-        best = te.comm_reducer(join, neutral, name="best")
-
-        def at(*i: Expr) -> Any:
+        def element(i: Sequence[Expr], axis: Any) -> Expr:
             own = list(i)
             if keep:
                 own.pop(d)
             own.insert(d, axis)
-            return best((axis.var.astype("int64"), x(*own)), axis=axis)
+            return x(*own)
 
-        place, found = te.compute([k.size(s) for s in fakes[0].shape], at, name="best")
-        return [found, place]
+        extreme = te.max if largest else te.min
+        found = te.compute(shape, lambda *i: extreme(element(i, one), axis=one), name="extreme")
+
+        def first(*i: Expr) -> Expr:
+            # Where nothing is equal (NaN), the last place, so that it is one.
+            here = tirx.EQ(element(i, two), found(*i))
+            last = tirx.IntImm("int64", size - 1) if isinstance(size, int) else size - 1
+            return te.min(tirx.Select(here, two.var.astype("int64"), last), axis=two)
+
+        return [found, te.compute(shape, first, name="place")]
 
     pair = b.kernel(node, describe, results=fakes)
     parts = tuple(b.emit(pair[i], node) for i in range(2))
@@ -312,7 +312,13 @@ def running_sum(own: str, result: str) -> tirx.PrimFunc:
 
     @T.prim_func(private=True, s_tir=True)
     def cumsum(x: T.handle, y: T.handle):  # type: ignore[no-untyped-def] # TVM's script
-        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
+        T.func_attr(
+            {
+                "tirx.is_scheduled": True,
+                "tirx.noalias": True,
+                "isofold.schedule": "running sum: rows in parallel",
+            }
+        )
         outer, length, inner = T.int64(), T.int64(), T.int64()
         x_at = T.match_buffer(x, (outer, length, inner), own)
         y_at = T.match_buffer(y, (outer, length, inner), result)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from isofold.compiler.capture import capture
+from isofold.compiler.differences import relative_difference
 from isofold.compiler.errors import ArtefactError, InputError, UnsupportedError, VerificationError
 from isofold.compiler.program import Program
 from isofold.runtimes.onnx import check, export
@@ -124,7 +125,7 @@ def test_results_are_the_programs(
     with torch.no_grad():
         want = packed_program(x, shift=torch.ones(3))
     flat = [want["x"], want["pair"][0], want["pair"][1][0], np.array(want["count"]), want["again"]]
-    assert check.relative_difference([np.asarray(w) for w in flat], got) < 1e-3
+    assert relative_difference([np.asarray(w) for w in flat], got) < 1e-3
 
 
 def test_large_tensors_are_aligned_and_hold_the_packed_bytes(exported: Path, packed_program: Program) -> None:

@@ -24,6 +24,7 @@ def compare(name: str, recipe: str, folder: Path) -> None:
     program = lowerable.program
     facts = write_artefact(program, folder, target="tvm-cpu", report={})
     assert facts["fallbacks"] == {}
+    assert len(facts["schedules"]) == facts["kernels"]  # none is left to the scalar default
     model = open_artefact(folder)
     for args in (case.args, case.other_args):
         with torch.no_grad():

@@ -17,7 +17,7 @@ from isofold.compiler.capture import capture
 from isofold.runtimes.tvm.compile_cpu import _executable_pipeline, cpu_target, scheduled
 from isofold.runtimes.tvm.lower import lower
 from isofold.runtimes.tvm.schedule_cpu import schedule_cpu, schedule_function, schedule_report
-from isofold.runtimes.tvm.schedule_nests import SMALL
+from isofold.runtimes.tvm.schedule_nests import SMALL, variables
 
 from .schedule_cases import CASES, DYNAMIC, Lambda, dynamic_shapes, other_sizes
 
@@ -30,15 +30,19 @@ def loops(stmt: Any) -> Iterator[Any]:
     yield from found
 
 
-def work(stmt: Any) -> int:
-    """Iterations of the largest nest; unknown extents are many."""
+def work(stmt: Any, around: frozenset[Any] = frozenset()) -> int:
+    """Iterations of the largest nest; an unknown extent is 4096, mostly split for vectors, or the rest of such a split
+    (it depends on a loop around it)."""
     if isinstance(stmt, tirx.For):
-        extent = int(stmt.extent) if isinstance(stmt.extent, tirx.IntImm) else 4096
-        return extent * work(stmt.body)
+        if isinstance(stmt.extent, tirx.IntImm):
+            extent = int(stmt.extent)
+        else:
+            extent = 16 if variables(stmt.extent) & around else 4096 // 16
+        return extent * work(stmt.body, around | {stmt.loop_var})
     if isinstance(stmt, tirx.SeqStmt):
-        return max(work(part) for part in stmt.seq)
+        return max(work(part, around) for part in stmt.seq)
     parts = [getattr(stmt, name, None) for name in ("body", "block", "then_case", "else_case")]
-    return max([work(part) for part in parts if part is not None], default=1)
+    return max([work(part, around) for part in parts if part is not None], default=1)
 
 
 class Built:
