@@ -28,9 +28,6 @@ from tvm.tirx.script.builder import ir as T
 Size = int | str
 """A static size, or the name of a symbolic one."""
 
-SHARED_LIMIT = 48 << 10
-"""Bytes of shared memory that a kernel may declare statically."""
-
 
 @dataclass(frozen=True)
 class Tensor:
@@ -150,13 +147,6 @@ def shared(count: int, dtype: str = "float32") -> Any:
 def shared_dynamic(count: int, dtype: str = "uint8") -> Any:
     """The block's one array of dynamic shared memory (more than 48 KiB)."""
     return T.alloc_buffer((count,), dtype, scope="shared.dyn", layout=None)
-
-
-def variable(value: Any, dtype: str) -> Any:
-    """A thread's own mutable scalar: an array of one, index 0."""
-    cell = local(1, dtype)
-    put(cell, 0, value)
-    return cell
 
 
 def call(function: str, *arguments: Any) -> None:

@@ -177,7 +177,7 @@ def add(
 
 
 def add_choice(
-    plan: Plan, few: Sequence[tuple[int, Any]], many: Gemm, renamed: dict[str, str] | None = None
+    plan: Plan, few: Sequence[tuple[int, Any]], many: Any, renamed: dict[str, str] | None = None
 ) -> None:
     """Append one function that launches the kernel for the number of rows it finds."""
     inputs: dict[str, Tensor] = {}

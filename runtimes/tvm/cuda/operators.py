@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import attention_operators, convolution, linears, pointwise, row_operators, samples, sparse_operators
+from . import (
+    attention_operators,
+    convolution,
+    dense,
+    linears,
+    pointwise,
+    row_operators,
+    samples,
+    sparse_operators,
+)
 from .plan import Call, Plan
 
 EMITTERS: dict[str, Callable[[Call], Plan]] = {
@@ -18,6 +27,7 @@ EMITTERS: dict[str, Callable[[Call], Plan]] = {
     "hadamard": row_operators.hadamard,
     "linear_codebook": linears.linear_codebook,
     "linear_coded": linears.linear_coded,
+    "linear_dense": dense.linear_dense,
     "linear_packed": linears.linear_packed,
     "linear_packed_float": linears.linear_packed_float,
     "linear_sparse": sparse_operators.linear_sparse,

@@ -150,8 +150,10 @@ class _Body:
             self._copy(ahead, chunks)
         with loop(0, rounds) as round_:
             self._copy(round_ + (DEPTH - 1), chunks)
-            call("iso_copy_wait", DEPTH - 1)
             index = bind(round_ * self.warps + self.warp)
+            first = index if even else bind(T.min(index, T.int32(chunks - 1)))
+            self._load_activations(first * self.chunk, min(self.ahead, self.chunk))  # while weights arrive
+            call("iso_copy_wait", DEPTH - 1)
             with when(True if even else index < chunks):
                 self._multiply(index, self._slot(round_))
         self._reduce()
@@ -207,7 +209,7 @@ class _Body:
         zeros = self._zeros(slot) if self.weights.zero or (self.weights.offsets and not self.codes) else None
         for i in range(self.chunk):
             unit = bind((chunk * self.chunk + i) * 4 + self.t)
-            if i % self.ahead == 0:
+            if i and i % self.ahead == 0:
                 self._load_activations(chunk * self.chunk + i, min(self.ahead, self.chunk - i))
             registers = local(self.layout.words, "uint32")
             self.layout.fetch(self.memory, slot + i * self.step_bytes, self.lane, registers)

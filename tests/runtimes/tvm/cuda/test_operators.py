@@ -49,7 +49,7 @@ def check(name: str, what: str, got: list[Any], expected: list[Tensor], limit: f
 
 
 def test_every_operator_has_kernels() -> None:
-    assert set(EMITTERS) == set(OPERATORS)
+    assert set(OPERATORS) <= set(EMITTERS)
     assert set(CASES) == set(OPERATORS)
 
 
