@@ -17,8 +17,8 @@ that read one space share R; it is found on the Stiefel manifold, together with 
 writers W cost, k_w tr(S_in) / 2 n_in * sum_i (R W W^T R^T)_ii (R G R^T)_ii. A general A would leave
 (tr (S^1/2 F' S^1/2)^1/2)^2 / 2n, which bounds what any transform can do.
 
-Shifts are the means: what is left to round has the least energy. Values that attention averages take one invertible
-matrix for each head (`value_bases`).
+Shifts are the means: what is left to round has the least energy. Values of attention keep Hadamard matrices: the best
+invertible one for each head would gain less than a fiftieth of the whole where it was computed (benchmarks/README.md).
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ Source: GPTQ (arXiv 2210.17323); the Cholesky form and the damping are the paper
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -100,8 +101,8 @@ def solve_gptq(
         left[:, end:] -= errors @ upper[start:end, end:]
     found = QuantizedMatrix(codes.to(torch.int8).reshape(weight.shape), like.scale, like.zero, 0.0)
     difference = dequantized(found, group_size).double() - w
-    error = float((difference.square().sum() / w.square().sum().clamp(min=1e-30)).sqrt())
-    return QuantizedMatrix(found.codes, like.scale, like.zero, error)
+    relative = float((difference.square().sum() / w.square().sum().clamp(min=1e-30)).sqrt())
+    return replace(found, error=relative)
 
 
 def _inverse_factor(h: Tensor) -> Tensor:
