@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from isofold.runtimes import kernels
-from isofold.runtimes.kernels import codebook, coded, hadamard, linear, linear_float, quantize, sparse
+from isofold.runtimes.kernels import codebook, coded, hadamard, linear, linear_float, outliers, quantize, sparse
 from isofold.runtimes.kernels.codegen import build_objects
 
 FOLDER = Path(kernels.__file__).parent
@@ -95,6 +95,7 @@ class Linear(ctypes.Structure):
         ("scale_multiplier", ctypes.c_float),
         ("activation", ctypes.c_int32),
         ("gated", ctypes.c_int32),
+        ("outliers", ctypes.c_void_p),
     ]
 
 
@@ -191,7 +192,7 @@ def address(array: Any) -> int:
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """All kernels for both instruction sets, and the test entry points above."""
     folder = tmp_path_factory.mktemp("kernels")
-    modules = (quantize, linear, linear_float, coded, codebook, hadamard, sparse)
+    modules = (quantize, linear, linear_float, outliers, coded, codebook, hadamard, sparse)
     objects = build_objects([k for module in modules for k in module.KERNELS], folder)
     (folder / "hadamard_signs.h").write_text(hadamard.signs_header())
     (folder / "test.c").write_text(SOURCE)
