@@ -48,7 +48,9 @@ class Decoder(nn.Module):
 def empty(bits: int, tokens: int) -> tuple[torch.Tensor, ...]:
     g = torch.Generator().manual_seed(tokens)
     floats = [torch.randn(1, GROUPS, tokens, DEPTH, generator=g) for _ in range(2)]
-    return tuple(part for x in floats for part in OPS.quantize_cache(x, None, bits)) if bits else tuple(floats)
+    return (
+        tuple(part for x in floats for part in OPS.quantize_cache(x, None, bits)) if bits else tuple(floats)
+    )
 
 
 def decoder(bits: int) -> Decoder:

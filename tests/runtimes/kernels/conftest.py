@@ -13,7 +13,16 @@ import pytest
 import torch
 
 from isofold.runtimes import kernels
-from isofold.runtimes.kernels import codebook, coded, hadamard, linear, linear_float, outliers, quantize, sparse
+from isofold.runtimes.kernels import (
+    codebook,
+    coded,
+    hadamard,
+    linear,
+    linear_float,
+    outliers,
+    quantize,
+    sparse,
+)
 from isofold.runtimes.kernels.codegen import build_objects
 
 FOLDER = Path(kernels.__file__).parent
