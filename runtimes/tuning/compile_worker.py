@@ -7,18 +7,20 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from ..kernels import linear, linear_float
+from ..kernels import linear, linear_float, outliers
 from ..kernels.codegen import ISAS, compile_object, header, table
 from ..kernels.knobs import Settings
 from .child import serve
 
-_KERNELS = [*linear.KERNELS, *linear_float.KERNELS]
+_TUNED = [*linear.KERNELS, *linear_float.KERNELS]
+_KERNELS = [*_TUNED, *outliers.KERNELS]
+"""What `struct isofold_kernels` has: the drivers name them all."""
 _ISAS = {isa.name: isa for isa in ISAS}
 
 
 def _answer(question: dict[str, Any]) -> dict[str, Any]:
     if question["do"] == "groups":
-        return {"groups": sorted({k.group for k in _KERNELS})}
+        return {"groups": sorted({k.group for k in _TUNED})}
     path = Path(question["path"])
     if question["do"] == "header":
         _write(path, header(_KERNELS))
@@ -29,7 +31,7 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
         declared = f'#include "kernels.h"\nextern "C" {{\nextern const struct isofold_kernels {name};\n'
         _write(path, declared + table(_KERNELS, isa, name, settings, question["groups"]) + "\n}\n")
         return {}
-    kernels = [k for k in _KERNELS if fnmatchcase(k.group, question["group"])]
+    kernels = [k for k in _TUNED if fnmatchcase(k.group, question["group"])]
     if not kernels:
         raise ValueError(f"there is no group of kernels {question['group']!r}")
     compile_object(kernels, isa, path, settings)

@@ -20,6 +20,7 @@ from isofold.runtimes.kernels import (
     hadamard,
     linear,
     linear_float,
+    outliers,
     quantize,
     sparse,
     sparse_blocks,
@@ -116,6 +117,7 @@ class Linear(ctypes.Structure):
         ("scale_multiplier", ctypes.c_float),
         ("activation", ctypes.c_int32),
         ("gated", ctypes.c_int32),
+        ("outliers", ctypes.c_void_p),
     ]
 
 
@@ -220,7 +222,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """All kernels for both instruction sets, and the test entry points above."""
     folder = tmp_path_factory.mktemp("kernels")
     sparse_modules = (sparse, sparse_many, sparse_windows, sparse_groups, sparse_blocks, sparse_int4)
-    modules = (quantize, linear, linear_float, coded, codebook, dense, hadamard, *sparse_modules)
+    modules = (quantize, linear, linear_float, outliers, coded, codebook, dense, hadamard, *sparse_modules)
     objects = build_objects([k for module in modules for k in module.KERNELS], folder)
     (folder / "hadamard_signs.h").write_text(hadamard.signs_header())
     (folder / "test.c").write_text(SOURCE)
