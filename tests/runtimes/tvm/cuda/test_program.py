@@ -68,5 +68,7 @@ def test_program_on_the_emulator(recipe: str) -> None:
         expected = program(given)
         expected = expected[0] if isinstance(expected, (tuple, list)) else expected
         error = float((got - expected).abs().max() / expected.abs().max())
-        # Codes of activations may differ by one where sums are rounded in another order.
-        assert error <= (1e-5 if recipe == "float32" else 2e-2), (shape, error)
+        # Codes of activations may differ by one where sums are rounded in another order; attention of more than 16
+        # queries rounds to float16.
+        exact = 1e-5 if shape[1] <= 16 else 1e-3
+        assert error <= (exact if recipe == "float32" else 2e-2), (shape, error)
