@@ -124,7 +124,7 @@ BAD: list[tuple[Any, str]] = [
     ({"fold": {"rotation": "qr"}}, r"fold.rotation: .*'hadamard'.*got 'qr'"),
     ({"fold": {"scale": "smooth", "shift": "os"}}, r"fold.scale: [\s\S]*fold.shift: .*got 'os'"),
     ({"fold": {"rotations": "womi"}}, r"fold.rotations: no such field \(did you mean 'rotation'"),
-    ({"fold": {"steps": 0}}, r"fold.steps: .*got 0"),
+    ({"fold": {"steps": -1}}, r"fold.steps: .*got -1"),
     ({"fold": "hadamard"}, r"fold: .*got 'hadamard'"),
     ({"layers": [{"weights": None}]}, r"layers.0.match"),
 ]
