@@ -77,6 +77,11 @@ class OpenedModel:
         self.inputs = tuple(_port(entry) for entry in manifest["inputs"])
         self.outputs = tuple(_port(entry) for entry in manifest["outputs"])
 
+    @property
+    def runs_here(self) -> bool:
+        """Whether this machine has the device that the artefact is for."""
+        return True
+
     def _run(self, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
         """Run once on checked arrays by input name; InputError where the runtime fails on them."""
         raise NotImplementedError

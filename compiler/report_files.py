@@ -17,12 +17,13 @@ REPORT_PAGE, REPORT_FILE = "report.html", "report.json"
 def add_measurements(model: Any, folder: Path, seconds: Mapping[str, float] | None = None) -> Path:
     """Profile an opened artefact, put the times into its report, and write the page beside it. Returns the page.
 
-    seconds: of the stages of the compilation, where they are known only after the report was written.
+    Without the device that the artefact is for there are no times. seconds: of the stages of the compilation, where
+    they are known only after the report was written.
     """
     report = dict(model.report)
     if seconds is not None:
         report["seconds"] = dict(seconds)
-    if hasattr(model, "profile"):
+    if hasattr(model, "profile") and getattr(model, "runs_here", True):
         add_profile(report, model.profile())
     with replacing(folder / REPORT_FILE) as file:
         file.write(json.dumps(report, indent=1).encode())

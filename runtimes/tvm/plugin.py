@@ -37,6 +37,10 @@ class TvmBackend:
                 raise InputError(
                     "This isofold is built without CUDA", expected="target cpu | tvm-cpu | llvm", got=target
                 )
+            from .cuda.toolkit import architectures
+
+            if suffix:
+                architectures(suffix)
         elif suffix and suffix not in INSTRUCTION_SETS:
             raise InputError(
                 f"Unknown instruction set in the target {target!r}",

@@ -6,13 +6,14 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ...compiler.artefact import read_manifest
-from ...compiler.errors import ArtefactError, InputError
+from ...compiler.errors import ArtefactError, InputError, ToolchainError
 from ...compiler.opened import OpenedModel, verify_files
 from ...compiler.tensor_file import read_tensors
 from .executor import Executor, ffi
@@ -53,7 +54,31 @@ class TvmModel(OpenedModel):
 
     def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None) -> None:
         super().__init__(folder, manifest, threads)
-        self.executor = Executor(folder / LIBRARY, read_tensors(folder / WEIGHTS), threads)
+        if not self.on_gpu:
+            assert self.executor  # what is wrong with it is said now, not at the first call
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the artefact is for CUDA."""
+        return str(self.manifest["target"]).split(":")[0] == "cuda"
+
+    @cached_property
+    def executor(self) -> Any:
+        """The executable with its weights. One for CUDA is opened at the first call, and needs a GPU."""
+        weights = read_tensors(self.folder / WEIGHTS)
+        if self.on_gpu:
+            from .cuda.executor import CudaExecutor
+
+            return CudaExecutor(self.folder / LIBRARY, weights)
+        return Executor(self.folder / LIBRARY, weights, self.threads)
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether this machine has what the artefact needs: a GPU, for CUDA."""
+        try:
+            return bool(self.executor)
+        except (ToolchainError, ArtefactError):
+            return False
 
     def profile(self, *args: Any, runs: int = 10, **kwargs: Any) -> list[dict[str, Any]]:
         """Median time of every call of the executable, `[{name, op, microseconds, outputs}]` in the order of execution.

@@ -1,4 +1,4 @@
-"""The emitters: for every dialect operator, the function that plans its kernels."""
+"""The emitters: for every dialect operator, the function that plans its kernels, or why it has none."""
 
 from __future__ import annotations
 
@@ -40,3 +40,24 @@ EMITTERS: dict[str, Callable[[Call], Plan]] = {
     "rotary": pointwise.rotary,
 }
 """Dialect operator → its plan on the GPU."""
+
+_CACHE = "attention on a cache of codes (keep keys and values in float)"
+_OUTLIERS = "outliers beside integer weights (compile without weights.outliers)"
+REFUSED: dict[str, str] = {
+    "attention_cached": _CACHE,
+    "dequantize_cache": _CACHE,
+    "dequantize_outliers": _OUTLIERS,
+    "linear_outliers": _OUTLIERS,
+    "linear_outliers_float": _OUTLIERS,
+    "quantize_cache": _CACHE,
+}
+"""Dialect operators without GPU kernels, and what of the model needs them."""
+
+
+def refusal(name: str, call: Call) -> str | None:
+    """Why a call of a dialect operator has no GPU kernels; None where it has."""
+    if name in REFUSED:
+        return REFUSED[name]
+    if name not in EMITTERS:
+        return f"the operator {name}"
+    return sparse_operators.refusal(call) if name in ("linear_sparse", "linear_sparse_float") else None

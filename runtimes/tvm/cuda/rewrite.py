@@ -19,7 +19,7 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from ....compiler.dialect import OPERATORS, Operator
 from ....compiler.errors import UnsupportedError
-from .operators import EMITTERS
+from .operators import EMITTERS, refusal
 from .plan import Call, Operand, Plan
 
 EXTERN = "isofold_op"
@@ -31,8 +31,15 @@ _BY_ONNX_NAME = {operator.onnx_name: operator for operator in OPERATORS.values()
 def rewrite_dialect(module: tvm.IRModule) -> tvm.IRModule:
     """The module with every dialect call as calls of kernels.
 
-    Raises UnsupportedError for an operator without an emitter, with the node's name.
+    Raises UnsupportedError that lists every call without kernels, with the node's name.
     """
+    problems = _refusals(module)
+    if problems:
+        raise UnsupportedError(
+            "The program has operators without GPU kernels",
+            where="; ".join(f"{node}: {why}" for node, why in problems),
+            hint="target tvm-cpu and target cpu have kernels for all of them",
+        )
     writer = _Writer(module)
     for variable, function in list(module.functions_items()):
         if isinstance(function, relax.Function):
@@ -40,12 +47,42 @@ def rewrite_dialect(module: tvm.IRModule) -> tvm.IRModule:
     return writer.builder_.get()
 
 
+def _refusals(module: tvm.IRModule) -> list[tuple[str, str]]:
+    """(node, why) of every dialect call that has no GPU kernels."""
+    found: list[tuple[str, str]] = []
+
+    def look(expression: Any) -> None:
+        if isinstance(expression, relax.Call) and _is_dialect(expression):
+            operator, description, _, node = _description(expression)
+            why = refusal(operator.name, description)
+            if why is not None:
+                found.append((node, why))
+
+    for _, function in module.functions_items():
+        if isinstance(function, relax.Function):
+            relax.analysis.post_order_visit(function, look)
+    return found
+
+
+def _is_dialect(call: relax.Call) -> bool:
+    return bool(
+        call.op == tvm.ir.Op.get("relax.call_dps_packed") and str(call.args[0].global_symbol) == EXTERN
+    )
+
+
+def _description(call: relax.Call) -> tuple[Operator, Call, list[bool], str]:
+    """A dialect call as emitters take it, the results that are wanted, and the node's name."""
+    text, *tensors = call.args[1].fields
+    operator, present, wanted, attributes, node = read_description(str(text.value))
+    return operator, call_of(operator, present, wanted, attributes, [t.ty for t in tensors]), wanted, node
+
+
 def read_description(text: str) -> tuple[Operator, list[bool], list[bool], dict[str, Any], str]:
     """Operator, tensors that are there, results that are wanted, attributes, and the node's name."""
     name, *words = text.split(" ")
     facts = dict(word.split("=", 1) for word in words)
     operator = _BY_ONNX_NAME.get(name)
-    if operator is None or operator.name not in EMITTERS:
+    if operator is None:
         raise UnsupportedError(
             f"The operator {name} has no GPU kernels",
             where=facts.get("node", ""),
@@ -96,11 +133,10 @@ class _Writer(PyExprMutator):
     def visit_call_(self, call: relax.Call) -> relax.Expr:
         """Rewrite one call, or leave it."""
         call = super().visit_call_(call)
-        if call.op != tvm.ir.Op.get("relax.call_dps_packed") or str(call.args[0].global_symbol) != EXTERN:
+        if not _is_dialect(call):
             return call
-        text, *tensors = call.args[1].fields
-        operator, present, wanted, attributes, node = read_description(str(text.value))
-        description = call_of(operator, present, wanted, attributes, [t.ty for t in tensors])
+        operator, description, wanted, node = _description(call)
+        tensors = call.args[1].fields[1:]
         plan = EMITTERS[operator.name](description)
         names = [name for name, operand in description.operands.items() if operand is not None]
         results = emit_plan(self.builder_, plan, dict(zip(names, tensors, strict=True)), node)

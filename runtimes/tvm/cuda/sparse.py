@@ -1,4 +1,4 @@
-"""Linears on sparse weights (mask, values and offsets of rows).
+"""Linears on sparse weights in the bitmask layout (places, values and offsets of rows).
 
 A warp computes an output: lanes are the columns of a 32-bit word of the mask, and a lane's value is at the number of
 ones below it, so that values are read in order and without gaps. Eight tokens share what a warp decodes. With many
@@ -64,7 +64,7 @@ class SparseRows:
         linear, rows = self.linear, self.linear.rows
         words = 2 * ceil_to(linear.k, 64) // 64
         encoding = [
-            Tensor("mask", (linear.packed, 4 * words), "uint8"),
+            Tensor("places", (linear.packed, 4 * words), "uint8"),
             Tensor("values", (self.count,), "int8" if self.codes else "float32"),
             Tensor("offsets", (linear.packed + 1,), "int32"),
         ]
@@ -112,7 +112,7 @@ class SparseRows:
         put(place, 0, get(frame["offsets"], row))
         with loop(0, words) as word:
             bits = local(1, "uint32")
-            call("iso_load4", at(bits, 0), at(frame["mask"], wide(row) * (4 * words) + wide(word * 4)))
+            call("iso_load4", at(bits, 0), at(frame["places"], wide(row) * (4 * words) + wide(word * 4)))
             there = T.cast((get(bits, 0) >> T.cast(lane, "uint32")) & T.uint32(1), "int32")
             with when(there > 0):
                 weight = get(frame["values"], get(place, 0) + value("int32", "iso_rank", get(bits, 0), lane))
@@ -180,7 +180,7 @@ class Densify:
             put(place, 0, get(frame["offsets"], row))
             with loop(0, self.kp // 32) as word:
                 bits = local(1, "uint32")
-                call("iso_load4", at(bits, 0), at(frame["mask"], wide(row) * (4 * words) + wide(word * 4)))
+                call("iso_load4", at(bits, 0), at(frame["places"], wide(row) * (4 * words) + wide(word * 4)))
                 there = T.cast((get(bits, 0) >> T.cast(lane, "uint32")) & T.uint32(1), "int32")
                 kind = "int8" if self.codes else "float32"
                 found = local(1, kind)
@@ -200,4 +200,4 @@ class Densify:
                 put(place, 0, get(place, 0) + value("int32", "iso_ones", get(bits, 0)))
 
 
-ENCODING = ("mask", "values", "offsets")
+ENCODING = ("places", "values", "offsets")

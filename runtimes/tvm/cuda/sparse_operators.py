@@ -23,6 +23,18 @@ def linear_sparse_float(call: Call) -> Plan:
     return _sparse(call, codes=False)
 
 
+def refusal(call: Call) -> str | None:
+    """Why a sparse linear has no GPU kernels: they read bitmasks of float32 values, or of int8 codes scaled by rows."""
+    attributes = call.attributes
+    if attributes["layout"] != "bitmask":
+        return (
+            f"sparse weights of the layout {attributes['layout']} (sparsity: {{layout: bitmask}} has kernels)"
+        )
+    if call["values"].dtype not in ("float32", "int8") or attributes.get("group_size"):
+        return f"sparse weights with {call['values'].dtype} values or scales of groups"
+    return None
+
+
 def _sparse(call: Call, codes: bool) -> Plan:
     plan, attributes = Plan(), call.attributes
     first = call["u" if codes else "x"]
@@ -33,7 +45,7 @@ def _sparse(call: Call, codes: bool) -> Plan:
         call.has("residual"),
     )  # fmt: skip
     plan.flat(call, "values", "offsets", "scale", "wsum", "bias")
-    plan.view("mask", *(int(s) for s in call["mask"].shape))
+    plan.view("places", *(int(s) for s in call["places"].shape))
     static = codes and len(call["params"].shape) == 1
     if codes:
         plan.view("params", *((2,) if static else (rows, 2)))

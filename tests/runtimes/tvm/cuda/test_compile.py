@@ -18,7 +18,7 @@ from isofold.compiler.errors import UnsupportedError
 from isofold.runtimes.tvm.cuda import compile as cuda
 from isofold.runtimes.tvm.cuda.device_module import creating, target_for
 from isofold.runtimes.tvm.cuda.emulate import CPU, emulator_library
-from isofold.runtimes.tvm.cuda.rewrite import is_tensor, read_description, rewrite_dialect
+from isofold.runtimes.tvm.cuda.rewrite import EXTERN, is_tensor, read_description, rewrite_dialect
 
 from .emulated import CACHE
 
@@ -138,6 +138,26 @@ def test_operator_without_kernels_is_named() -> None:
     with pytest.raises(UnsupportedError, match="The operator Unheard has no GPU kernels") as error:
         read_description("Unheard in=1 out=1 node=s:layer7")
     assert "layer7" in str(error.value)
+
+
+def test_all_calls_without_kernels_are_listed_at_once() -> None:
+    sizes: dict[str, Any] = dict.fromkeys(("n", "k", "bits", "group_size", "gated"), 16)
+    rest = {"scale_multiplier": 1.0, "multiplier": 1.0, "activation": "none", "layout": "16x1"}
+    outliers = description("linear_outliers_float", {"x"}, sizes | rest, "1")
+    blocks = description("linear_sparse_float", {"x", "values"}, sizes | rest, "1")
+    bb = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType([4, 16], "float32"))
+    with bb.function("main", [x]):
+        with bb.dataflow():
+            y = bb.emit(relax.call_dps_packed(EXTERN, (relax.StringImm(outliers), x), x.ty))
+            out = bb.emit_output(
+                bb.emit(relax.call_dps_packed(EXTERN, (relax.StringImm(blocks), y, y), x.ty))
+            )
+        bb.emit_func_output(out)
+    with pytest.raises(UnsupportedError) as error:
+        rewrite_dialect(bb.finalize())
+    assert "outliers beside integer weights" in str(error.value)
+    assert "layout 16x1" in str(error.value)
 
 
 def test_modules_without_the_dialect_are_left_alone() -> None:

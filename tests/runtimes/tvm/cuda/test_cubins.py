@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from isofold.compiler.dialect import OPERATORS
 from isofold.compiler.errors import InputError, ToolchainError
 from isofold.runtimes.tvm.cuda import toolkit
 from isofold.runtimes.tvm.cuda.compile import arch_of, compile_functions
@@ -44,7 +43,7 @@ def functions_of(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("name", sorted(OPERATORS))
+@pytest.mark.parametrize("name", sorted(EMITTERS))
 def test_every_operator_compiles(name: str, arch: str) -> None:
     functions = functions_of(name)
     _, cubin = compile_functions(functions, arch)
