@@ -45,7 +45,7 @@ DRIVER = "linear_driver"
 _HERE = Path(__file__).resolve().parent
 _MODULES = {"linear_float*": "linear_float", "linear_*": "linear"}
 """Module that emits the kernels of a group, by pattern, first match."""
-_HEADERS = ("linear_driver.h", "linear_float_driver.h")
+_HEADERS = ("linear_driver.h", "linear_float_driver.h", "outlier_driver.h")
 
 
 @dataclass(frozen=True)
