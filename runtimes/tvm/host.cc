@@ -412,6 +412,8 @@ int raise(const char* text) {
 }
 
 bool contiguous(const DLTensor& t) {
+  for (int i = 0; i < t.ndim; ++i)
+    if (t.shape[i] == 0) return true;  // strides of nothing mean nothing
   if (!t.strides) return true;
   int64_t step = 1;
   for (int i = t.ndim - 1; i >= 0; step *= t.shape[i--])

@@ -25,7 +25,14 @@ from .registry import rule
 
 Expr = Any
 
-DECODED = ("quantize_dequantize", "dequantize_weight", "dequantize_coded", "dequantize_codebook")
+DECODED = (
+    "quantize_dequantize",
+    "dequantize_cache",
+    "dequantize_codebook",
+    "dequantize_coded",
+    "dequantize_outliers",
+    "dequantize_weight",
+)
 """Operators that are kernels of TVM; all others are in the op library."""
 
 EXTERN = "isofold_op"
@@ -196,6 +203,62 @@ def _dequantize_codebook(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
                 entry = cast(books(m, codes(n, group, m).astype("int64"), place), dtype)
                 total = entry if total is None else total + entry
             return total * cast(scale(n), dtype)
+
+        return te.compute(k.shape(node), element, name="y")
+
+    return b.kernel(node, describe)
+
+
+@rule(OPERATORS["dequantize_outliers"].overload)
+def _dequantize_outliers(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
+    dtype, size = dtype_name(fake(node).dtype), a["group_size"]
+    count = int(fake(a["places"]).shape[1])
+    factor = constant(a["multiplier"], dtype)
+
+    def describe(k: Kernel) -> te.Tensor:
+        codes, scale = k.tensor(a["codes"]), k.tensor(a["scale"])
+        zero = k.tensor(a["zero"]) if a["zero"] is not None else None
+        places, values = k.tensor(a["places"]), k.tensor(a["values"])
+        shape = k.shape(node)
+
+        def entry(n: Expr, i: Expr, j: Expr) -> Expr:
+            there = places(n, j).astype("int64") == i
+            return tirx.Select(there, cast(values(n, j), dtype) * factor, constant(0, dtype))
+
+        beside = (
+            reduced(k, [*shape, tirx.IntImm("int64", count)], [2], False, entry, shape, te.sum, "beside")
+            if count
+            else None
+        )
+
+        def element(n: Expr, i: Expr) -> Expr:
+            v = codes(n, i).astype(dtype)
+            if zero is not None:
+                v = v - cast(_groups(k, zero, n, i, size), dtype)
+            v = v * _groups(k, scale, n, i, size)
+            return v if beside is None else v + beside(n, i)
+
+        return te.compute(shape, element, name="y")
+
+    return b.kernel(node, describe)
+
+
+@rule(OPERATORS["dequantize_cache"].overload)
+def _dequantize_cache(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
+    dtype, bits = dtype_name(fake(node).dtype), a["bits"]
+
+    def describe(k: Kernel) -> te.Tensor:
+        codes, params = k.tensor(a["codes"]), k.tensor(a["params"])
+
+        def element(*i: Expr) -> Expr:
+            *lead, d = i
+            if bits == 8:
+                u = codes(*lead, d)
+            else:  # blocks of 32: the low nibbles of 16 bytes, then the high ones (`cache_packing`)
+                block, inside = tirx.floordiv(d, 32), tirx.floormod(d, 32)
+                byte = codes(*lead, block * 16 + tirx.floormod(inside, 16)).astype("int32")
+                u = tirx.Select(inside < 16, byte & 15, byte >> 4)
+            return params(*lead, 0) * (u.astype(dtype) - params(*lead, 1))
 
         return te.compute(k.shape(node), element, name="y")
 

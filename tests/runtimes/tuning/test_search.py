@@ -69,7 +69,7 @@ def test_it_finds_the_best_in_a_tenth_of_the_space_and_confirms_it() -> None:
 
 def test_candidates_that_differ_in_nothing_are_one() -> None:
     search = Search("v4", "linear_gemv4", [SMALL], [])
-    assert search.size == 4 * (1 + 4 * 3) * 4 * 3 - 1
+    assert search.size == 5 * (1 + 4 * 3) * 4 * 3 - 1
     values = {"stream_far": (0,), "stream_far_level": (1, 2, 3), "stream_near": (0,), "gemv_panels": (2,)}
     batch = Search("v4", "linear_gemv4", [SMALL], [], values={**values, "scales_ahead": (0,)}).next(9)
     assert batch is not None

@@ -21,6 +21,7 @@ def fake(scratch, compiler, progress, settings):
     time.sleep(1)
     made = scratch / "made.so"
     made.write_bytes(b"library")
+    made.with_suffix(".a").write_bytes(b"archive")
     return made
 module._compile = fake
 """
