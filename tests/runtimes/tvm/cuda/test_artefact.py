@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import isofold
-from isofold.compiler.errors import InputError, ToolchainError
+from isofold.compiler.errors import ArtefactError, InputError, ToolchainError
 
 from .test_program import WORDS, Block
 
@@ -30,7 +30,10 @@ def test_models_compile_without_a_gpu_and_say_what_running_needs(tmp_path: Path)
         assert again(ids).shape == (1, 4, WORDS)
     else:
         assert "profile" not in opened.report
-        with pytest.raises(ToolchainError, match="TVM's runtime for CUDA cannot be loaded"):
+        # Compiling left a stand-in for the driver in this process: with it the runtime loads and finds no GPU.
+        with pytest.raises(
+            (ToolchainError, ArtefactError), match=r"cannot be loaded|cannot open the executable"
+        ):
             again(ids)
 
 

@@ -141,18 +141,20 @@ def test_operator_without_kernels_is_named() -> None:
 
 
 def test_all_calls_without_kernels_are_listed_at_once() -> None:
-    sizes: dict[str, Any] = dict.fromkeys(("n", "k", "bits", "group_size", "gated"), 16)
-    rest = {"scale_multiplier": 1.0, "multiplier": 1.0, "activation": "none", "layout": "16x1"}
-    outliers = description("linear_outliers_float", {"x"}, sizes | rest, "1")
-    blocks = description("linear_sparse_float", {"x", "values"}, sizes | rest, "1")
+    plain = {"int": 16, "float": 1.0, "bool": False, "str": "16x1"}
+
+    def attributes(name: str) -> dict[str, Any]:
+        declared = OPERATORS[name].overload._schema.arguments
+        return {a.name: plain[str(a.type)] for a in declared if not is_tensor(a)}
+
+    outliers = description("linear_outliers_float", {"x"}, attributes("linear_outliers_float"), "1")
+    blocks = description("linear_sparse_float", {"x", "values"}, attributes("linear_sparse_float"), "1")
     bb = relax.BlockBuilder()
     x = relax.Var("x", relax.TensorType([4, 16], "float32"))
     with bb.function("main", [x]):
         with bb.dataflow():
-            y = bb.emit(relax.call_dps_packed(EXTERN, (relax.StringImm(outliers), x), x.ty))
-            out = bb.emit_output(
-                bb.emit(relax.call_dps_packed(EXTERN, (relax.StringImm(blocks), y, y), x.ty))
-            )
+            y = bb.emit(relax.call_dps_packed(EXTERN, [ir.StringImm(outliers), x], x.ty))
+            out = bb.emit_output(bb.emit(relax.call_dps_packed(EXTERN, [ir.StringImm(blocks), y, y], x.ty)))
         bb.emit_func_output(out)
     with pytest.raises(UnsupportedError) as error:
         rewrite_dialect(bb.finalize())
