@@ -118,7 +118,7 @@ def compile(  # named for what users call: isofold.compile
     args, kwargs: example inputs (needed for a plain module; an ExportedProgram, a `.pt2` file and a transformers model
         bring their own). They also serve verification, so they should be typical.
     target: where it runs; "cpu" is ONNX Runtime with isofold's op library, "tvm-cpu" a TVM executable for this machine,
-        "llvm:x86-64-v3" or "llvm:x86-64-v4" one for that instruction set.
+        "llvm:x86-64-v3" or "llvm:x86-64-v4" one for that instruction set, "cuda" or "cuda:sm_90a" one for NVIDIA GPUs.
     recipe: a preset's name, a YAML file, a mapping or a Recipe.
     calibration: inputs (tuples of args, dicts of kwargs, or single tensors) for recipes with static ranges.
     dynamic_shapes: as for torch.export.export.

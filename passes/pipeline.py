@@ -70,9 +70,8 @@ def plan(
         first, *others = plan(program, recipe, calibration, dense)
         return [first, Step(choose_formats, {"choices": choices}), *others]
     options = {"recipe": recipe}
-    if calibration is not None and (
-        recipe.fold is not None or recipe.needs_calibration or recipe.prune_formats
-    ):
+    by_gptq = any(form.solver == "gptq" for form in recipe.weight_formats)
+    if calibration is not None and (recipe.fold is not None or recipe.prune_formats or by_gptq):
         calibration = list(calibration)
     steps = [Step(canonicalize), Step(check_recipe, options), *fold_steps(recipe, calibration)]
     structured = [form.structure is not None for form in recipe.prune_formats]

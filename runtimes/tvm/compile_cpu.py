@@ -22,6 +22,7 @@ from ...compiler.errors import ToolchainError
 from ..onnx.oplib.build import require_tools
 from .library import LINK_FLAGS, host_objects
 from .schedule_cpu import schedule_cpu, schedule_report
+from .virtual_machine import executable_pipeline
 
 Progress = Callable[[str], None]
 
@@ -80,24 +81,6 @@ def fused(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
         )(module)
 
 
-def _executable_pipeline() -> tvm.transform.Pass:
-    """The last passes: Relax to instructions of the virtual machine."""
-    return tvm.transform.Sequential(
-        [
-            transform.ToNonDataflow(),
-            transform.RemovePurityChecking(),
-            transform.CallTIRRewrite(),
-            transform.StaticPlanBlockMemory(),
-            transform.LowerAllocTensor(),
-            transform.KillAfterLastUse(),
-            transform.LowerRuntimeBuiltin(),
-            transform.ComputePrimValue(),
-            transform.VMShapeLower(),
-            transform.AttachGlobalSymbol(),
-        ]
-    )
-
-
 def compile_library(
     module: tvm.IRModule, target: tvm.target.Target, path: Path, progress: Progress | None = None
 ) -> dict[str, Any]:
@@ -109,7 +92,7 @@ def compile_library(
     say("compile kernels")
     objects = host_objects(progress)
     with tvm.transform.PassContext(opt_level=3), quiet():
-        executable = relax.build(module, target=target, relax_pipeline=_executable_pipeline())
+        executable = relax.build(module, target=target, relax_pipeline=executable_pipeline())
     say("link")
     link(executable, path, objects)
     return {"kernels": len(kernels), "features": features_of(target), "schedules": schedule_report(module)}

@@ -25,6 +25,7 @@ from tvm.tirx import compilation_pipeline
 
 from ....compiler.errors import InputError
 from ....compiler.processor import cache_folder
+from ..virtual_machine import executable_pipeline
 from .device_module import DeviceSource, build_kernels, creating, target_for, with_header
 from .driver import cubin_module, prepare
 from .rewrite import rewrite_dialect
@@ -125,22 +126,7 @@ def mark_own(module: tvm.IRModule) -> tvm.IRModule:
 
 def relax_pipeline(cuda_graphs: bool = True) -> tvm.transform.Pass:
     """The last passes: Relax to instructions of the virtual machine."""
-    graphs = [transform.RewriteCUDAGraph()] if cuda_graphs else []
-    return tvm.transform.Sequential(
-        [
-            transform.ToNonDataflow(),
-            transform.RemovePurityChecking(),
-            transform.CallTIRRewrite(),
-            transform.StaticPlanBlockMemory(),
-            *graphs,
-            transform.LowerAllocTensor(),
-            transform.KillAfterLastUse(),
-            transform.LowerRuntimeBuiltin(),
-            transform.ComputePrimValue(),
-            transform.VMShapeLower(),
-            transform.AttachGlobalSymbol(),
-        ]
-    )
+    return executable_pipeline([transform.RewriteCUDAGraph()] if cuda_graphs else [])
 
 
 def _tir_pipeline() -> Any:
