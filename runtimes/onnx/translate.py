@@ -89,6 +89,16 @@ def _op_schema(operator: Operator) -> onnx.defs.OpSchema:
     )
 
 
+def _attribute(argument: Any, given: Any) -> Any:
+    kind = str(argument.type)
+    if kind == "float":
+        return float(given)
+    if kind in ("int", "bool"):
+        return int(given)
+    # An empty list does not say what it is a list of.
+    return ir.AttrInt64s(argument.name, given) if kind == "List[int]" else given
+
+
 def _translation(operator: Operator) -> Callable[..., Any]:
     node = values.Op(values.Opset(ONNX_DOMAIN, ONNX_VERSION), operator.onnx_name, _op_schema(operator))
     arguments = operator.overload._schema.arguments
@@ -97,17 +107,7 @@ def _translation(operator: Operator) -> Callable[..., Any]:
         given: dict[str, Any] = {a.name: a.default_value for a in arguments if a.has_default_value()}
         given |= dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
         inputs = [given.get(a.name) for a in arguments if is_tensor(a)]
-        attributes = {}
-        for a in arguments:
-            if not is_tensor(a):
-                kind, given_value = str(a.type), given[a.name]
-                attributes[a.name] = (
-                    float(given_value)
-                    if kind == "float"
-                    else int(given_value)
-                    if kind in ("int", "bool")
-                    else given_value
-                )
+        attributes = {a.name: _attribute(a, given[a.name]) for a in arguments if not is_tensor(a)}
         return node(*inputs, **attributes)
 
     translate.__name__ = f"isofold_{operator.name}"
