@@ -14,7 +14,8 @@ from torch import Tensor
 from tvm import relax, te, tirx
 
 from isofold.compiler.capture import capture
-from isofold.runtimes.tvm.compile_cpu import _executable_pipeline, cpu_target, scheduled
+from isofold.runtimes.tvm.compile_cpu import cpu_target, scheduled
+from isofold.runtimes.tvm.virtual_machine import executable_pipeline
 from isofold.runtimes.tvm.lower import lower
 from isofold.runtimes.tvm.schedule_cpu import schedule_cpu, schedule_function, schedule_report
 from isofold.runtimes.tvm.schedule_nests import SMALL, variables
@@ -55,7 +56,7 @@ class Built:
         low = lower(program)
         target = cpu_target(f"llvm:x86-64-{isa}")
         self.module = scheduled(low.module, target)
-        executable = relax.build(self.module, target=target, relax_pipeline=_executable_pipeline())
+        executable = relax.build(self.module, target=target, relax_pipeline=executable_pipeline())
         self.machine = relax.VirtualMachine(executable, tvm.cpu())
         tensors = lambda names: [tvm.runtime.tensor(program.tensors[n].numpy()) for n in names]  # noqa: E731
         prepared = list(self.machine["prepare"](*tensors(low.prepare))) if low.prepared else []
