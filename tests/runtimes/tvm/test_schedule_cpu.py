@@ -15,10 +15,10 @@ from tvm import relax, te, tirx
 
 from isofold.compiler.capture import capture
 from isofold.runtimes.tvm.compile_cpu import cpu_target, scheduled
-from isofold.runtimes.tvm.virtual_machine import executable_pipeline
 from isofold.runtimes.tvm.lower import lower
 from isofold.runtimes.tvm.schedule_cpu import schedule_cpu, schedule_function, schedule_report
 from isofold.runtimes.tvm.schedule_nests import SMALL, variables
+from isofold.runtimes.tvm.virtual_machine import executable_pipeline
 
 from .schedule_cases import CASES, DYNAMIC, Lambda, dynamic_shapes, other_sizes
 
