@@ -18,6 +18,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from isofold.compiler.whole_pages import WholePagesWriter
+
 PAGE = 4096
 SEED = 7
 
@@ -54,7 +56,7 @@ class ExternalData:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.stream = path.open("wb")
+        self.stream = WholePagesWriter(path.open("wb", buffering=0))
         self.initializers: list[TensorProto] = []
         self.tensor_bytes = 0
 

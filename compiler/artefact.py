@@ -8,6 +8,7 @@ interrupted or failed compilation leaves nothing half-written.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import ArtefactError
+from .whole_pages import WholePagesWriter
 
 MANIFEST = "isofold.json"
 FORMAT_VERSION = 1
@@ -85,7 +87,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     try:
         handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with os.fdopen(handle, "wb") as file:
+            with WholePagesWriter(io.FileIO(handle, "wb")) as file:
                 yield file
             os.chmod(beside, 0o644)
             os.replace(beside, path)

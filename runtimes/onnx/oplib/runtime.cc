@@ -5,6 +5,7 @@
 #include <sched.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <sys/mman.h>
 
 #ifndef ISOFOLD_OPS_VERSION
 #define ISOFOLD_OPS_VERSION "unversioned"
@@ -113,6 +114,24 @@ const char* choose_isa() {
 
 const Op& self(const OrtCustomOp* op) { return *static_cast<const Op*>(op); }
 
+size_t element_bytes(OrtElementType type) {
+  switch (int(type)) {
+    case ORT_FLOAT: case ORT_INT32: return 4;
+    case ORT_UINT16: case ORT_FLOAT16: case 16: return 2;
+    case ORT_INT64: return 8;
+    default: return 1;
+  }
+}
+
+// Weights lie in a mapped file: what is not in memory yet then comes in physically contiguous pages of 2 MiB, where
+// the file system has them (compiler/whole_pages.py says what that is worth). Refused: they stay as they are.
+void ask_for_large_pages(const Tensor& weights) {
+  const uintptr_t page = 4096;
+  uintptr_t begin = (reinterpret_cast<uintptr_t>(weights.data) + page - 1) / page * page;
+  uintptr_t end = reinterpret_cast<uintptr_t>(weights.data) + size_t(weights.shape.count()) * element_bytes(weights.type);
+  if (end >= begin + 16 * page) madvise(reinterpret_cast<void*>(begin), (end - begin) / page * page, MADV_HUGEPAGE);
+}
+
 OrtStatus* create_kernel(const OrtCustomOp* custom, OrtApi api, const OrtKernelInfo* info, void** kernel) {
   const Op& op = self(custom);
   *kernel = nullptr;
@@ -131,8 +150,8 @@ OrtStatus* create_kernel(const OrtCustomOp* custom, OrtApi api, const OrtKernelI
     if (missing) {
       OrtReleaseStatus(api, missing);
     } else if (constant && value) {
-
       status = read_tensor(context, i, value, &base.constants[i]);
+      if (!status) ask_for_large_pages(base.constants[i]);
     }
   }
   if (status) {
