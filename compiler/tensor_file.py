@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from .errors import ArtefactError
+from .whole_pages import ask_for_large_pages
 
 _LINE, _PAGE, _PAGED_FROM = 64, 4096, 65536
 _FILL = "__fill_"
@@ -78,6 +79,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            ask_for_large_pages(mapped)
         found = {}
         for name, entry in header.items():
             if name == "__metadata__" or name.startswith(_FILL):

@@ -9,6 +9,8 @@ streamed int4 weights at 36 GB/s from those, at 47 from large ones (docs/artefac
 from __future__ import annotations
 
 import io
+import mmap
+from contextlib import suppress
 from typing import Any
 
 LARGE_PAGE = 2 << 20
@@ -30,3 +32,11 @@ class WholePagesWriter(io.BufferedWriter):
             super().write(view[start:end])
             start = min(end, len(view))
         return len(view)
+
+
+def ask_for_large_pages(mapped: mmap.mmap) -> None:
+    """What of this mapping is not in memory yet is read in large pages, where the system has them."""
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    if advice is not None:
+        with suppress(OSError):  # a kernel built without them
+            mapped.madvise(advice)
