@@ -336,6 +336,37 @@ ISO_FN void iso_halves_add(uint32_t* d, const uint32_t* more) {
 ISO_FN int32_t iso_rank(uint32_t word, int lane) { return __popc(word & ((1u << lane) - 1u)); }
 ISO_FN int32_t iso_ones(uint32_t word) { return __popc(word); }
 
+// ---- outliers: entries of a packed row are 16 apart (outlier_packing.py)
+
+ISO_FN float iso_half_at(const void* p) { return iso_half_to_float(*(const uint16_t*)p); }
+// Entries i, i + step, ... of a row with `count` tokens of x `[rows, width]` from `first` on. Loads have no branch around
+// them; tokens that are not there are the last one again, and nobody keeps their sums.
+template <class X>
+ISO_FN void iso_outliers_few(float* sums, int count, const X* x, int64_t first, int64_t rows, int width,
+                             const uint16_t* places, const void* values, int i, int end, int step) {
+  for (; i < end; i += step) {
+    const X* column = x + places[i];
+    float w = iso_half_at((const uint16_t*)values + i);
+#pragma unroll
+    for (int token = 0; token < count; ++token) {
+      int64_t row = first + token;
+      sums[token] += w * (float)column[(row < rows ? row : rows - 1) * width];
+    }
+  }
+}
+// Entries of a row from *entry on whose place lies below `last`, with 8 tokens of inputs `start`.. as halves.
+ISO_FN void iso_outliers_chunk(float* sums, int* entry, int end, const uint16_t* places, const void* values,
+                               const uint32_t* tokens, int start, int last) {
+  int i = *entry;
+  for (; i < end && places[i] < last; i += 16) {
+    uint32_t four[4];
+    iso_load16(four, tokens + 4 * (places[i] - start));
+    float w = iso_half_at((const uint16_t*)values + i);
+    for (int j = 0; j < 8; ++j) sums[j] += w * iso_half_to_float(four[j / 2] >> 16 * (j % 2) & 0xFFFF);
+  }
+  *entry = i;
+}
+
 // ---- attention
 
 // Four floats of a row that ends after `left`; `wide`: rows are multiples of 16 bytes.

@@ -9,6 +9,7 @@ from . import (
     convolution,
     dense,
     linears,
+    outliers,
     pointwise,
     row_operators,
     samples,
@@ -21,6 +22,7 @@ EMITTERS: dict[str, Callable[[Call], Plan]] = {
     "conv_packed": convolution.conv_packed,
     "dequantize_codebook": pointwise.dequantize_codebook,
     "dequantize_coded": pointwise.dequantize_coded,
+    "dequantize_outliers": outliers.dequantize_outliers,
     "dequantize_weight": pointwise.dequantize_weight,
     "embedding_packed": pointwise.embedding_packed,
     "gated": pointwise.gated,
@@ -28,6 +30,8 @@ EMITTERS: dict[str, Callable[[Call], Plan]] = {
     "linear_codebook": linears.linear_codebook,
     "linear_coded": linears.linear_coded,
     "linear_dense": dense.linear_dense,
+    "linear_outliers": linears.linear_outliers,
+    "linear_outliers_float": linears.linear_outliers_float,
     "linear_packed": linears.linear_packed,
     "linear_packed_float": linears.linear_packed_float,
     "linear_sparse": sparse_operators.linear_sparse,
@@ -42,13 +46,9 @@ EMITTERS: dict[str, Callable[[Call], Plan]] = {
 """Dialect operator → its plan on the GPU."""
 
 _CACHE = "attention on a cache of codes (keep keys and values in float)"
-_OUTLIERS = "outliers beside integer weights (compile without weights.outliers)"
 REFUSED: dict[str, str] = {
     "attention_cached": _CACHE,
     "dequantize_cache": _CACHE,
-    "dequantize_outliers": _OUTLIERS,
-    "linear_outliers": _OUTLIERS,
-    "linear_outliers_float": _OUTLIERS,
     "quantize_cache": _CACHE,
 }
 """Dialect operators without GPU kernels, and what of the model needs them."""

@@ -15,7 +15,7 @@ from isofold.runtimes.tvm.cuda.operators import EMITTERS, REFUSED, refusal
 from ...onnx.operator_cases import cases
 from .emulated import call_of, emulate_operator, reference_of
 
-HALVES = {"linear_packed_float", "linear_coded", "linear_codebook"}
+HALVES = {"linear_packed_float", "linear_outliers_float", "linear_coded", "linear_codebook"}
 """Operators whose float activations are rounded to float16 (2^-11 of each; sums of random signs)."""
 ROWS = ("x", "u", "params", "residual")
 
