@@ -117,6 +117,7 @@ ISO_FN float iso_warp_max(float v) {
   return v;
 }
 ISO_FN void iso_sync() { __syncthreads(); }
+ISO_FN void iso_sync_warp() { __syncwarp(); }
 
 // ---- matrix products: c += a b
 
@@ -335,6 +336,25 @@ ISO_FN void iso_halves_add(uint32_t* d, const uint32_t* more) {
 
 ISO_FN int32_t iso_rank(uint32_t word, int lane) { return __popc(word & ((1u << lane) - 1u)); }
 ISO_FN int32_t iso_ones(uint32_t word) { return __popc(word); }
+// Values of a window (sparse_windows.py) in front of a row's, of the row, and of all 16 rows.
+ISO_FN void iso_window(int32_t* span, const uint8_t* counts, int row) {
+  uint32_t four[4];
+  iso_load16(four, counts);
+  span[0] = span[1] = span[2] = 0;
+  for (int i = 0; i < 16; ++i) {
+    int count = four[i / 4] >> 8 * (i % 4) & 255;
+    span[0] += i < row ? count : 0;
+    span[1] += i == row ? count : 0;
+    span[2] += count;
+  }
+}
+// Index of value j of a block (sparse_groups.py) in its group, `width` bits.
+ISO_FN int32_t iso_group_index(const uint8_t* places, int j, int width) {
+  int bit = width * j;
+  int word = places[bit / 8];
+  if (width == 3 && bit % 8 > 5) word |= places[bit / 8 + 1] << 8;
+  return word >> bit % 8 & ((1 << width) - 1);
+}
 
 // ---- outliers: entries of a packed row are 16 apart (outlier_packing.py)
 
@@ -385,4 +405,30 @@ ISO_FN void iso_store4(void* p, uint32_t word) { *(uint32_t*)p = word; }
 ISO_FN void iso_halves_eight(uint32_t* d, const uint32_t* floats, uint32_t order) {
   for (int i = 0; i < 4; ++i)
     d[i] = iso_half2(__int_as_float(floats[order >> 8 * i & 7]), __int_as_float(floats[order >> (8 * i + 4) & 7]));
+}
+// ---- caches of codes (cache_packing.py)
+
+// Four bytes to floats: a byte below the exponent of 2^23 is 2^23 + it, exactly.
+ISO_FN void iso_byte_floats(float* d, uint32_t word) {
+  for (int i = 0; i < 4; ++i)
+    d[i] = __int_as_float((int)iso_permute(word, 0x4B000000u, 0x7440u + i)) - 8388608.0f;
+}
+// Dimensions start .. start + 3 of a token, s (u - z); start is a multiple of 4.
+ISO_FN void iso_cache_floats4(float* d, const uint8_t* codes, const float* pair, int start, int bits) {
+  uint32_t word;
+  if (bits == 8) {
+    iso_load4(&word, codes + start);
+  } else {
+    iso_load4(&word, codes + start / 32 * 16 + start % 16);
+    word = word >> (start / 16 % 2 * 4) & 0x0F0F0F0Fu;
+  }
+  iso_byte_floats(d, word);
+  for (int i = 0; i < 4; ++i) d[i] = pair[0] * (d[i] - pair[1]);
+}
+// Dimensions start .. start + 7 as halves in natural pairs; start is a multiple of 8.
+ISO_FN void iso_cache_halves8(uint32_t* d, const uint8_t* codes, const float* pair, int start, int bits) {
+  float v[8];
+  iso_cache_floats4(v, codes, pair, start, bits);
+  iso_cache_floats4(v + 4, codes, pair, start + 4, bits);
+  for (int i = 0; i < 4; ++i) d[i] = iso_half2(v[2 * i], v[2 * i + 1]);
 }
