@@ -10,7 +10,8 @@ maximum, sum and weighted values; they meet in shared memory at the end:
 and so do the ranges of the blocks, in a second kernel, unless there is only one. A query that sees nothing has l = 0
 and gives 0.
 
-Keys and values that are codes are decoded on their way to registers, `s (u - z)`: what is read is a quarter or an eighth.
+Keys and values that are codes are decoded on their way to registers, `s (u - z)`: what is read is a quarter or an
+eighth.
 """
 
 from __future__ import annotations

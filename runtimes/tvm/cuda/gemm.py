@@ -11,8 +11,8 @@ of 128 bytes so that the eight lanes that a shared-memory access serves at once 
     tokens    the lanes (g = 0..3; t = 0..3) differ in token g and 8 bytes at 8 t
 
 Sums are int32 or float32 in registers; a group's are scaled into a float32 copy. A lane ends with four consecutive
-outputs of each of its tokens, eight lanes with 32, so results go straight from registers to memory. What outliers beside
-the weights add was summed before (`outliers.SumOutliers`).
+outputs of each of its tokens, eight lanes with 32, so results go straight from registers to memory. What outliers
+beside the weights add was summed before (`outliers.SumOutliers`).
 """
 
 from __future__ import annotations

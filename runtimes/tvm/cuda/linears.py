@@ -3,7 +3,9 @@
 | rows | kernels |
 |---|---|
 | up to 32 | `skinny`: the weights stream past once |
-| more | `gemm`; before it `convert.CastRows` (float activations), `convert.Expand` (layouts it does not read) and `outliers.SumOutliers` |
+| more | `gemm`; before it `convert.CastRows` (float activations) and `convert.Expand` (layouts it does not read) |
+
+Outliers beside the weights are part of `skinny`, and `outliers.SumOutliers` before `gemm`.
 
 Where the number of rows is not known when compiling, all are in one function each and the host chooses when it
 launches.

@@ -1,10 +1,10 @@
 """The few large weights beside packed ones (`outlier_packing`) with many rows of activations, and their decoder.
 
-`SumOutliers` writes what they add to every sum of a product, `outliers[m, row] = sum_j x[m, places[j]] values[j]`, before
-the product (`gemm`) that adds it in its epilogue. Eight tokens of `CHUNK` inputs lie in shared memory as halves, the
-tokens of an input beside each other, so that an entry takes one wide load and eight multiplications; a thread walks the
-entries of its packed rows, which are ordered by place, from chunk to chunk. Codes are exact as halves; floats are rounded
-to float16 as for the product itself.
+`SumOutliers` writes what they add to every sum of a product, `outliers[m, row] = sum_j x[m, places[j]] values[j]`,
+before the product (`gemm`) that adds it in its epilogue. Eight tokens of `CHUNK` inputs lie in shared memory as
+halves, the tokens of an input beside each other, so that an entry takes one wide load and eight multiplications; a
+thread walks the entries of its packed rows, which are ordered by place, from chunk to chunk. Codes are exact as halves;
+floats are rounded to float16 as for the product itself.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Linears on sparse weights: a warp computes an output from the values that are stored, whatever the layout.
 
-Lanes share the values of a row (`sparse_encodings`), eight tokens share what a warp decodes. With many rows, weights are
-written out densely once and multiplied as such (`Densify`); floats then become float16.
+Lanes share the values of a row (`sparse_encodings`), eight tokens share what a warp decodes. With many rows, weights
+are written out densely once and multiplied as such (`Densify`); floats then become float16.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ FEW_BYTES = 64
 
 
 def functions_of(name: str) -> dict[str, Any]:
-    """Kernels for few rows, many rows, and a number of rows that is not known; of sparse ones all layouts and values."""
+    """Kernels for few rows, many rows, and a number of rows that is not known; of sparse ones all layouts."""
     every = CASES[name][:: max(1, len(CASES[name]) // 3)][:3]
     if "sparse" in name:
         # "LAYOUT-VALUE-gGROUP-kK-...": the first of each, and with more rows the bitmask's only.
