@@ -6,6 +6,8 @@
 //     f16, K = 16   A: a0 (g; 2t, 2t+1) a1 (g+8; same) a2 (g; 2t+8, 2t+9) a3 (g+8; same)   B: b0 (2t, 2t+1; g) b1 (2t+8, 2t+9; g)
 //     8 bits, K = 32   A: a0 (g; 4t..4t+3) a1 (g+8) a2 (g; 4t+16..) a3 (g+8)                B: b0 (4t..4t+3; g) b1 (4t+16..; g)
 //     C: c0, c1 (g; 2t, 2t+1)  c2, c3 (g+8; 2t, 2t+1)
+//     2:4 sparse, 8 bits, K = 64   A: the 32 stored values of a row as for K = 32   B: bi (16i+4t..16i+4t+3; g)
+//         E: the 16 indices of row g + 8 (t % 2) for inputs 32 (t / 2) .., 2 bits each
 //
 // Every function with PTX in it has a second form for the emulator (emulator.h) that follows this table.
 #pragma once
@@ -158,6 +160,40 @@ ISO_FN void iso_mma_s8u8(int32_t* c, const uint32_t* a, const uint32_t* b) {
       int upper = k / 16, from = k % 16 / 4, shift = 8 * (k % 4);
       c[i] += (int)(int8_t)(all[4 * g + from][row + 2 * upper] >> shift) *
               (int)(uint8_t)(all[4 * column + from][4 + upper] >> shift);
+    }
+  }
+#endif
+}
+
+// a signed with 2 of every 4 inputs stored, b unsigned bytes; indices of a pair ascend (else it is undefined)
+#if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 5)
+#define ISO_MMA_SPARSE "mma.sp::ordered_metadata"
+#else
+#define ISO_MMA_SPARSE "mma.sp"
+#endif
+ISO_FN void iso_mma_sparse_s8u8(int32_t* c, const uint32_t* a, const uint32_t* b, uint32_t e) {
+#ifndef ISOFOLD_EMULATE
+  asm volatile(
+      ISO_MMA_SPARSE ".sync.aligned.m16n8k64.row.col.s32.s8.u8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0x0;"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(e));
+#else
+  int g = isofold_emulator::lane() / 4, t = isofold_emulator::lane() % 4;
+  uint32_t indices[4], own[8] = {a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]};
+  const uint32_t(*others)[8] = isofold_emulator::exchange(&e, 1);
+  for (int i = 0; i < 4; ++i) indices[i] = others[4 * g + i][0];
+  const uint32_t(*all)[8] = isofold_emulator::exchange(own, 8);
+  for (int i = 0; i < 4; ++i) {
+    int lower = i / 2, column = 2 * t + i % 2;
+    for (int pair = 0; pair < 16; ++pair) {
+      uint32_t both = indices[lower + 2 * (pair / 8)] >> 4 * (pair % 8) & 15;
+      if ((both & 3) >= both >> 2) isofold_emulator::undefined("indices of a sparse product that do not ascend");
+      for (int j = 0; j < 2; ++j) {
+        int stored = 2 * pair + j, k = 4 * pair + (both >> 2 * j & 3);
+        c[i] += (int)(int8_t)(all[4 * g + stored % 16 / 4][lower + 2 * (stored / 16)] >> 8 * (stored % 4)) *
+                (int)(uint8_t)(all[4 * column + k % 16 / 4][4 + k / 16] >> 8 * (k % 4));
+      }
     }
   }
 #endif
@@ -347,6 +383,11 @@ ISO_FN void iso_window(int32_t* span, const uint8_t* counts, int row) {
     span[1] += i == row ? count : 0;
     span[2] += count;
   }
+}
+// Byte x of each of four words.
+ISO_FN uint32_t iso_byte_of_four(const uint32_t* words, int x) {
+  uint32_t selector = 0x40u + 0x11u * x;
+  return iso_permute(iso_permute(words[0], words[1], selector), iso_permute(words[2], words[3], selector), 0x5410u);
 }
 // Index of value j of a block (sparse_groups.py) in its group, `width` bits.
 ISO_FN int32_t iso_group_index(const uint8_t* places, int j, int width) {

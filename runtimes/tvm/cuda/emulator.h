@@ -86,6 +86,10 @@ inline void copy_wait(size_t pending) {
 }
 
 inline int lane() { return current->index % 32; }
+inline void undefined(const char* what) {
+  fprintf(stderr, "isofold emulator: %s\n", what);
+  abort();
+}
 
 void launch(uint3_ grid, uint3_ threads, const std::function<void()>& kernel);
 

@@ -3,7 +3,8 @@
 | rows | kernels |
 |---|---|
 | up to 32 | `sparse.SparseRows`: the stored values stream past once |
-| more | `sparse.Densify`, then `gemm` |
+| 16 and more of 2:4 | `sparse_gemm.SparseGemm`: sparse tensor cores |
+| more of the others | `sparse.Densify`, then `gemm` |
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 
 import numpy as np
 
+from . import sparse_gemm
 from .builder import Tensor
 from .convert import CastRows
 from .epilogue import Linear
@@ -20,6 +22,7 @@ from .linears import FEW_ROWS, add, add_choice, product_tile
 from .plan import Call, Plan
 from .sparse import Densify, SparseRows
 from .sparse_encodings import Encoding
+from .sparse_gemm import SparseGemm
 
 
 def linear_sparse(call: Call) -> Plan:
@@ -33,6 +36,13 @@ def linear_sparse(call: Call) -> Plan:
     group_size, multiplier = attributes["group_size"], float(attributes["scale_multiplier"])
     few = SparseRows(linear, encoding, width, static, group_size, multiplier)
     dense = Densify(linear, encoding, group_size)
+    if encoding.layout == sparse_gemm.LAYOUT and width % 8 == 0:
+        sparse = SparseGemm(linear, encoding, width, static)
+        if isinstance(rows, int):
+            add(plan, few if rows <= sparse_gemm.FEW_ROWS else sparse)
+        else:
+            add_choice(plan, [(sparse_gemm.FEW_ROWS, few)], sparse)
+        return plan
     # Activations of another width than the dense product's stay with the kernel for few rows.
     if (isinstance(rows, int) and rows <= FEW_ROWS) or width != dense.kp:
         add(plan, few)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from isofold.compiler.errors import InputError, ToolchainError
 from isofold.runtimes.tvm.cuda import toolkit
@@ -58,6 +59,16 @@ def test_every_operator_compiles(name: str) -> None:
         spilled = {r.kernel: r.spill_stores for r in found if r.spill_stores > FEW_BYTES}
         assert not spilled, arch
         assert all(r.shared <= SHARED_LIMITS[arch] for r in found)
+
+
+def test_sparse_weights_use_sparse_tensor_cores_from_16_rows_on() -> None:
+    _, arguments = next(c for c in CASES["linear_sparse"] if c[0].startswith("2:4"))
+    full = arguments_of("linear_sparse", arguments)
+    for times, kernel in ((2, "sparse_2of4"), (3, "sparse_gemm")):
+        more = repeated({**full, "u": full["u"].flatten(0, -2)[:6], "residual": None}, times)
+        params = full["params"] if full["params"].dim() == 1 else torch.ones(6 * times, 2)
+        plan = EMITTERS["linear_sparse"](call_of("linear_sparse", {**more, "params": params})[0])
+        assert [stage.name.startswith(kernel) for stage in plan.stages] == [True]
 
 
 LOG = """ptxas info    : Compiling entry function 'first_kernel' for 'sm_80'

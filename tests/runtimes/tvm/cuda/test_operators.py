@@ -119,6 +119,21 @@ def test_cache_of_unknown_length(queries: int) -> None:
         check("attention_cached", what, got, expected, tolerance("attention_cached", arguments))
 
 
+@pytest.mark.parametrize("symbolic", [False, True], ids=["static", "symbolic"])
+def test_sparse_tensor_cores(symbolic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2:4 from 16 rows on: rows, tokens and inputs that fill no tile, all epilogues, gating."""
+    chosen = [(what, a) for what, a in CASES["linear_sparse"] if what.startswith("2:4")]
+    chosen = [(what, repeated(a, times)) for times in (1, 20) for what, a in chosen]
+    if symbolic:
+        chosen = [(what, a) for what, a in chosen if a["params"].dim() > 1][::2]
+    axes = dict.fromkeys(ROWS, (0,)) if symbolic else None
+    for order in ("forwards", "backwards"):
+        monkeypatch.setenv("ISOFOLD_EMULATOR_ORDER", order)
+        results = emulate_operator("linear_sparse", [a for _, a in chosen], axes)
+        for (what, arguments), got in zip(chosen, results, strict=True):
+            check("linear_sparse", what, got, reference_of("linear_sparse", arguments), 3e-6)
+
+
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 16, 17, 32])
 def test_few_rows_at_the_edges_of_tiles(rows: int) -> None:
     what, arguments = next(c for c in CASES["linear_packed"] if "w4g64-zero" in c[0] and "gated" in c[0])
