@@ -35,7 +35,10 @@ from isofold.runtimes.tvm.cuda.rewrite import is_tensor
 
 COLD_BYTES = 512 << 20
 """Weights of all layers of a measurement: several times any second-level cache."""
-HALVES = {"linear_packed_float", "linear_coded", "linear_codebook", "linear_sparse_float", "attention"}
+HALVES = {
+    "linear_packed_float", "linear_outliers_float", "linear_coded", "linear_codebook", "linear_sparse_float",
+    "attention", "attention_cached",
+}  # fmt: skip
 
 
 def call_of(name: str, arguments: dict[str, Any]) -> tuple[Call, dict[str, np.ndarray]]:

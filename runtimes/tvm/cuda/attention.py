@@ -9,6 +9,9 @@ maximum, sum and weighted values; they meet in shared memory at the end:
 
 and so do the ranges of the blocks, in a second kernel, unless there is only one. A query that sees nothing has l = 0
 and gives 0.
+
+Keys and values that are codes are decoded on their way to registers, `s (u - z)`: what is read is a quarter or an
+eighth.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
+from ....compiler.dialect.cache_packing import row_bytes
 from .builder import (
     Frame,
     Size,
@@ -39,6 +43,7 @@ from .builder import (
     when,
     wide,
 )
+from .layouts import NATURAL
 
 ROWS = 4
 WARPS = 8
@@ -53,7 +58,8 @@ class Attention:
     """Shapes and options that all kernels of an attention share.
 
     mask: sizes of the mask's dimensions (1: broadcast), or None. q_heads, k_heads, v_heads: of the tensors, of which
-    the operator uses `heads` and `kv_heads` from its starts on.
+    the operator uses `heads` and `kv_heads` from its starts on. bits: of keys and values that are codes, head by head
+    with a pair for each token (`cache_packing`); 0: they are floats.
     """
 
     batch: Size
@@ -74,6 +80,7 @@ class Attention:
     softcap: float
     mask: tuple[Size, ...] | None = None
     mask_dtype: str = "bool"
+    bits: int = 0
 
     @property
     def group(self) -> int:
@@ -96,18 +103,21 @@ class Attention:
             self.v_heads,
         )
         starts = (self.q_start, self.k_start, self.v_start)
-        options = f"{self.scale:.8g}_{self.softcap:g}{'c' if self.causal else ''}{mask}"
+        codes = f"a{self.bits}" if self.bits else ""
+        options = f"{self.scale:.8g}_{self.softcap:g}{'c' if self.causal else ''}{mask}{codes}"
         text = "_".join(map(str, (*numbers, *starts, options)))
         return text.replace(".", "p").replace("-", "m").replace("+", "")
 
     def inputs(self) -> list[Tensor]:
         """Arguments that are read."""
         b, s, t = self.batch, self.queries, self.keys
-        found = [
-            Tensor("q", (b, s, self.q_heads, self.depth), "float32"),
-            Tensor("k", (b, t, self.k_heads, self.depth), "float32"),
-            Tensor("v", (b, t, self.v_heads, self.width), "float32"),
-        ]
+        found = [Tensor("q", (b, s, self.q_heads, self.depth), "float32")]
+        for name, heads, size in (("k", self.k_heads, self.depth), ("v", self.v_heads, self.width)):
+            if self.bits:
+                found.append(Tensor(name, (b, heads, t, row_bytes(size, self.bits)), "uint8"))
+                found.append(Tensor(f"{name}_params", (b, heads, t, 2), "float32"))
+            else:
+                found.append(Tensor(name, (b, t, heads, size), "float32"))
         if self.mask is not None:
             found.append(Tensor("mask", self.mask, self.mask_dtype))
         return found
@@ -126,6 +136,36 @@ class Attention:
         }
         length, heads, depth = sizes[name]
         return ((wide(sample) * wide(frame.size(length)) + wide(position)) * heads + wide(head)) * depth
+
+    def floats(
+        self, frame: Frame, name: str, sample: Any, position: Any, head: Any, start: Any, target: Any
+    ) -> None:
+        """Four dimensions of a row of q, k or v from `start` on, a multiple of 4, to the floats at `target`."""
+        size = self.width if name == "v" else self.depth
+        if self.bits and name != "q":
+            codes, pair = self._codes(frame, name, sample, position, head)
+            call("iso_cache_floats4", target, codes, pair, start, self.bits)
+            return
+        source = at(frame[name], self.offset(frame, name, sample, position, head) + wide(start))
+        call("iso_load_floats4", target, source, size - start, int(size % 4 == 0))
+
+    def halves(
+        self, frame: Frame, name: str, sample: Any, position: Any, head: Any, start: Any, target: Any
+    ) -> None:
+        """Eight dimensions of a row of q or k from `start` on, a multiple of 8, to the four words at `target`."""
+        if self.bits and name != "q":
+            codes, pair = self._codes(frame, name, sample, position, head)
+            call("iso_cache_halves8", target, codes, pair, start, self.bits)
+            return
+        source = at(frame[name], self.offset(frame, name, sample, position, head) + wide(start))
+        wide_loads = int(self.depth % 4 == 0)
+        call("iso_halves_floats", target, source, self.depth - start, T.uint32(NATURAL), wide_loads)
+
+    def _codes(self, frame: Frame, name: str, sample: Any, position: Any, head: Any) -> tuple[Any, Any]:
+        """Addresses of a token's codes and of its pair."""
+        heads, size = (self.k_heads, self.depth) if name == "k" else (self.v_heads, self.width)
+        row = (wide(sample) * heads + wide(head)) * wide(frame.size(self.keys)) + wide(position)
+        return at(frame[name], row * row_bytes(size, self.bits)), at(frame[f"{name}_params"], row * 2)
 
     def logit(
         self, frame: Frame, score: Any, sample: Any, head: Any, query: Any, key: Any, cell: Any
@@ -211,12 +251,12 @@ class _Few:
         there = wide(position) < wide(self.frame.size(self.shape.queries))
         return there, position, bind(self.key_head * group + mod(index, group))
 
-    def _load(self, name: str, offset: Any, size: int, target: Any, first: int) -> None:
+    def _load(self, name: str, position: Any, head: Any, target: Any, first: int) -> None:
         """A lane's pieces of a row."""
-        for piece in range(-(-size // 32)):
+        for piece in range(self.width_pieces if name == "v" else self.depth_pieces):
             start = piece * 32 + self.part * 4
-            source = at(self.frame[name], offset + wide(start))
-            call("iso_load_floats4", at(target, first + 4 * piece), source, size - start, int(size % 4 == 0))
+            place = at(target, first + 4 * piece)
+            self.shape.floats(self.frame, name, self.sample, position, head, start, place)
 
     def emit(self) -> None:
         frame, shape = self.frame, self.shape
@@ -226,8 +266,7 @@ class _Few:
             count = self.depth_pieces * 4
             call("iso_zero_floats", at(queries, row * count), count)
             with when(there):
-                offset = shape.offset(frame, "q", self.sample, position, head + shape.q_start)
-                self._load("q", offset, shape.depth, queries, row * count)
+                self._load("q", position, head + shape.q_start, queries, row * count)
         keys = wide(frame.size(shape.keys))
         # Ranges of whole rounds of the block.
         each = bind(
@@ -243,20 +282,8 @@ class _Few:
             call("iso_zero_floats", at(k, 0), self.depth_pieces * 4)
             call("iso_zero_floats", at(v, 0), self.width_pieces * 4)
             with when(inside):
-                self._load(
-                    "k",
-                    shape.offset(frame, "k", self.sample, key, self.key_head + shape.k_start),
-                    shape.depth,
-                    k,
-                    0,
-                )
-                self._load(
-                    "v",
-                    shape.offset(frame, "v", self.sample, key, self.key_head + shape.v_start),
-                    shape.width,
-                    v,
-                    0,
-                )
+                self._load("k", key, self.key_head + shape.k_start, k, 0)
+                self._load("v", key, self.key_head + shape.v_start, v, 0)
             for row in range(ROWS):
                 self._update(row, rows[row], queries, k, v, key, inside)
         self._finish(rows)

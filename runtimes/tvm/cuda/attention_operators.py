@@ -1,4 +1,4 @@
-"""The plan of `isofold.attention`.
+"""The plans of `isofold.attention` and `isofold.attention_cached`.
 
 | queries | kernels |
 |---|---|
@@ -14,8 +14,9 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
+from ....compiler.dialect.cache_packing import row_bytes
 from .attention import Attention, Combine, FewQueries
-from .builder import Frame, Tensor, prim_func
+from .builder import Frame, Size, Tensor, prim_func
 from .flash import ManyQueries
 from .linears import add
 from .plan import Call, Plan, Stage
@@ -31,7 +32,16 @@ SPLITS = 16
 def attention(call: Call) -> Plan:
     """`isofold.attention`."""
     plan = Plan()
-    shape = _shape(plan, call)
+    return _attend(plan, _shape(plan, call))
+
+
+def attention_cached(call: Call) -> Plan:
+    """`isofold.attention_cached`."""
+    plan = Plan()
+    return _attend(plan, _cached_shape(plan, call))
+
+
+def _attend(plan: Plan, shape: Attention) -> Plan:
     keys, queries = shape.keys, shape.queries
     plan.results = ("y",)
     if isinstance(queries, int) and queries > FEW_QUERIES:
@@ -89,12 +99,7 @@ def _shape(plan: Plan, call: Call) -> Attention:
     plan.view("q", batch, queries, heads[0], depth)
     plan.view("k", batch, keys, heads[1], depth)
     plan.view("v", batch, keys, heads[2], width)
-    mask = None
-    if call.has("mask"):
-        sizes = [1] * (4 - len(call["mask"].shape)) + list(call["mask"].shape)
-        full = (batch, a["heads"], queries, keys)
-        mask = tuple(1 if isinstance(s, int) and s == 1 else full[i] for i, s in enumerate(sizes))
-        plan.view("mask", *mask)
+    mask = _mask(plan, call, batch, queries, keys)
     return Attention(
         batch,
         queries,
@@ -115,3 +120,31 @@ def _shape(plan: Plan, call: Call) -> Attention:
         mask,
         call["mask"].dtype if mask else "bool",
     )
+
+
+def _cached_shape(plan: Plan, call: Call) -> Attention:
+    a, q, k = call.attributes, call["q"], call["k"]
+    batch, queries, keys = plan.size("b", q.shape[0]), plan.size("s", q.shape[1]), plan.size("t", k.shape[2])
+    depth, width, kv_heads = a["depth"], a["value_depth"], a["kv_heads"]
+    q_heads = int(q.shape[2])
+    plan.view("q", batch, queries, q_heads, depth)
+    for name, size in (("k", depth), ("v", width)):
+        plan.view(name, batch, kv_heads, keys, row_bytes(size, a["bits"]))
+        plan.view(f"{name}_params", batch, kv_heads, keys, 2)
+    mask = _mask(plan, call, batch, queries, keys)
+    return Attention(
+        batch, queries, keys, a["heads"], kv_heads, depth, width, q_heads, kv_heads, kv_heads, a["q_start"], 0, 0,
+        float(a["scale"]), bool(a["causal"]), float(a["softcap"]), mask, call["mask"].dtype if mask else "bool",
+        a["bits"],
+    )  # fmt: skip
+
+
+def _mask(plan: Plan, call: Call, batch: Size, queries: Size, keys: Size) -> tuple[Size, ...] | None:
+    """Sizes of the mask's dimensions, its view in the plan; None where there is no mask."""
+    if not call.has("mask"):
+        return None
+    sizes = [1] * (4 - len(call["mask"].shape)) + list(call["mask"].shape)
+    full = (batch, call.attributes["heads"], queries, keys)
+    mask = tuple(1 if isinstance(s, int) and s == 1 else full[i] for i, s in enumerate(sizes))
+    plan.view("mask", *mask)
+    return mask

@@ -6,6 +6,8 @@
 //     f16, K = 16   A: a0 (g; 2t, 2t+1) a1 (g+8; same) a2 (g; 2t+8, 2t+9) a3 (g+8; same)   B: b0 (2t, 2t+1; g) b1 (2t+8, 2t+9; g)
 //     8 bits, K = 32   A: a0 (g; 4t..4t+3) a1 (g+8) a2 (g; 4t+16..) a3 (g+8)                B: b0 (4t..4t+3; g) b1 (4t+16..; g)
 //     C: c0, c1 (g; 2t, 2t+1)  c2, c3 (g+8; 2t, 2t+1)
+//     2:4 sparse, 8 bits, K = 64   A: the 32 stored values of a row as for K = 32   B: bi (16i+4t..16i+4t+3; g)
+//         E: the 16 indices of row g + 8 (t % 2) for inputs 32 (t / 2) .., 2 bits each
 //
 // Every function with PTX in it has a second form for the emulator (emulator.h) that follows this table.
 #pragma once
@@ -117,6 +119,7 @@ ISO_FN float iso_warp_max(float v) {
   return v;
 }
 ISO_FN void iso_sync() { __syncthreads(); }
+ISO_FN void iso_sync_warp() { __syncwarp(); }
 
 // ---- matrix products: c += a b
 
@@ -157,6 +160,40 @@ ISO_FN void iso_mma_s8u8(int32_t* c, const uint32_t* a, const uint32_t* b) {
       int upper = k / 16, from = k % 16 / 4, shift = 8 * (k % 4);
       c[i] += (int)(int8_t)(all[4 * g + from][row + 2 * upper] >> shift) *
               (int)(uint8_t)(all[4 * column + from][4 + upper] >> shift);
+    }
+  }
+#endif
+}
+
+// a signed with 2 of every 4 inputs stored, b unsigned bytes; indices of a pair ascend (else it is undefined)
+#if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 5)
+#define ISO_MMA_SPARSE "mma.sp::ordered_metadata"
+#else
+#define ISO_MMA_SPARSE "mma.sp"
+#endif
+ISO_FN void iso_mma_sparse_s8u8(int32_t* c, const uint32_t* a, const uint32_t* b, uint32_t e) {
+#ifndef ISOFOLD_EMULATE
+  asm volatile(
+      ISO_MMA_SPARSE ".sync.aligned.m16n8k64.row.col.s32.s8.u8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0x0;"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(e));
+#else
+  int g = isofold_emulator::lane() / 4, t = isofold_emulator::lane() % 4;
+  uint32_t indices[4], own[8] = {a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]};
+  const uint32_t(*others)[8] = isofold_emulator::exchange(&e, 1);
+  for (int i = 0; i < 4; ++i) indices[i] = others[4 * g + i][0];
+  const uint32_t(*all)[8] = isofold_emulator::exchange(own, 8);
+  for (int i = 0; i < 4; ++i) {
+    int lower = i / 2, column = 2 * t + i % 2;
+    for (int pair = 0; pair < 16; ++pair) {
+      uint32_t both = indices[lower + 2 * (pair / 8)] >> 4 * (pair % 8) & 15;
+      if ((both & 3) >= both >> 2) isofold_emulator::undefined("indices of a sparse product that do not ascend");
+      for (int j = 0; j < 2; ++j) {
+        int stored = 2 * pair + j, k = 4 * pair + (both >> 2 * j & 3);
+        c[i] += (int)(int8_t)(all[4 * g + stored % 16 / 4][lower + 2 * (stored / 16)] >> 8 * (stored % 4)) *
+                (int)(uint8_t)(all[4 * column + k % 16 / 4][4 + k / 16] >> 8 * (k % 4));
+      }
     }
   }
 #endif
@@ -335,6 +372,61 @@ ISO_FN void iso_halves_add(uint32_t* d, const uint32_t* more) {
 
 ISO_FN int32_t iso_rank(uint32_t word, int lane) { return __popc(word & ((1u << lane) - 1u)); }
 ISO_FN int32_t iso_ones(uint32_t word) { return __popc(word); }
+// Values of a window (sparse_windows.py) in front of a row's, of the row, and of all 16 rows.
+ISO_FN void iso_window(int32_t* span, const uint8_t* counts, int row) {
+  uint32_t four[4];
+  iso_load16(four, counts);
+  span[0] = span[1] = span[2] = 0;
+  for (int i = 0; i < 16; ++i) {
+    int count = four[i / 4] >> 8 * (i % 4) & 255;
+    span[0] += i < row ? count : 0;
+    span[1] += i == row ? count : 0;
+    span[2] += count;
+  }
+}
+// Byte x of each of four words.
+ISO_FN uint32_t iso_byte_of_four(const uint32_t* words, int x) {
+  uint32_t selector = 0x40u + 0x11u * x;
+  return iso_permute(iso_permute(words[0], words[1], selector), iso_permute(words[2], words[3], selector), 0x5410u);
+}
+// Index of value j of a block (sparse_groups.py) in its group, `width` bits.
+ISO_FN int32_t iso_group_index(const uint8_t* places, int j, int width) {
+  int bit = width * j;
+  int word = places[bit / 8];
+  if (width == 3 && bit % 8 > 5) word |= places[bit / 8 + 1] << 8;
+  return word >> bit % 8 & ((1 << width) - 1);
+}
+
+// ---- outliers: entries of a packed row are 16 apart (outlier_packing.py)
+
+ISO_FN float iso_half_at(const void* p) { return iso_half_to_float(*(const uint16_t*)p); }
+// Entries i, i + step, ... of a row with `count` tokens of x `[rows, width]` from `first` on. Loads have no branch around
+// them; tokens that are not there are the last one again, and nobody keeps their sums.
+template <class X>
+ISO_FN void iso_outliers_few(float* sums, int count, const X* x, int64_t first, int64_t rows, int width,
+                             const uint16_t* places, const void* values, int i, int end, int step) {
+  for (; i < end; i += step) {
+    const X* column = x + places[i];
+    float w = iso_half_at((const uint16_t*)values + i);
+#pragma unroll
+    for (int token = 0; token < count; ++token) {
+      int64_t row = first + token;
+      sums[token] += w * (float)column[(row < rows ? row : rows - 1) * width];
+    }
+  }
+}
+// Entries of a row from *entry on whose place lies below `last`, with 8 tokens of inputs `start`.. as halves.
+ISO_FN void iso_outliers_chunk(float* sums, int* entry, int end, const uint16_t* places, const void* values,
+                               const uint32_t* tokens, int start, int last) {
+  int i = *entry;
+  for (; i < end && places[i] < last; i += 16) {
+    uint32_t four[4];
+    iso_load16(four, tokens + 4 * (places[i] - start));
+    float w = iso_half_at((const uint16_t*)values + i);
+    for (int j = 0; j < 8; ++j) sums[j] += w * iso_half_to_float(four[j / 2] >> 16 * (j % 2) & 0xFFFF);
+  }
+  *entry = i;
+}
 
 // ---- attention
 
@@ -354,4 +446,30 @@ ISO_FN void iso_store4(void* p, uint32_t word) { *(uint32_t*)p = word; }
 ISO_FN void iso_halves_eight(uint32_t* d, const uint32_t* floats, uint32_t order) {
   for (int i = 0; i < 4; ++i)
     d[i] = iso_half2(__int_as_float(floats[order >> 8 * i & 7]), __int_as_float(floats[order >> (8 * i + 4) & 7]));
+}
+// ---- caches of codes (cache_packing.py)
+
+// Four bytes to floats: a byte below the exponent of 2^23 is 2^23 + it, exactly.
+ISO_FN void iso_byte_floats(float* d, uint32_t word) {
+  for (int i = 0; i < 4; ++i)
+    d[i] = __int_as_float((int)iso_permute(word, 0x4B000000u, 0x7440u + i)) - 8388608.0f;
+}
+// Dimensions start .. start + 3 of a token, s (u - z); start is a multiple of 4.
+ISO_FN void iso_cache_floats4(float* d, const uint8_t* codes, const float* pair, int start, int bits) {
+  uint32_t word;
+  if (bits == 8) {
+    iso_load4(&word, codes + start);
+  } else {
+    iso_load4(&word, codes + start / 32 * 16 + start % 16);
+    word = word >> (start / 16 % 2 * 4) & 0x0F0F0F0Fu;
+  }
+  iso_byte_floats(d, word);
+  for (int i = 0; i < 4; ++i) d[i] = pair[0] * (d[i] - pair[1]);
+}
+// Dimensions start .. start + 7 as halves in natural pairs; start is a multiple of 8.
+ISO_FN void iso_cache_halves8(uint32_t* d, const uint8_t* codes, const float* pair, int start, int bits) {
+  float v[8];
+  iso_cache_floats4(v, codes, pair, start, bits);
+  iso_cache_floats4(v + 4, codes, pair, start + 4, bits);
+  for (int i = 0; i < 4; ++i) d[i] = iso_half2(v[2 * i], v[2 * i + 1]);
 }

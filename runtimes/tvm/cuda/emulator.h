@@ -86,6 +86,10 @@ inline void copy_wait(size_t pending) {
 }
 
 inline int lane() { return current->index % 32; }
+inline void undefined(const char* what) {
+  fprintf(stderr, "isofold emulator: %s\n", what);
+  abort();
+}
 
 void launch(uint3_ grid, uint3_ threads, const std::function<void()>& kernel);
 
@@ -104,6 +108,7 @@ void launch(uint3_ grid, uint3_ threads, const std::function<void()>& kernel);
 #define gridDim (isofold_emulator::grid_size)
 
 inline void __syncthreads() { isofold_emulator::arrive(isofold_emulator::block); }
+inline void __syncwarp() { isofold_emulator::arrive(isofold_emulator::warps[isofold_emulator::current->index / 32]); }
 using std::max;
 using std::min;
 // Shuffles that TVM writes for its own reductions, by all lanes of a warp.

@@ -21,7 +21,10 @@ def activated(x: Any, activation: str) -> Any:
 
 @dataclass(frozen=True)
 class Linear:
-    """The shape and the epilogue of a linear: `rows` tokens, k inputs, n outputs."""
+    """The shape and the epilogue of a linear: `rows` tokens, k inputs, n outputs.
+
+    outliers: lines of 16 entries beside the weights (`outlier_packing`), whose values are times `outlier_multiplier`.
+    """
 
     rows: Size
     k: int
@@ -30,6 +33,8 @@ class Linear:
     gated: bool
     bias: bool
     residual: bool
+    outliers: int = 0
+    outlier_multiplier: float = 1.0
 
     @property
     def packed(self) -> int:
@@ -40,6 +45,7 @@ class Linear:
     def tag(self) -> str:
         """A part of kernels' names that says all of this but the number of rows."""
         flags = ("g" if self.gated else "") + ("b" if self.bias else "") + ("r" if self.residual else "")
+        flags += f"o{self.outliers}" if self.outliers else ""
         return f"{self.n}x{self.k}_{self.activation}{'_' + flags if flags else ''}"
 
     def tensors(self) -> list[Tensor]:
@@ -50,6 +56,17 @@ class Linear:
         if self.residual:
             found.append(Tensor("residual", (self.rows, self.n), "float32"))
         return [*found, Tensor("y", (self.rows, self.n), "float32")]
+
+    def entries(self) -> list[Tensor]:
+        """The outliers as they are packed, where there are any."""
+        if not self.outliers:
+            return []
+        count = self.outliers * LANES
+        return [
+            Tensor("places", (count,), "uint16"),
+            Tensor("values", (count,), "float16"),
+            Tensor("offsets", (self.packed // LANES + 1,), "int32"),
+        ]
 
     def packed_row(self, feature: Any) -> Any:
         """The packed row of an output, that of the gate where rows are interleaved (the up row is 16 further)."""

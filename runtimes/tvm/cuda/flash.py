@@ -38,7 +38,6 @@ from .builder import (
     when,
     wide,
 )
-from .layouts import NATURAL
 
 QUERIES, KEYS, WARPS = 64, 64, 4
 WORDS = KEYS // 2 + 4
@@ -126,18 +125,13 @@ class _Body:
                 four = local(4, "uint32")
                 call("iso_zero", at(four, 0), 4)
                 with when(wide(query) < wide(frame.size(shape.queries))):
-                    self._halves(
-                        "q", query, self.head + shape.q_start, step * 32 + self.t * 8, shape.depth, four
+                    start = step * 32 + self.t * 8
+                    shape.halves(
+                        frame, "q", self.sample, query, self.head + shape.q_start, start, at(four, 0)
                     )
                 for word in range(4):
                     # Operands of the two products of a step: words (0, 1) and (2, 3).
                     put(self.queries, step * 8 + (word // 2) * 4 + (word % 2) * 2 + half, get(four, word))
-
-    def _halves(self, name: str, position: Any, head: Any, start: Any, size: int, four: Any) -> None:
-        source = at(
-            self.frame[name], self.shape.offset(self.frame, name, self.sample, position, head) + wide(start)
-        )
-        call("iso_halves_floats", at(four, 0), source, size - start, T.uint32(NATURAL), int(size % 4 == 0))
 
     def _load_keys(self, first: Any, keys: Any) -> None:
         shape, pieces = self.shape, self.steps * 4
@@ -147,9 +141,8 @@ class _Body:
             four = local(4, "uint32")
             call("iso_zero", at(four, 0), 4)
             with when(first + wide(row) < keys):
-                self._halves(
-                    "k", first + wide(row), self.key_head + shape.k_start, piece * 8, shape.depth, four
-                )
+                key, head = first + wide(row), self.key_head + shape.k_start
+                shape.halves(self.frame, "k", self.sample, key, head, piece * 8, at(four, 0))
             call("iso_store16", at(self.memory, row * self.key_bytes + piece * 16), at(four, 0))
 
     def _load_values(self, first: Any, keys: Any) -> None:
@@ -165,11 +158,8 @@ class _Body:
                 for i in range(2):
                     key = first + wide(pair * 2 + i)
                     with when(key < keys):
-                        offset = shape.offset(
-                            self.frame, "v", self.sample, key, self.key_head + shape.v_start
-                        )
-                        source, left = at(self.frame["v"], offset + wide(quad * 4)), shape.width - quad * 4
-                        call("iso_load_floats4", at(both, 4 * i), source, left, int(shape.width % 4 == 0))
+                        head = self.key_head + shape.v_start
+                        shape.floats(self.frame, "v", self.sample, key, head, quad * 4, at(both, 4 * i))
                 for i in range(4):
                     word = local(1, "uint32")
                     put(word, 0, value("uint32", "iso_half2", get(both, i), get(both, 4 + i)))

@@ -11,7 +11,8 @@ of 128 bytes so that the eight lanes that a shared-memory access serves at once 
     tokens    the lanes (g = 0..3; t = 0..3) differ in token g and 8 bytes at 8 t
 
 Sums are int32 or float32 in registers; a group's are scaled into a float32 copy. A lane ends with four consecutive
-outputs of each of its tokens, eight lanes with 32, so results go straight from registers to memory.
+outputs of each of its tokens, eight lanes with 32, so results go straight from registers to memory. What outliers
+beside the weights add was summed before (`outliers.SumOutliers`).
 """
 
 from __future__ import annotations
@@ -115,6 +116,8 @@ class Gemm:
             last = [Tensor("wsum", (self.linear.packed,), "float32")]
         else:
             first, last = [Tensor("xh", (rows, self.kp), "uint16")], []
+        if self.linear.outliers:
+            last.append(Tensor("outliers", (rows, self.linear.packed), "float32"))
         return [*first, *self.weights.tensors(self.linear, self.kp), *last, *self.linear.tensors()]
 
     def emit(self, frame: Frame) -> None:
@@ -382,6 +385,9 @@ class _Body:
         packed = self.spec.linear.packed
         safe = row if packed % self.tile.features == 0 else T.min(row, T.int32(packed - 1))
         total = self.weights.finish(self.frame, total, safe)
+        if self.spec.linear.outliers:
+            line = T.Select(there, wide(token) * packed, T.int64(0))
+            total = total + get(self.frame["outliers"], line + wide(safe))
         if not self.codes:
             return bind(total)
         pair: Any = 0 if self.spec.static_params else T.Select(there, wide(token) * 2, T.int64(0))

@@ -5,6 +5,8 @@
 | up to 32 | `skinny`: the weights stream past once |
 | more | `gemm`; before it `convert.CastRows` (float activations) and `convert.Expand` (layouts it does not read) |
 
+Outliers beside the weights are part of `skinny`, and `outliers.SumOutliers` before `gemm`.
+
 Where the number of rows is not known when compiling, all are in one function each and the host chooses when it
 launches.
 """
@@ -24,6 +26,7 @@ from .convert import CastRows, Expand
 from .epilogue import Linear
 from .gemm import GROUPED, LARGE, SMALL, Gemm, Tile
 from .layouts import IntegerLayout, codebook_layout, coded_layout, integer_layout
+from .outliers import SumOutliers
 from .plan import Call, Plan, Stage
 from .row_operators import quantize_into
 from .skinny import Skinny
@@ -44,6 +47,16 @@ def linear_packed(call: Call) -> Plan:
     static = len(call["params"].shape) == 1
     plan.view("params", *((2,) if static else (rows, 2)))
     return _product(plan, call, rows, weights, "codes", static)
+
+
+def linear_outliers(call: Call) -> Plan:
+    """`isofold.linear_outliers`."""
+    return linear_packed(call)
+
+
+def linear_outliers_float(call: Call) -> Plan:
+    """`isofold.linear_outliers_float`."""
+    return linear_packed_float(call)
 
 
 def quantize_linear_packed(call: Call) -> Plan:
@@ -95,9 +108,12 @@ def _product(
     attributes = call.attributes
     linear = Linear(
         rows, attributes["k"], attributes["n"], attributes["activation"], attributes["gated"], call.has("bias"),
-        call.has("residual"),
+        call.has("residual"), int(call["places"].shape[0]) if call.has("places") else 0,
+        float(attributes.get("outlier_multiplier", 1.0)),
     )  # fmt: skip
     plan.flat(call, "weight", "scale", "zero", "codebooks", "table", "wsum", "bias")
+    if linear.outliers:
+        plan.flat(call, "places", "values", "offsets")
     if call.has("residual"):
         plan.view("residual", rows, linear.n)
     if weights.group_size:
@@ -126,6 +142,9 @@ def add_product(plan: Plan, linear: Linear, weights: Weights, activations: Activ
         add(plan, expand, rows, witness)
     if activations == "float":
         add(plan, CastRows(rows, linear.k, weights.padded(linear.k), weights.layout.order), rows)
+    if linear.outliers:
+        width = weights.padded(linear.k) if activations == "codes" else linear.k
+        add(plan, SumOutliers(linear, activations, width), rows)
     many = Gemm(linear, read, activations, product_tile(linear, read), static)
     if isinstance(rows, int):
         add(plan, many)

@@ -1,4 +1,4 @@
-"""The emitters: for every dialect operator, the function that plans its kernels, or why it has none."""
+"""The emitters: for every dialect operator, the function that plans its kernels."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from . import (
     convolution,
     dense,
     linears,
+    outliers,
     pointwise,
     row_operators,
     samples,
@@ -18,9 +19,12 @@ from .plan import Call, Plan
 
 EMITTERS: dict[str, Callable[[Call], Plan]] = {
     "attention": attention_operators.attention,
+    "attention_cached": attention_operators.attention_cached,
     "conv_packed": convolution.conv_packed,
+    "dequantize_cache": pointwise.dequantize_cache,
     "dequantize_codebook": pointwise.dequantize_codebook,
     "dequantize_coded": pointwise.dequantize_coded,
+    "dequantize_outliers": outliers.dequantize_outliers,
     "dequantize_weight": pointwise.dequantize_weight,
     "embedding_packed": pointwise.embedding_packed,
     "gated": pointwise.gated,
@@ -28,6 +32,8 @@ EMITTERS: dict[str, Callable[[Call], Plan]] = {
     "linear_codebook": linears.linear_codebook,
     "linear_coded": linears.linear_coded,
     "linear_dense": dense.linear_dense,
+    "linear_outliers": linears.linear_outliers,
+    "linear_outliers_float": linears.linear_outliers_float,
     "linear_packed": linears.linear_packed,
     "linear_packed_float": linears.linear_packed_float,
     "linear_sparse": sparse_operators.linear_sparse,
@@ -35,29 +41,9 @@ EMITTERS: dict[str, Callable[[Call], Plan]] = {
     "norm": row_operators.norm,
     "norm_quantize": row_operators.norm_quantize,
     "quantize_activation": row_operators.quantize_activation,
+    "quantize_cache": row_operators.quantize_cache,
     "quantize_dequantize": samples.quantize_dequantize,
     "quantize_linear_packed": linears.quantize_linear_packed,
     "rotary": pointwise.rotary,
 }
 """Dialect operator → its plan on the GPU."""
-
-_CACHE = "attention on a cache of codes (keep keys and values in float)"
-_OUTLIERS = "outliers beside integer weights (compile without weights.outliers)"
-REFUSED: dict[str, str] = {
-    "attention_cached": _CACHE,
-    "dequantize_cache": _CACHE,
-    "dequantize_outliers": _OUTLIERS,
-    "linear_outliers": _OUTLIERS,
-    "linear_outliers_float": _OUTLIERS,
-    "quantize_cache": _CACHE,
-}
-"""Dialect operators without GPU kernels, and what of the model needs them."""
-
-
-def refusal(name: str, call: Call) -> str | None:
-    """Why a call of a dialect operator has no GPU kernels; None where it has."""
-    if name in REFUSED:
-        return REFUSED[name]
-    if name not in EMITTERS:
-        return f"the operator {name}"
-    return sparse_operators.refusal(call) if name in ("linear_sparse", "linear_sparse_float") else None

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from tvm.tirx.script.builder import ir as T
 
+from ....compiler.dialect.cache_packing import row_bytes
 from ....compiler.dialect.element_formats import element_format
 from .builder import (
     Frame,
@@ -251,5 +252,30 @@ def dequantize_codebook(call: Call) -> Plan:
 
     name = f"dequantize_codebook_{n}x{k_}_{count}x{size}"
     add_pointwise(plan, name, inputs, Tensor("y", (n, k_), "float32"), body)
+    plan.results = ("y",)
+    return plan
+
+
+def dequantize_cache(call: Call) -> Plan:
+    """`isofold.dequantize_cache`."""
+    plan, depth, bits = Plan(), call.attributes["depth"], call.attributes["bits"]
+    rows, width = plan.rows(call["codes"]), row_bytes(depth, bits)
+    inputs = [
+        Tensor(plan.view("codes", rows, width), (rows, width), "uint8"),
+        Tensor(plan.view("params", rows, 2), (rows, 2), "float32"),
+    ]
+
+    def body(k: Frame, i: Any) -> Any:
+        row, d = bind(_over(i, depth)), bind(_rest(i, depth))
+        if bits == 8:
+            code = T.cast(get(k["codes"], row * width + d), "int32")
+        else:
+            byte = T.cast(get(k["codes"], row * width + _over(d, 32) * 16 + _rest(d, 16)), "int32")
+            code = (byte >> T.cast(_rest(_over(d, 16), 2) * 4, "int32")) & T.int32(15)
+        return get(k["params"], row * 2) * (T.cast(code, "float32") - get(k["params"], row * 2 + 1))
+
+    add_pointwise(
+        plan, f"dequantize_cache_a{bits}_{depth}", inputs, Tensor("y", (rows, depth), "float32"), body
+    )
     plan.results = ("y",)
     return plan

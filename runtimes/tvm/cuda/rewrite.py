@@ -19,7 +19,7 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from ....compiler.dialect import OPERATORS, Operator
 from ....compiler.errors import UnsupportedError
-from .operators import EMITTERS, refusal
+from .operators import EMITTERS
 from .plan import Call, Operand, Plan
 
 EXTERN = "isofold_op"
@@ -31,37 +31,19 @@ _BY_ONNX_NAME = {operator.onnx_name: operator for operator in OPERATORS.values()
 def rewrite_dialect(module: tvm.IRModule) -> tvm.IRModule:
     """The module with every dialect call as calls of kernels.
 
-    Raises UnsupportedError that lists every call without kernels, with the node's name.
+    Raises UnsupportedError that lists every call whose sizes no kernel takes, with the node's name.
     """
-    problems = _refusals(module)
-    if problems:
-        raise UnsupportedError(
-            "The program has operators without GPU kernels",
-            where="; ".join(f"{node}: {why}" for node, why in problems),
-            hint="target tvm-cpu and target cpu have kernels for all of them",
-        )
     writer = _Writer(module)
     for variable, function in list(module.functions_items()):
         if isinstance(function, relax.Function):
             writer.builder_.update_func(variable, writer.visit_expr(function))
+    if writer.problems:
+        raise UnsupportedError(
+            "The program has operators that the GPU kernels do not take",
+            where="; ".join(f"{node}: {why}" for node, why in writer.problems),
+            hint="target tvm-cpu and target cpu have kernels for all of them",
+        )
     return writer.builder_.get()
-
-
-def _refusals(module: tvm.IRModule) -> list[tuple[str, str]]:
-    """(node, why) of every dialect call that has no GPU kernels."""
-    found: list[tuple[str, str]] = []
-
-    def look(expression: Any) -> None:
-        if isinstance(expression, relax.Call) and _is_dialect(expression):
-            operator, description, _, node = _description(expression)
-            why = refusal(operator.name, description)
-            if why is not None:
-                found.append((node, why))
-
-    for _, function in module.functions_items():
-        if isinstance(function, relax.Function):
-            relax.analysis.post_order_visit(function, look)
-    return found
 
 
 def _is_dialect(call: relax.Call) -> bool:
@@ -130,6 +112,12 @@ def operand_of(kind: Any) -> Operand:
 
 @mutator
 class _Writer(PyExprMutator):
+    """Writes the plans; problems: (node, why) of every call that has none."""
+
+    def __init__(self, module: tvm.IRModule) -> None:
+        super().__init__(module)
+        self.problems: list[tuple[str, str]] = []
+
     def visit_call_(self, call: relax.Call) -> relax.Expr:
         """Rewrite one call, or leave it."""
         call = super().visit_call_(call)
@@ -137,7 +125,11 @@ class _Writer(PyExprMutator):
             return call
         operator, description, wanted, node = _description(call)
         tensors = call.args[1].fields[1:]
-        plan = EMITTERS[operator.name](description)
+        try:
+            plan = EMITTERS[operator.name](description)
+        except UnsupportedError as error:
+            self.problems.append((node, str(error)))
+            return call
         names = [name for name, operand in description.operands.items() if operand is not None]
         results = emit_plan(self.builder_, plan, dict(zip(names, tensors, strict=True)), node)
         kinds = call.ty_args[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from ....compiler.dialect.cache_packing import ALIGN
 from .builder import Tensor, get, prim_func
 from .plan import Call, Plan, Stage
 from .pointwise import add_pointwise
@@ -38,8 +39,25 @@ def quantize_activation(call: Call) -> Plan:
     return plan
 
 
+def quantize_cache(call: Call) -> Plan:
+    """`isofold.quantize_cache`."""
+    plan, bits = Plan(), call.attributes["bits"]
+    quantize_into(plan, call, "x", call["x"], ALIGN, "", "shift", "", bits, pairs=bits == 4)
+    plan.results = ("u", "params")
+    return plan
+
+
 def quantize_into(
-    plan: Plan, call: Call, x: str, operand: Any, align: int, params: str, shift: str, scale: str, bits: int
+    plan: Plan,
+    call: Call,
+    x: str,
+    operand: Any,
+    align: int,
+    params: str,
+    shift: str,
+    scale: str,
+    bits: int,
+    pairs: bool = False,
 ) -> None:
     """Append a quantizer of argument `x` that writes `u`, and `params` where no static pair of this name is given."""
     k = int(operand.shape[-1])
@@ -48,7 +66,7 @@ def quantize_into(
     plan.flat(call, params, shift, scale)
     spec = Rows(
         rows, k, shift=call.has(shift), scale=call.has(scale), orders=tuple(call.attributes.get("hadamard") or ()),
-        codes="static" if call.has(params) else "dynamic", bits=bits, align=align,
+        codes="static" if call.has(params) else "dynamic", bits=bits, align=align, pairs=pairs,
     )  # fmt: skip
     add_rows(plan, spec, {"pair": params, "shift": shift, "scale": scale, "x": x})
 

@@ -3,7 +3,8 @@
     t = x + residual                    (norm; written as `sum`)
     y = normalized t * weight + bias    (norm)
     v = ((y - shift) * scale) H         (quantizers and `hadamard`)
-    u, (s, z) = codes of v              (quantizers), bit for bit the formula of docs/dialect.md
+    u, (s, z) = codes of v              (quantizers), bit for bit the formula of docs/dialect.md; two to a byte as
+                                        `cache_packing` says where they are packed
 
 The row stays in shared memory between the steps. H is applied there: a power of two in stages of butterflies, a core
 as a small matrix product along its axis, its sums in registers, so that one copy of the row is enough.
@@ -52,7 +53,7 @@ class Rows:
     """One kernel of this family.
 
     norm: kind of norm or None. sum, y, transformed: which float results are written. codes: pairs of the quantizer,
-    or None. orders: of the Hadamard transform.
+    or None. orders: of the Hadamard transform. pairs: two codes to a byte, of dimensions 16 apart.
     """
 
     rows: Size
@@ -72,6 +73,7 @@ class Rows:
     codes: Literal["dynamic", "static"] | None = None
     bits: int = 8
     align: int = 1
+    pairs: bool = False
 
     def __post_init__(self) -> None:
         if self.k > ROW_LIMIT:
@@ -109,7 +111,7 @@ class Rows:
         if self.norm:
             parts.append(f"e{self.eps:g}")
         if self.codes:
-            parts.append(f"q{self.bits}{self.codes[0]}{self.kp}")
+            parts.append(f"q{self.bits}{self.codes[0]}{self.kp}{'p' if self.pairs else ''}")
         return "_".join(p for p in parts if p).replace("-", "m").replace(".", "p").replace("+", "")
 
     @property
@@ -132,7 +134,7 @@ class Rows:
         found = [("sum", self.sum), ("y", self.y), ("transformed", self.transformed)]
         tensors = [Tensor(name, whole, "float32") for name, there in found if there]
         if self.codes:
-            tensors.append(Tensor("u", (self.rows, self.kp), "uint8"))
+            tensors.append(Tensor("u", (self.rows, self.kp // 2 if self.pairs else self.kp), "uint8"))
         if self.codes == "dynamic":
             tensors.append(Tensor("params", (self.rows, 2), "float32"))
         return tensors
@@ -290,8 +292,33 @@ class Rows:
         else:
             s, z = bind(get(frame["pair"], 0)), bind(get(frame["pair"], 1))
         inverse = bind(T.float32(1) / s)
-        # A thread writes four codes as a word; it reads elements of other threads.
-        sync()
+        sync()  # a thread reads elements of other threads
+        if self.pairs:
+            self._write_pairs(frame, line, row, tx, inverse, z)
+        else:
+            self._write_codes(frame, line, row, tx, inverse, z)
+
+    def _code(self, line: Any, index: Any, inverse: Any, z: Any) -> Any:
+        """The code of an element, 0 behind the row's end."""
+        code = local(1, "uint8")
+        put(code, 0, T.uint8(0))
+        with when(True if self.k == self.kp else index < self.k):
+            rounded = value("float32", "rintf", get(line, index) * inverse) + z
+            clamped = T.min(T.max(rounded, T.float32(0)), T.float32(2**self.bits - 1))
+            put(code, 0, T.cast(T.cast(clamped, "int32"), "uint8"))
+        return get(code, 0)
+
+    def _write_pairs(self, frame: Frame, line: Any, row: Any, tx: Any, inverse: Any, z: Any) -> None:
+        count = self.kp // 2
+        start = bind(wide(row) * count)
+        for byte, inside in strided(tx, self.threads, count):
+            with when(inside):
+                low = bind(div(byte, 16) * 32 + mod(byte, 16))
+                codes = [self._code(line, low + 16 * i, inverse, z) for i in range(2)]
+                put(frame["u"], start + wide(byte), codes[0] + codes[1] * T.uint8(16))
+
+    def _write_codes(self, frame: Frame, line: Any, row: Any, tx: Any, inverse: Any, z: Any) -> None:
+        # Four codes in a row, which become a word.
         words = self.kp // 4 if self.kp % 4 == 0 else 0
         start = bind(wide(row) * self.kp)
         count = words or self.kp
@@ -300,10 +327,4 @@ class Rows:
             with when(True if count % self.threads == 0 else item < count):
                 for j in range(4 if words else 1):
                     index = bind(item * (4 if words else 1) + j)
-                    code = local(1, "uint8")
-                    put(code, 0, T.uint8(0))
-                    with when(True if self.k == self.kp else index < self.k):
-                        rounded = value("float32", "rintf", get(line, index) * inverse) + z
-                        clamped = T.min(T.max(rounded, T.float32(0)), levels)
-                        put(code, 0, T.cast(T.cast(clamped, "int32"), "uint8"))
-                    put(frame["u"], start + wide(index), get(code, 0))
+                    put(frame["u"], start + wide(index), self._code(line, index, inverse, z))

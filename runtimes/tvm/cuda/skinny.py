@@ -11,6 +11,9 @@ scaled in float32.
     codes:   y = s ( sum_g scale_g ( I_g - zero_g U_g ) - z wsum ) + bias,   I_g = sum u w
                                                                              U_g = sum u: a product with ones
     floats:  y = sum_g scale_g sum_k x (w - zero_g) + bias
+
+Outliers beside the weights are summed by the same warps while the first copies are on their way, a lane for each packed
+row of the tile, and join the sums in shared memory.
 """
 
 from __future__ import annotations
@@ -89,7 +92,8 @@ class Skinny:
             last = [Tensor("wsum", (self.linear.packed,), "float32")]
         else:
             first, last = [Tensor("x", (rows, k), "float32")], []
-        return [*first, *self.weights.tensors(self.linear, self.kp), *last, *self.linear.tensors()]
+        weights = self.weights.tensors(self.linear, self.kp)
+        return [*first, *weights, *last, *self.linear.entries(), *self.linear.tensors()]
 
     def emit(self, frame: Frame) -> None:
         """Write the kernel."""
@@ -128,9 +132,9 @@ class _Body:
         self.step_bytes = 32 * sum(count for _, count in self.layout.loads(0, 0))
         self.zero_at = chunk * self.step_bytes + 32 * self.weights.scale_bytes
         self.chunk_bytes = self.zero_at + (128 if self.weights.zero else 0)
-        board = 4 * warps * 8 * spec.tiles * TILE
+        board = 4 * warps * 8 * spec.tiles * TILE * (2 if spec.linear.outliers else 1)
         self.memory = shared_dynamic(max(DEPTH * warps * self.chunk_bytes, board))
-        self.whole_units = not self.codes and spec.linear.k % 8 == 0
+        self.whole_units = not self.codes and spec.linear.k == spec.kp  # nothing behind a row is read
         self.active_words = 2 if self.codes else 8 if self.whole_units else 4
         self.ahead = max(1, ACTIVE_WORDS // (spec.tiles * self.active_words))
         self.active = local(min(self.ahead, chunk) * spec.tiles * self.active_words, "uint32")
@@ -148,6 +152,8 @@ class _Body:
         even = chunks % self.warps == 0
         for ahead in range(DEPTH - 1):
             self._copy(ahead, chunks)
+        if self.spec.linear.outliers:
+            self._sum_outliers()
         with loop(0, rounds) as round_:
             self._copy(round_ + (DEPTH - 1), chunks)
             index = bind(round_ * self.warps + self.warp)
@@ -166,6 +172,21 @@ class _Body:
         elif "table" in self.frame:
             self.extra = local(8, "uint32")
             call("iso_table_bytes", at(self.extra, 0), at(self.frame["table"], 0))
+
+    def _sum_outliers(self) -> None:
+        """The lane's packed row with every token, over the warp's share of the row's entries."""
+        spec, frame, tokens = self.spec, self.frame, 8 * self.spec.tiles
+        self.beside = local(tokens)
+        call("iso_zero_floats", at(self.beside, 0), tokens)
+        panel: Any = self.tile * 2 + div(self.lane, LANES)
+        panel = bind(T.min(panel, T.int32(spec.linear.packed // LANES - 1)))
+        first = (get(frame["offsets"], panel) + self.warp) * LANES + mod(self.lane, LANES)
+        call(
+            "iso_outliers_few", at(self.beside, 0), tokens, at(frame["u" if self.codes else "x"], 0),
+            wide(self.column * tokens), wide(frame.size(spec.linear.rows)), spec.kp if self.codes else spec.linear.k,
+            at(frame["places"], 0), at(frame["values"], 0), first, get(frame["offsets"], panel + 1) * LANES,
+            self.warps * LANES,
+        )  # fmt: skip
 
     def _slot(self, round_: Any) -> Any:
         return bind((self.warp * DEPTH + mod(round_, DEPTH)) * self.chunk_bytes)
@@ -328,9 +349,8 @@ class _Body:
     def _reduce(self) -> None:
         """Add up the warps' sums, and write the outputs."""
         spec, linear, tokens = self.spec, self.spec.linear, 8 * self.spec.tiles
-        board = T.decl_buffer(
-            (self.warps * tokens * TILE,), "float32", data=self.memory.data, scope="shared.dyn", layout=None
-        )
+        size = self.warps * tokens * TILE * (2 if linear.outliers else 1)
+        board = T.decl_buffer((size,), "float32", data=self.memory.data, scope="shared.dyn", layout=None)
         sync()  # the ring is free
         for tile in range(spec.tiles):
             for i in range(8):
@@ -338,6 +358,10 @@ class _Body:
                 token = tile * 8 + self.t * 2 + i % 2
                 index = (self.warp * tokens + token) * TILE + row
                 put(board, index, get(self.accumulators, tile * 8 + i))
+        if linear.outliers:
+            for token in range(tokens):
+                index = ((self.warps + self.warp) * tokens + token) * TILE + self.lane
+                put(board, index, get(self.beside, token))
         sync()
         width = LANES if linear.gated else TILE
         with loop(0, -(-tokens * width // (32 * self.warps))) as turn:
@@ -351,13 +375,21 @@ class _Body:
                 linear.finish(self.frame, where, feature, self._value(board, token, where, row), up)
 
     def _value(self, board: Any, token: Any, where: Any, row: Any) -> Any:
-        tokens, weights = 8 * self.spec.tiles, self.spec.weights
-        total = get(board, token * TILE + (row - self.tile * TILE))
-        for warp in range(1, self.warps):
-            total = total + get(board, (warp * tokens + token) * TILE + (row - self.tile * TILE))
-        total = bind(weights.finish(self.frame, total, row))
+        linear, weights = self.spec.linear, self.spec.weights
+        total = bind(weights.finish(self.frame, self._sum(board, token, row, 0), row))
+        if linear.outliers:
+            beside = self._sum(board, token, row, self.warps)
+            total = bind(total + beside * T.float32(linear.outlier_multiplier))
         if not self.codes:
             return total
         pair = 0 if self.spec.static_params else wide(where) * 2
         s, z = get(self.frame["params"], pair), get(self.frame["params"], pair + 1)
         return bind(s * (total - z * get(self.frame["wsum"], row)))
+
+    def _sum(self, board: Any, token: Any, row: Any, first: int) -> Any:
+        """The sum of all warps' parts, from part `first` of the board on."""
+        tokens, place = 8 * self.spec.tiles, row - self.tile * TILE
+        total = get(board, (first * tokens + token) * TILE + place)
+        for warp in range(1, self.warps):
+            total = total + get(board, ((first + warp) * tokens + token) * TILE + place)
+        return total

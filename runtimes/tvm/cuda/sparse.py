@@ -1,8 +1,7 @@
-"""Linears on sparse weights in the bitmask layout (places, values and offsets of rows).
+"""Linears on sparse weights: a warp computes an output from the values that are stored, whatever the layout.
 
-A warp computes an output: lanes are the columns of a 32-bit word of the mask, and a lane's value is at the number of
-ones below it, so that values are read in order and without gaps. Eight tokens share what a warp decodes. With many
-rows, weights are written out densely once and multiplied as such (`Densify`); floats then become float16.
+Lanes share the values of a row (`sparse_encodings`), eight tokens share what a warp decodes. With many rows, weights
+are written out densely once and multiplied as such (`Densify`); floats then become float16.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from ....compiler.dialect.packing import LANES, ceil_to
+from ....compiler.dialect.packing import LANES, alignment, ceil_to
 from .builder import (
     Frame,
     Tensor,
@@ -36,6 +35,7 @@ from .builder import (
 from .convert import HalvesLayout
 from .epilogue import Linear
 from .layouts import integer_layout
+from .sparse_encodings import Encoding
 from .weights import Weights
 
 WARPS = 8
@@ -44,36 +44,45 @@ TOKENS = 8
 
 @dataclass(frozen=True)
 class SparseRows:
-    """The kernel for few rows. codes: int8 weights and activations of `width` unsigned codes a row; else float32."""
+    """The kernel for few rows; activations of codes have `width` a row.
+
+    group_size: of scales of groups, all times `multiplier`; 0: a scale a row.
+    """
 
     linear: Linear
-    codes: bool
+    encoding: Encoding
     width: int
-    count: int
-    """Stored values."""
     static_params: bool = False
+    group_size: int = 0
+    multiplier: float = 1.0
+
+    @property
+    def codes(self) -> bool:
+        """Whether weights and activations are codes."""
+        return self.encoding.codes
 
     @property
     def name(self) -> str:
         """The kernel's name."""
         kind = ("a8s" if self.static_params else "a8") if self.codes else "float"
-        return f"sparse_{kind}_{self.linear.tag}_{self.width}"
+        groups = f"g{self.group_size}" if self.group_size else ""
+        return f"sparse_{self.encoding.tag}{groups}_{kind}_{self.linear.tag}_{self.width}"
+
+    @property
+    def groups(self) -> int:
+        """Groups of a row."""
+        return ceil_to(self.linear.k, alignment(self.group_size)) // self.group_size if self.group_size else 1
 
     def tensors(self) -> list[Tensor]:
         """Arguments, in order."""
-        linear, rows = self.linear, self.linear.rows
-        words = 2 * ceil_to(linear.k, 64) // 64
-        encoding = [
-            Tensor("places", (linear.packed, 4 * words), "uint8"),
-            Tensor("values", (self.count,), "int8" if self.codes else "float32"),
-            Tensor("offsets", (linear.packed + 1,), "int32"),
-        ]
+        linear, rows, encoding = self.linear, self.linear.rows, self.encoding.tensors()
         if not self.codes:
             return [Tensor("x", (rows, linear.k), "float32"), *encoding, *linear.tensors()]
         pair = (2,) if self.static_params else (rows, 2)
+        scale = "float16" if self.group_size else "float32"
         return [
             Tensor("u", (rows, self.width), "uint8"), Tensor("params", pair, "float32"), *encoding,
-            Tensor("scale", (linear.packed,), "float32"), Tensor("wsum", (linear.packed,), "float32"),
+            Tensor("scale", (linear.packed * self.groups,), scale), Tensor("wsum", (linear.packed,), "float32"),
             *linear.tensors(),
         ]  # fmt: skip
 
@@ -98,33 +107,37 @@ class SparseRows:
                         found = [self._scaled(frame, t, row + i * LANES, where) for i, t in enumerate(totals)]
                         linear.finish(frame, where, feature, found[0], found[1] if linear.gated else None)
 
+    @property
+    def _integers(self) -> bool:
+        """Whether sums are int32: scales of groups go into the weights."""
+        return self.codes and not self.group_size
+
     def _total(self, sums: Any, token: int) -> Any:
-        return T.cast(get(sums, token), "float32") if self.codes else get(sums, token)
+        return T.cast(get(sums, token), "float32") if self._integers else get(sums, token)
 
     def _row(self, frame: Frame, row: Any, column: Any, lane: Any) -> Any:
-        """A lane's sums over its columns of a packed row, for all tokens of the block."""
-        linear = self.linear
-        words = 2 * ceil_to(linear.k, 64) // 64
-        kind = "int32" if self.codes else "float32"
-        sums, place = local(TOKENS, kind), local(1, "int32")
+        """A lane's sums over its values of a packed row, for all tokens of the block."""
+        linear, row = self.linear, bind(row)
+        kind = "int32" if self._integers else "float32"
+        sums = local(TOKENS, kind)
         for token in range(TOKENS):
             put(sums, token, tirx.const(0, kind))
-        put(place, 0, get(frame["offsets"], row))
-        with loop(0, words) as word:
-            bits = local(1, "uint32")
-            call("iso_load4", at(bits, 0), at(frame["places"], wide(row) * (4 * words) + wide(word * 4)))
-            there = T.cast((get(bits, 0) >> T.cast(lane, "uint32")) & T.uint32(1), "int32")
-            with when(there > 0):
-                weight = get(frame["values"], get(place, 0) + value("int32", "iso_rank", get(bits, 0), lane))
-                weight = bind(T.cast(weight, "int32") if self.codes else weight)
-                k = bind(word * 32 + lane)
-                for token in range(TOKENS):
-                    where = bind(wide(column * TOKENS + token))
-                    with when(where < frame.size(linear.rows)):
-                        x = get(frame["u"], where * self.width + wide(k)) if self.codes else None
-                        x = T.cast(x, "int32") if self.codes else get(frame["x"], where * linear.k + wide(k))
-                        put(sums, token, get(sums, token) + weight * x)
-            put(place, 0, get(place, 0) + value("int32", "iso_ones", get(bits, 0)))
+
+        def add(k: Any, weight: Any) -> None:
+            if self.group_size:
+                group = div(row, LANES) * self.groups + div(k, self.group_size)
+                scale = value("float32", "iso_half_at", at(frame["scale"], group * LANES + mod(row, LANES)))
+                weight = bind(T.cast(weight, "float32") * scale)
+            for token in range(TOKENS):
+                where = bind(wide(column * TOKENS + token))
+                with when(where < frame.size(linear.rows)):
+                    if self.codes:
+                        x = T.cast(get(frame["u"], where * self.width + wide(k)), kind)
+                    else:
+                        x = get(frame["x"], where * linear.k + wide(k))
+                    put(sums, token, get(sums, token) + weight * x)
+
+        self.encoding.each(frame, row, lane, add)
         return sums
 
     def _scaled(self, frame: Frame, total: Any, row: Any, where: Any) -> Any:
@@ -132,7 +145,8 @@ class SparseRows:
             return total
         pair: Any = 0 if self.static_params else wide(where) * 2
         s, z = get(frame["params"], pair), get(frame["params"], pair + 1)
-        return bind(s * (total * get(frame["scale"], row) - z * get(frame["wsum"], row)))
+        scale = T.float32(self.multiplier) if self.group_size else get(frame["scale"], row)
+        return bind(s * (total * scale - z * get(frame["wsum"], row)))
 
 
 @dataclass(frozen=True)
@@ -140,64 +154,64 @@ class Densify:
     """Sparse weights → `expanded`: the dense int8 layout, or halves (`convert.HalvesLayout`)."""
 
     linear: Linear
-    codes: bool
-    count: int
+    encoding: Encoding
+    group_size: int = 0
 
     @property
     def kp(self) -> int:
         """Inputs with padding."""
-        return ceil_to(self.linear.k, 32)
+        return ceil_to(self.linear.k, alignment(self.group_size))
 
     @property
     def name(self) -> str:
         """The kernel's name."""
-        return f"densify_{'int8' if self.codes else 'half'}_{self.linear.packed}x{self.linear.k}"
+        return f"densify_{self.encoding.tag}_{self.linear.packed}x{self.linear.k}_{self.kp}"
 
     @property
     def result(self) -> Weights:
         """The weights that this kernel writes."""
-        if self.codes:
-            return Weights(replace(integer_layout(8), name="byte_sparse", argument="expanded"), 0, "float32")
+        if self.encoding.codes:
+            layout = replace(integer_layout(8), name="byte_sparse", argument="expanded")
+            return Weights(layout, self.group_size, "float16" if self.group_size else "float32")
         return Weights(
             HalvesLayout("half_sparse", 16, 256, 1.0, dtype="uint16", argument="expanded"), 0, "float32"
         )
 
     def inputs(self) -> list[Tensor]:
         """Arguments that are read."""
-        return [t for t in SparseRows(self.linear, self.codes, 0, self.count).tensors() if t.name in ENCODING]
+        return self.encoding.tensors()
 
     def outputs(self) -> list[Tensor]:
         """Arguments that are written."""
-        return [Tensor("expanded", (self.linear.packed * self.kp,), "int8" if self.codes else "uint16")]
+        count = self.linear.packed * self.kp
+        return [Tensor("expanded", (count,), "int8" if self.encoding.codes else "uint16")]
 
     def emit(self, frame: Frame) -> None:
-        """Write the kernel: a warp writes out a row."""
-        packed, words = self.linear.packed, 2 * ceil_to(self.linear.k, 64) // 64
-        with launch([-(-packed // WARPS)], 32 * WARPS) as ((block,), tx):
+        """Write the kernel: a warp writes zeros to a row, then the values."""
+        packed, codes, width = self.linear.packed, self.encoding.codes, 4 if self.encoding.codes else 8
+        pieces = self.kp // width
+        with launch([packed // WARPS], 32 * WARPS) as ((block,), tx):
             lane, row = bind(mod(tx, 32)), bind(block * WARPS + div(tx, 32))
             panel, r = bind(div(row, LANES)), bind(mod(row, LANES))
-            place = local(1, "int32")
-            put(place, 0, get(frame["offsets"], row))
-            with loop(0, self.kp // 32) as word:
-                bits = local(1, "uint32")
-                call("iso_load4", at(bits, 0), at(frame["places"], wide(row) * (4 * words) + wide(word * 4)))
-                there = T.cast((get(bits, 0) >> T.cast(lane, "uint32")) & T.uint32(1), "int32")
-                kind = "int8" if self.codes else "float32"
-                found = local(1, kind)
-                put(found, 0, tirx.const(0, kind))
-                with when(there > 0):
-                    rank = value("int32", "iso_rank", get(bits, 0), lane)
-                    put(found, 0, get(frame["values"], get(place, 0) + rank))
-                k = bind(word * 32 + lane)
-                start = wide(panel) * (LANES * self.kp)
-                if self.codes:
-                    index = start + wide((div(k, 4) * LANES + r) * 4 + mod(k, 4))
-                    put(frame["expanded"], index, get(found, 0))
+            start = bind(wide(panel) * (LANES * self.kp))
+            zeros = local(4, "uint32")
+            call("iso_zero", at(zeros, 0), 4)
+            with loop(0, -(-pieces // 32)) as turn:
+                piece = bind(turn * 32 + lane)
+                with when(True if pieces % 32 == 0 else piece < pieces):
+                    to = at(frame["expanded"], start + wide((piece * LANES + r) * width))
+                    if codes:
+                        call("iso_store4", to, get(zeros, 0))
+                    else:
+                        call("iso_store16", to, at(zeros, 0))
+            call("iso_sync_warp")
+
+            def write(k: Any, weight: Any) -> None:
+                index = start + wide((div(k, width) * LANES + r) * width + mod(k, width))
+                if codes:
+                    put(frame["expanded"], index, T.cast(weight, "int8"))
                 else:
-                    index = start + wide((div(k, 8) * LANES + r) * 8 + mod(k, 8))
-                    half = value("uint32", "iso_half2", get(found, 0), 0.0)
+                    half = value("uint32", "iso_half2", weight, 0.0)
                     put(frame["expanded"], index, T.cast(half & T.uint32(0xFFFF), "uint16"))
-                put(place, 0, get(place, 0) + value("int32", "iso_ones", get(bits, 0)))
 
-
-ENCODING = ("places", "values", "offsets")
+            self.encoding.each(frame, row, lane, write)

@@ -19,6 +19,7 @@ from isofold.runtimes.tvm.cuda import compile as cuda
 from isofold.runtimes.tvm.cuda.device_module import creating, target_for
 from isofold.runtimes.tvm.cuda.emulate import CPU, emulator_library
 from isofold.runtimes.tvm.cuda.rewrite import EXTERN, is_tensor, read_description, rewrite_dialect
+from isofold.runtimes.tvm.cuda.rows import ROW_LIMIT
 
 from .emulated import CACHE
 
@@ -140,26 +141,23 @@ def test_operator_without_kernels_is_named() -> None:
     assert "layer7" in str(error.value)
 
 
-def test_all_calls_without_kernels_are_listed_at_once() -> None:
-    plain = {"int": 16, "float": 1.0, "bool": False, "str": "16x1"}
-
-    def attributes(name: str) -> dict[str, Any]:
-        declared = OPERATORS[name].overload._schema.arguments
-        return {a.name: plain[str(a.type)] for a in declared if not is_tensor(a)}
-
-    outliers = description("linear_outliers_float", {"x"}, attributes("linear_outliers_float"), "1")
-    blocks = description("linear_sparse_float", {"x", "values"}, attributes("linear_sparse_float"), "1")
+def test_all_calls_that_no_kernel_takes_are_listed_at_once() -> None:
+    width = ROW_LIMIT + 8
+    attributes = {"eps": 1e-5, "kind": "rms", "align": 32, "orders": [], "transpose": False}
+    norm = description("norm", {"x"}, attributes, "01")
+    quantizer = description("quantize_activation", {"x"}, attributes, "11")
     bb = relax.BlockBuilder()
-    x = relax.Var("x", relax.TensorType([4, 16], "float32"))
+    x = relax.Var("x", relax.TensorType([4, width], "float32"))
+    kinds = [relax.TensorType([4, width], "uint8"), relax.TensorType([4, 2], "float32")]
     with bb.function("main", [x]):
         with bb.dataflow():
-            y = bb.emit(relax.call_dps_packed(EXTERN, [ir.StringImm(outliers), x], x.ty))
-            out = bb.emit_output(bb.emit(relax.call_dps_packed(EXTERN, [ir.StringImm(blocks), y, y], x.ty)))
+            y = bb.emit(relax.call_dps_packed(EXTERN, [ir.StringImm(norm), x], x.ty))
+            out = bb.emit_output(bb.emit(relax.call_dps_packed(EXTERN, [ir.StringImm(quantizer), y], kinds)))
         bb.emit_func_output(out)
-    with pytest.raises(UnsupportedError) as error:
+    with pytest.raises(UnsupportedError, match="do not take") as error:
         rewrite_dialect(bb.finalize())
-    assert "outliers beside integer weights" in str(error.value)
-    assert "layout 16x1" in str(error.value)
+    assert str(error.value).count("here: A row of activations is too long for one block") == 2
+    assert str(ROW_LIMIT) in str(error.value)
 
 
 def test_modules_without_the_dialect_are_left_alone() -> None:

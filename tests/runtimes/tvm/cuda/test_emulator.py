@@ -71,6 +71,48 @@ def test_product_of_halves_has_the_lanes_of_ptx(tmp_path: Path) -> None:
         np.testing.assert_allclose(c[lane], wanted, rtol=1e-5, atol=1e-5)
 
 
+def sparse_operands(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A (16 x 64, 2 of every 4 stored) and B (64 x 8), and the words of their lanes: A's 4, B's 4 and the indices."""
+    places = np.array([sorted(rng.choice(4, 2, replace=False)) for _ in range(16 * 16)]).reshape(16, 16, 2)
+    stored = rng.integers(-128, 128, (16, 16, 2)).astype(np.int8)
+    a = np.zeros((16, 16, 4), np.int8)
+    np.put_along_axis(a, places, stored, 2)
+    b = rng.integers(0, 256, (64, 8)).astype(np.uint8)
+    words = np.zeros((32, 9), np.uint32)
+    for lane in range(32):
+        g, t = divmod(lane, 4)
+        values = stored.reshape(16, 32)
+        parts = [values[r, c : c + 4] for c in (4 * t, 4 * t + 16) for r in (g, g + 8)]
+        parts += [b[16 * i + 4 * t :][:4, g] for i in range(4)]
+        words[lane, :8] = [int(np.ascontiguousarray(p).view(np.uint32)[0]) for p in parts]
+        chosen = places[g + 8 * (t % 2), 8 * (t // 2) : 8 * (t // 2) + 8].reshape(16)
+        words[lane, 8] = sum(int(index) << 2 * i for i, index in enumerate(chosen))
+    return a.reshape(16, 64), b, words
+
+
+def sparse_product(k: Frame) -> None:
+    """One sparse product of the words of 32 lanes."""
+    with launch([1], 32) as (_, tx):
+        operands, sums = local(9, "uint32"), local(4, "int32")
+        for i in range(9):
+            put(operands, i, get(k["words"], tx * 9 + i))
+        for i in range(4):
+            put(sums, i, 0)
+        call("iso_mma_sparse_s8u8", at(sums, 0), at(operands, 0), at(operands, 4), get(operands, 8))
+        for i in range(4):
+            put(k["c"], tx * 4 + i, get(sums, i))
+
+
+def test_sparse_product_has_the_lanes_of_ptx(tmp_path: Path) -> None:
+    a, b, words = sparse_operands(np.random.default_rng(1))
+    tensors = [Tensor("words", (32, 9), "uint32"), Tensor("c", (32, 4), "int32")]
+    c = run(tmp_path, tensors, sparse_product, {"words": words, "c": np.zeros((32, 4), np.int32)})
+    product = a.astype(np.int32) @ b.astype(np.int32)
+    for lane in range(32):
+        g, t = divmod(lane, 4)
+        assert c[lane].tolist() == [product[r, 2 * t + i] for r in (g, g + 8) for i in range(2)]
+
+
 def reversing(with_barrier: bool) -> Any:
     """A kernel that reverses a row through shared memory."""
 
