@@ -22,7 +22,7 @@ from .database import Database, Record
 from .machines import Comparison, Facts, Machine, Tracker
 from .search import Batch, Candidate, Measurable, Search
 
-__all__ = ["CONFIRMING_ROUNDS", "ROUNDS", "Engine", "Kernels", "Outcome"]
+__all__ = ["CONFIRMING_ROUNDS", "ROUNDS", "Engine", "Kernels", "Outcome", "SkippedError"]
 
 Say = Callable[[str], None]
 Known = Callable[[str, str, str], list[Record]]
@@ -46,6 +46,10 @@ class Outcome:
     status: str = "wrong"
 
 
+class SkippedError(RuntimeError):
+    """A search cannot go on in this run, and others can: why."""
+
+
 class Kernels(Protocol):
     """What is tuned."""
 
@@ -64,7 +68,7 @@ class Kernels(Protocol):
     def compare(
         self, machine: Machine, facts: Facts, search: Search, batch: Batch, rounds: int
     ) -> Iterator[list[Outcome]]:
-        """Build a batch and compare it; results as they come. Raises LostError."""
+        """Build a batch and compare it; results as they come. Raises LostError, and SkippedError for its search."""
 
 
 class Engine:
@@ -154,6 +158,8 @@ class Engine:
                     search, batch = work
                     try:
                         self._measure(machine, facts, search, batch)
+                    except SkippedError as error:
+                        self._skip(search, batch, str(error))
                     except BaseException as error:
                         culprits = self._give_back(search, batch)
                         if not isinstance(error, LostError):
@@ -217,6 +223,13 @@ class Engine:
             search.done(batch)
             self._running -= 1
             self._spent[id(search)] = self._spent.get(id(search), 0.0) + time.monotonic() - started
+
+    def _skip(self, search: Search, batch: Batch, why: str) -> None:
+        with self.lock:
+            self._running -= 1
+            search.lost(batch)
+            search.skipped = True
+            self.database.notes.append(f"{search.title}: left out of this run: {why}")
 
     def _give_back(self, search: Search, batch: Batch) -> list[Candidate]:
         with self.lock:

@@ -106,6 +106,8 @@ class Search:
         whole = space or space_of(isa, group, values)
         self.space, self.default, self.exact = whole.values, whole.default, whole.exact
         self._needs, self._legal = whole.needs, whole.legal
+        self.skipped = False
+        """Nothing more is proposed."""
         self._random = random.Random(f"{seed} {isa} {group}")
         self._records: list[Record] = []
         self._in_hand: dict[str, Candidate] = {}
@@ -141,6 +143,8 @@ class Search:
 
     def next(self, count: int) -> Batch | None:
         """What to measure next; None: nothing is left that is not in some machine's hand."""
+        if self.skipped:
+            return None
         if self._again:
             batch = self._again.pop(0)
             return self._take(list(batch.candidates), confirm=batch.confirm)
