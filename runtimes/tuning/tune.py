@@ -121,9 +121,7 @@ class LibraryKernels:
             sources = hashed_sources(group)
             records = known(isa, group, sources)
             values = dict(self.values)
-            found.append(
-                Search(isa, group, members, records, seed=self.seed, values=values, sources=sources)
-            )
+            found.append(Search(isa, group, members, records, seed=self.seed, values=values, sources=sources))
         return found
 
     def compare(

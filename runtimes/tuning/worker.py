@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -219,6 +219,18 @@ def difference(
         )
     error = float(np.max(np.abs(wanted - found)) / max(float(np.max(np.abs(wanted))), 1e-30))
     return None if error <= TOLERANCE else f"outputs differ by {error:.1e} of the largest on {where}"
+
+
+def in_turns(
+    timers: Sequence[Callable[[], float]], wrong: Sequence[str | None], rounds: int
+) -> list[list[float]]:
+    """Times of those that are not wrong; the order moves on by one in every round."""
+    good = [i for i, text in enumerate(wrong) if text is None]
+    seconds: list[list[float]] = [[] for _ in timers]
+    for turn in range(rounds):
+        for i in good[turn % len(good) :] + good[: turn % len(good)]:
+            seconds[i].append(timers[i]())
+    return seconds
 
 
 def main(arguments: list[str], make: Callable[[Here | There], Worker] = Worker) -> None:

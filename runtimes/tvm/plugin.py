@@ -118,7 +118,13 @@ class TvmBackend:
         from .tune_session import tune_generated
 
         isa = isa or (target.partition(":")[2].removeprefix("x86-64-") or None)
-        shared: dict[str, Any] = {"threads": threads, "rpc": rpc, "key": key, "isa": isa, "progress": progress}
+        shared: dict[str, Any] = {
+            "threads": threads,
+            "rpc": rpc,
+            "key": key,
+            "isa": isa,
+            "progress": progress,
+        }
         if seconds > 0 and not isinstance(subject, Path | None):
             return tune_generated(subject, seconds=seconds, database=database, merge=merge, **shared)
         return tune_subject(subject, seconds=seconds, database=database, merge=merge, **shared)

@@ -1,4 +1,4 @@
-"""What `isofold tune MODEL --target tvm-cpu` does: first what TVM generates for the model, then the op library's part."""
+"""What `isofold tune MODEL --target tvm-cpu` does: what TVM generates for the model, then the op library."""
 
 from __future__ import annotations
 
@@ -39,6 +39,14 @@ def tune_generated(
     if not packed:
         return generated
     library = tune_subject(
-        program, seconds=share, threads=threads, rpc=rpc, key=key, database=database, merge=(), isa=isa, progress=progress
-    )  # fmt: skip
+        program,
+        seconds=share,
+        threads=threads,
+        rpc=rpc,
+        key=key,
+        database=database,
+        merge=(),
+        isa=isa,
+        progress=progress,
+    )
     return joined(library, generated)

@@ -20,7 +20,7 @@ import numpy as np
 import tvm
 from tvm import tirx
 
-from ..tuning.worker import Here, There, Worker, main
+from ..tuning.worker import Here, There, Worker, in_turns, main
 from .schedule_cpu import schedule_function
 from .schedule_nests import substitute, variables
 from .schedule_rules import Shape
@@ -88,18 +88,6 @@ def _difference(expected: Any, got: Any) -> float:
     scale = max(float(np.abs(expected).max(initial=0)), 1e-30)
     error = float(np.abs(got - expected).max(initial=0)) / scale
     return error if np.isfinite(error) else float("inf")
-
-
-def in_turns(
-    timers: Sequence[Callable[[], float]], wrong: Sequence[str | None], rounds: int
-) -> list[list[float]]:
-    """Times of those that are not wrong; the order moves on by one in every round."""
-    good = [i for i, text in enumerate(wrong) if text is None]
-    seconds: list[list[float]] = [[] for _ in timers]
-    for turn in range(rounds):
-        for i in good[turn % len(good) :] + good[: turn % len(good)]:
-            seconds[i].append(timers[i]())
-    return seconds
 
 
 class FunctionWorker(Worker):

@@ -52,7 +52,7 @@ class Rows:
     """One kernel of this family.
 
     norm: kind of norm or None. sum, y, transformed: which float results are written. codes: pairs of the quantizer,
-    or None. orders: of the Hadamard transform.
+    or None. orders: of the Hadamard transform. block: threads, 0: chosen for the row.
     """
 
     rows: Size
@@ -72,6 +72,7 @@ class Rows:
     codes: Literal["dynamic", "static"] | None = None
     bits: int = 8
     align: int = 1
+    block: int = 0
 
     def __post_init__(self) -> None:
         if self.k > ROW_LIMIT:
@@ -89,7 +90,7 @@ class Rows:
     @property
     def threads(self) -> int:
         """Threads of a block: eight elements each where the row is long enough."""
-        return min(512, max(64, ceil_to(-(-self.k // 8), 32)))
+        return self.block or min(512, max(64, ceil_to(-(-self.k // 8), 32)))
 
     @property
     def name(self) -> str:
