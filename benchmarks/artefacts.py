@@ -49,8 +49,9 @@ def compile_to(
     dynamic_shapes: Any = None,
     calibration: Sequence[Any] | None = None,
     target: str = "cpu",
+    **options: Any,
 ) -> Artefact:
-    """Compile with a preset and save into ``folder``, which is made."""
+    """Compile with a preset and save into ``folder``, which is made; options: more of `isofold.compile`."""
     import isofold
 
     compiled = isofold.compile(
@@ -62,5 +63,6 @@ def compile_to(
         calibration=calibration,
         output=folder,
         target=target,
+        **options,
     )
     return Artefact(folder, folder / "model.onnx" if target == "cpu" else folder, compiled)

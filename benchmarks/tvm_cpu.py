@@ -27,6 +27,8 @@ from subjects import SEED, bert_base, bert_onnx
 
 QUICK = ("bert", "llama", "mamba2", "whisper", "hifigan", "resnet")
 FLOAT32 = "ONNX Runtime float32"
+UNCHECKED = {"verify": False, "measure": False, "check": False}
+"""Options for models of which the reference decoder takes minutes to check: here outputs are compared anyway."""
 ROUNDING, CODES = 1e-4, 0.2
 """Largest difference to the program: sums in another order; codes that round the other way, amplified by few bits."""
 
@@ -116,22 +118,25 @@ def artefacts(
 ) -> dict[str, Artefact]:
     """Ours by name; those that are in the folder already are taken as they are."""
     ours: dict[str, Artefact] = {}
+    bert = label.startswith("BERT")
+    options = {} if bert else UNCHECKED
     for recipe in ("float32", "w8a8", "w4a8"):
         place = folder / f"tvm-{recipe}"
         if place.exists():
             ours[f"TVM {recipe}"] = Artefact(place, place, None)
         else:
             begin = time.perf_counter()
-            ours[f"TVM {recipe}"] = compile_to(place, module, recipe, kwargs=feeds, target="tvm-cpu")
-            spent = time.perf_counter() - begin
-            results.add(
-                f"{label} {recipe}: compile", spent, "s", "<= 60" if label.startswith("BERT") else None
+            ours[f"TVM {recipe}"] = compile_to(
+                place, module, recipe, kwargs=feeds, target="tvm-cpu", **options
             )
+            spent = time.perf_counter() - begin
+            what = "compile" if bert else "compile, unchecked"
+            results.add(f"{label} {recipe}: {what}", spent, "s", "<= 60" if bert else None)
         place = folder / f"onnx-{recipe}"
         if place.exists():
             ours[f"ONNX {recipe}"] = Artefact(place, place / "model.onnx", None)
         elif recipe != "float32":
-            ours[f"ONNX {recipe}"] = compile_to(place, module, recipe, kwargs=feeds)
+            ours[f"ONNX {recipe}"] = compile_to(place, module, recipe, kwargs=feeds, **options)
     return ours
 
 

@@ -80,6 +80,7 @@ class Backend(Protocol):
         database: Path | None = None,
         merge: Sequence[Path] = (),
         isa: str | None = None,
+        target: str,
         progress: Callable[[str], None] | None = None,
     ) -> dict[str, Any]:
         """Tune the kernels that a program or artefact (None: the default shapes) uses, by measuring (`isofold tune`).

@@ -48,6 +48,7 @@ def tune(
     database: a file of measurements; default one in the cache folder, which the op library's build reads. What it
         has is not measured again; after a kill or Ctrl-C the next call goes on.
     merge: other databases whose measurements are taken over first. isa: "v3" or "v4"; default the best there is.
+    target: "cpu", "tvm-cpu" (also what TVM generates for the model) or "cuda:sm_80" (a GPU, here or there).
 
     Returns a dict: database, processors, seconds, measured, merged, lost, notes, library (built, or None) and
     workloads, a list of {workload, group, isa, processor, tried, before, after, ratio, noise, knobs}; before and
@@ -86,6 +87,7 @@ def tune(
         database=None if database is None else Path(database),
         merge=[Path(path) for path in merge],
         isa=isa,
+        target=target,
         progress=say,
     )
 

@@ -85,6 +85,7 @@ class OnnxBackend:
         database: Path | None = None,
         merge: Sequence[Path] = (),
         isa: str | None = None,
+        target: str = "cpu",
         progress: Progress | None = None,
     ) -> dict[str, Any]:
         """Search the knobs of the kernels of a program's, an artefact's or the default linears (`runtimes/tuning`).
@@ -93,6 +94,7 @@ class OnnxBackend:
         """
         from ..tuning.session import tune_subject
 
+        del target
         return tune_subject(
             subject,
             seconds=seconds,

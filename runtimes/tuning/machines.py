@@ -18,7 +18,7 @@ from .workloads import Workload
 __all__ = ["Comparison", "Facts", "Machine", "Tracker", "compared"]
 
 _WORKER = "isofold.runtimes.tuning.worker"
-_START, _TURNS = 120.0, 120.0
+START, TURNS = 120.0, 120.0
 """Seconds to wait for a machine (imports, a tracker's queue) and for one comparison."""
 
 _DRAWS, _QUANTILE = 200, 0.25
@@ -100,15 +100,18 @@ class Tracker:
 
 
 class Machine:
-    """One machine to measure on: this one, or the next free server of a tracker. Any call may raise LostError."""
+    """One machine to measure on: this one, or the next free server of a tracker. Any call may raise LostError.
 
-    def __init__(self, tracker: Tracker | None = None) -> None:
+    worker: the module that the process behind it runs.
+    """
+
+    def __init__(self, tracker: Tracker | None = None, worker: str = _WORKER) -> None:
         where = [] if tracker is None else [tracker.host, str(tracker.port), tracker.key]
-        self._child = Child(_WORKER, where)
+        self._child = Child(worker, where)
 
     def facts(self, library: Path) -> Facts:
         """What it is; library: any candidate."""
-        answer = self._ask({"do": "machine", "libraries": [str(library)]}, _START)
+        answer = self.ask({"do": "machine", "libraries": [str(library)]}, START)
         cores, cache = int(answer["cores"]), int(answer["cache"])
         return Facts(answer["processor"], answer["host"], answer["isa"], cores, cache or 32 << 20)
 
@@ -125,9 +128,10 @@ class Machine:
             "rounds": rounds,
             "exact": exact,
         }
-        return compared(self._ask(question, _TURNS))
+        return compared(self.ask(question, TURNS))
 
-    def _ask(self, question: dict[str, Any], timeout: float) -> dict[str, Any]:
+    def ask(self, question: dict[str, Any], timeout: float) -> dict[str, Any]:
+        """The worker's answer."""
         answer = self._child.ask(question, timeout)
         if "error" in answer:
             raise LostError(answer["error"])

@@ -12,22 +12,33 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any, Protocol
 
 from ..kernels.knobs import knobs_of
 from .database import Record
 from .selection import best
-from .workloads import Workload
 
-__all__ = ["Batch", "Search"]
+__all__ = ["Batch", "Candidate", "Measurable", "Search", "Space", "space_of"]
 
 Candidate = dict[str, int]
 _CROSSED = 4
 """How many of the best are crossed."""
 MOST_LOSSES = 2
 """So often a candidate may take its machine with it before it counts as the culprit."""
+
+
+class Measurable(Protocol):
+    """What a candidate is measured on."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: the key of records."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +48,34 @@ class Batch:
     isa: str
     group: str
     candidates: tuple[Candidate, ...]
-    workloads: tuple[Workload, ...]
+    workloads: tuple[Measurable, ...]
     confirm: bool
+
+
+@dataclass(frozen=True)
+class Space:
+    """The candidates of a group: values of each knob (neighbours behave alike) and the default.
+
+    needs: a knob that changes nothing where the named one is 0. exact: outputs keep every bit. legal: whether a machine
+    can run a candidate at all.
+    """
+
+    values: Mapping[str, tuple[int, ...]]
+    default: Candidate
+    needs: Mapping[str, str] = field(default_factory=dict)
+    exact: bool = True
+    legal: Callable[[Candidate], bool] = lambda _: True
+
+
+def space_of(isa: str, group: str, values: Mapping[str, Sequence[int]] | None = None) -> Space:
+    """The knobs of a group of the op library's kernels; values: allow only these of some."""
+    knobs = knobs_of(group)
+    return Space(
+        {knob.name: tuple((values or {}).get(knob.name, knob.values)) for knob in knobs},
+        {knob.name: knob.default_of(isa, group) for knob in knobs},
+        {knob.name: knob.needs for knob in knobs if knob.needs is not None},
+        all(knob.exact for knob in knobs),
+    )
 
 
 def _key(candidate: Candidate) -> str:
@@ -46,25 +83,31 @@ def _key(candidate: Candidate) -> str:
 
 
 class Search:
-    """The search of one group. workloads: what a candidate is measured on; records: of this group, processor, isa."""
+    """The search of one group. workloads: what a candidate is measured on; records: of this group, processor, isa.
+
+    space: None: the group's knobs, of which `values` may allow only some. title: for people; sources: for records.
+    """
 
     def __init__(
         self,
         isa: str,
         group: str,
-        workloads: Sequence[Workload],
+        workloads: Sequence[Measurable],
         records: Iterable[Record],
         *,
         seed: int = 0,
-        values: dict[str, Sequence[int]] | None = None,
+        values: Mapping[str, Sequence[int]] | None = None,
+        space: Space | None = None,
+        sources: str = "",
+        title: str | None = None,
     ) -> None:
         self.isa, self.group, self.workloads = isa, group, tuple(workloads)
-        knobs = knobs_of(group)
-        limits = values or {}
-        self.space = {knob.name: tuple(limits.get(knob.name, knob.values)) for knob in knobs}
-        self.default = {knob.name: knob.default_of(isa, group) for knob in knobs}
-        self._needs = {knob.name: knob.needs for knob in knobs if knob.needs is not None}
-        self.exact = all(knob.exact for knob in knobs)
+        self.sources, self.title = sources, title or group
+        whole = space or space_of(isa, group, values)
+        self.space, self.default, self.exact = whole.values, whole.default, whole.exact
+        self._needs, self._legal = whole.needs, whole.legal
+        self.skipped = False
+        """Nothing more is proposed."""
         self._random = random.Random(f"{seed} {isa} {group}")
         self._records: list[Record] = []
         self._in_hand: dict[str, Candidate] = {}
@@ -100,6 +143,8 @@ class Search:
 
     def next(self, count: int) -> Batch | None:
         """What to measure next; None: nothing is left that is not in some machine's hand."""
+        if self.skipped:
+            return None
         if self._again:
             batch = self._again.pop(0)
             return self._take(list(batch.candidates), confirm=batch.confirm)
@@ -193,7 +238,7 @@ class Search:
         for proposed in allowed:
             candidate = self._normal(proposed)
             key = _key(candidate)
-            if self._is_new(key, candidate):
+            if self._is_new(key, candidate) and self._legal(candidate):
                 found.setdefault(key, candidate)
             if len(found) == count:
                 break
@@ -205,7 +250,8 @@ class Search:
             self._normal(dict(zip(self.space, values, strict=True)))
             for values in itertools.product(*self.space.values())
         )
-        return list({_key(candidate): candidate for candidate in (self.default, *every)}.values())
+        legal = (candidate for candidate in every if self._legal(candidate))
+        return list({_key(candidate): candidate for candidate in (self.default, *legal)}.values())
 
     def _normal(self, candidate: Candidate) -> Candidate:
         """Knobs that change nothing at their defaults: of several equal candidates one."""

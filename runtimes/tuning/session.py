@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,27 @@ from .tune import tune
 if TYPE_CHECKING:
     from ...compiler.program import Program
 
-__all__ = ["tune_subject"]
+__all__ = ["joined", "merge_into", "tune_subject"]
+
+
+def merge_into(path: Path, merge: Sequence[Path]) -> tuple[int, list[str]]:
+    """Take over what other databases have: how many records were new, and what was odd. Raises InputError."""
+    if not merge:
+        return 0, []
+    known = Database(path)
+    return sum(known.merge(other) for other in merge), known.notes
+
+
+def joined(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """The result of two runs on the same database, one after the other."""
+    both = {**other, **one}
+    for name in ("seconds", "measured", "merged"):
+        both[name] = one.get(name, 0) + other.get(name, 0)
+    for name in ("lost", "workloads"):
+        both[name] = [*one.get(name, ()), *other.get(name, ())]
+    for name in ("processors", "notes"):
+        both[name] = list(dict.fromkeys([*one.get(name, ()), *other.get(name, ())]))
+    return both
 
 
 def tune_subject(
@@ -36,11 +56,7 @@ def tune_subject(
 
     say = progress or (lambda _: None)
     path = database or database_path()
-    merged, notes = 0, []
-    if merge:
-        known = Database(path)
-        merged = sum(known.merge(other) for other in merge)
-        notes = known.notes
+    merged, notes = merge_into(path, merge)
     count = threads or len(os.sched_getaffinity(0))
     result: dict[str, Any] = {
         "database": str(path),

@@ -13,7 +13,7 @@ from .workloads import Workload
 if TYPE_CHECKING:
     from ...compiler.program import Program
 
-__all__ = ["workloads_of_artefact", "workloads_of_program"]
+__all__ = ["packed_linears", "workloads_of_artefact", "workloads_of_program"]
 
 _OPERATORS = {
     "linear_packed": "linear",
@@ -25,6 +25,11 @@ _ONNX = {"PackedLinear": "linear", "QuantizePackedLinear": "linear", "PackedLine
 
 def workloads_of_program(program: Program, threads: int) -> list[Workload]:
     """Raises InputError where the program has no packed linear."""
+    return _some(packed_linears(program, threads), "the compiled program")
+
+
+def packed_linears(program: Program, threads: int) -> list[Workload]:
+    """The workloads of a program, or none."""
     from ...compiler.dialect.operator import operator_of
     from ...compiler.graph import argument, value
 
@@ -36,7 +41,7 @@ def workloads_of_program(program: Program, threads: int) -> list[Workload]:
             facts = {name: argument(node, name) for name in ("k", "n", "bits", "group_size", "zero", "gated")}
             rows = int(value(node).numel()) // int(facts["n"])
             found.append(_workload(operator, facts, rows, threads))
-    return _some(found, "the compiled program")
+    return found
 
 
 def workloads_of_artefact(folder: Path, threads: int) -> list[Workload]:

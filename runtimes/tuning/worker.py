@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -85,16 +85,21 @@ class There:
     def __init__(self, host: str, port: int, key: str) -> None:
         from tvm import rpc
 
-        self._session = rpc.connect_tracker(host, port).request(key, session_timeout=0)
-        self._device = self._session.cpu(0)
+        self.session = rpc.connect_tracker(host, port).request(key, session_timeout=0)
+        self._device = self.session.cpu(0)
         self._count = 0
 
-    def load(self, path: Path) -> Callable[[str], Function]:
+    def module(self, path: Path) -> Any:
+        """A library as TVM's module."""
         self._count += 1
         name = f"isofold-{self._count}-{path.name}"
-        self._session.upload(bytearray(path.read_bytes()), name)
-        module = self._session.load_module(name)
-        self._session.remove(name)  # mapped, so no longer needed
+        self.session.upload(bytearray(path.read_bytes()), name)
+        module = self.session.load_module(name)
+        self.session.remove(name)  # mapped, so no longer needed
+        return module
+
+    def load(self, path: Path) -> Callable[[str], Function]:
+        module = self.module(path)
         return lambda function: module[f"isofold_{function}"]
 
     def put(self, array: NDArray[Any]) -> Any:
@@ -218,17 +223,29 @@ def difference(
     return None if error <= TOLERANCE else f"outputs differ by {error:.1e} of the largest on {where}"
 
 
-def main(arguments: list[str]) -> None:
+def in_turns(
+    timers: Sequence[Callable[[], float]], wrong: Sequence[str | None], rounds: int
+) -> list[list[float]]:
+    """Times of those that are not wrong; the order moves on by one in every round."""
+    good = [i for i, text in enumerate(wrong) if text is None]
+    seconds: list[list[float]] = [[] for _ in timers]
+    for turn in range(rounds):
+        for i in good[turn % len(good) :] + good[: turn % len(good)]:
+            seconds[i].append(timers[i]())
+    return seconds
+
+
+def main(arguments: list[str], make: Callable[[Here | There], Worker] = Worker) -> None:
     """Serve the parent; a lost server is told as `{"lost": why}`."""
     worker: Worker | None = None
 
     def answer(question: dict[str, Any]) -> dict[str, Any]:
         nonlocal worker
         if not arguments:
-            worker = worker or Worker(Here())
+            worker = worker or make(Here())
             return worker.answer(question)
         try:
-            worker = worker or Worker(There(arguments[0], int(arguments[1]), arguments[2]))
+            worker = worker or make(There(arguments[0], int(arguments[1]), arguments[2]))
             return worker.answer(question)
         except Exception as error:
             # Through RPC nothing tells a crash there from a broken line.

@@ -102,33 +102,32 @@ class TvmBackend:
         database: Path | None = None,
         merge: Sequence[Path] = (),
         isa: str | None = None,
+        target: str = "tvm-cpu",
         progress: Progress | None = None,
     ) -> dict[str, Any]:
         """Search the knobs of the op library's kernels, which both runtimes run (`runtimes/tuning`), and for a program
-        the tile sizes of the kernels that TVM makes for it (`tune_cpu`), in half of the time each."""
+        the tile sizes of the kernels that TVM makes for it (`tune_cpu`), in half of the time each. For CUDA: the
+        knobs of the GPU's kernels that a program has (`cuda/tune.py`)."""
+        if target.partition(":")[0] == "cuda":
+            from .cuda.tune import tune_subject as tune_cuda
+
+            return tune_cuda(
+                subject, target, seconds=seconds, rpc=rpc, key=key, database=database, merge=merge, progress=progress
+            )  # fmt: skip
         from ..tuning.session import tune_subject
+        from .tune_session import tune_generated
 
-        generated = None
-        if seconds > 0 and not isinstance(subject, Path | None) and rpc is None:
-            from .tune_cpu import tune_program
-
-            seconds /= 2
-            generated = tune_program(subject, seconds, database, isa, progress)
-        found = tune_subject(
-            subject,
-            seconds=seconds,
-            threads=threads,
-            rpc=rpc,
-            key=key,
-            database=database,
-            merge=merge,
-            isa=isa,
-            progress=progress,
-        )
-        if generated is not None:
-            found["workloads"] += generated
-            found["measured"] += sum(row["tried"] for row in generated)
-        return found
+        isa = isa or (target.partition(":")[2].removeprefix("x86-64-") or None)
+        shared: dict[str, Any] = {
+            "threads": threads,
+            "rpc": rpc,
+            "key": key,
+            "isa": isa,
+            "progress": progress,
+        }
+        if seconds > 0 and not isinstance(subject, Path | None):
+            return tune_generated(subject, seconds=seconds, database=database, merge=merge, **shared)
+        return tune_subject(subject, seconds=seconds, database=database, merge=merge, **shared)
 
     def open(self, folder: Path, **options: Any) -> TvmModel:
         """Open an artefact (options: `session.open_artefact`)."""

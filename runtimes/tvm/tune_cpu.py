@@ -1,21 +1,19 @@
 """Tuning of what TVM generates: the shapes of default schedules (`schedule_rules.Shape`), measured for each function.
 
-A function's key is its structural hash, so equal kernels of two models share what was measured. Candidates are
-neighbours of the default tile sizes; each is compiled and run in a process of its own (`tune_worker`), must give the
-default's results within rounding, and is timed in turns with two copies of the default. What looks better is measured
-again with six times the rounds, and only that lets it be chosen (`runtimes/tuning/selection.py`). Records go to the
-same database as those of the op library's kernels, one line each, so that a kill loses nothing, and a second run goes
-on where the first one ended.
+A function's key is its structural hash, so equal kernels of two models share what was measured. Candidates are the tile
+sizes that its rules depend on; the search, the machines (this one, or those of a tracker) and the database are those of
+the op library's knobs (`runtimes/tuning/engine.py`). A candidate is compiled and run in a process of its own
+(`tune_worker`), and must give the default's results within rounding.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-import time
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from platform import node
@@ -27,9 +25,11 @@ from tvm.tirx import PrimFunc
 
 from ...compiler.errors import InputError
 from ...compiler.processor import processor
-from ..tuning.child import Child, LostError
+from ..tuning.candidates import Builder
 from ..tuning.database import Database, Record, read_records
-from ..tuning.machines import Comparison, compared
+from ..tuning.engine import Engine, Known, Outcome
+from ..tuning.machines import TURNS, Facts, Machine, Tracker, compared
+from ..tuning.search import Batch, Search, Space
 from ..tuning.selection import best, database_path
 from .schedule_cpu import function_key, schedulable, schedule_function
 from .schedule_rules import Shape
@@ -39,26 +39,23 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str], None]
 
-ROUNDS, AGAIN = 20, 6
-PROMISING = 0.97
-TIMEOUT = 120.0
+ROUNDS, CONFIRMING_ROUNDS = 20, 120
 SIZE = 128
 """What an unknown size is measured with."""
+_WORKER = "isofold.runtimes.tvm.tune_worker"
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """What tuning did to one function: seconds of the default and of what is taken (the same if it is)."""
+class Sizes:
+    """A function with values of its unknown sizes: by name, and of all others."""
 
     name: str
-    key: str
-    shape: Shape
-    before: float | None
-    after: float | None
-    candidates: int
-    ratio: float | None = None
-    noise: float | None = None
-    changes: dict[str, int] | None = None
+    sizes: tuple[tuple[str, int], ...] = ()
+    size: int = SIZE
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; the name is no part of the key."""
+        return {"sizes": dict(self.sizes), "size": self.size}
 
 
 def tune_functions(
@@ -67,37 +64,112 @@ def tune_functions(
     seconds: float,
     database: Path,
     rpc: str | None = None,
+    key: str = "isofold",
     progress: Progress | None = None,
     sizes: Mapping[str, int] | None = None,
-) -> list[Tuned]:
-    """Measure other shapes for the functions of a module (before `schedule_cpu`), the largest share of time first.
+) -> dict[str, Any]:
+    """Measure other shapes for the functions of a module (before `schedule_cpu`).
 
-    sizes: values of symbolic sizes by name. Raises InputError: an unreadable database, or `rpc`, which only the
-    op library's kernels can be measured over.
+    rpc, key: `HOST:PORT` of a TVM tracker and the key of its servers, which then measure instead of this machine.
+    sizes: values of symbolic sizes by name. Returns what `runtimes.tuning.tune.tune` does, a row for each function.
+    Raises InputError: an unreadable database, an address where no tracker is, or all machines were lost.
     """
-    if rpc is not None:
-        raise InputError(
-            "Generated kernels are tuned on this machine only",
-            got=f"rpc={rpc!r}",
-            hint="run the tuning there and merge its database (isofold tune --merge)",
-        )
-    say = progress or (lambda _: None)
-    records = Database(database)
-    deadline = time.monotonic() + seconds
-    found: list[Tuned] = []
     functions: dict[str, tuple[str, PrimFunc]] = {}
     for variable, function in mod.functions.items():
         if schedulable(function):
             functions.setdefault(function_key(function), (str(variable.name_hint), function))
-    for done, (key, (name, function)) in enumerate(functions.items(), 1):
-        said = []
-        left = (deadline - time.monotonic()) / (len(functions) - done + 1)
-        until = time.monotonic() + left
-        for text in _search(function, key, target, records, until, sizes or {}):
-            said.append(text)
-            say(f"{name} ({done}/{len(functions)}): {text}")
-        found.append(_summary(name, key, target, records, len(said)))
-    return found
+    tracker = None if rpc is None else Tracker.at(rpc, key)
+    scratch = Path(tempfile.mkdtemp(prefix="isofold-tuning-"))
+    try:
+        with Builder(scratch, workers=1) as builder:
+            kernels = GeneratedKernels(functions, target, sizes or {}, tracker, builder)
+            return Engine(kernels, Database(database), seconds, tracker, progress or (lambda _: None)).run()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+class GeneratedKernels:
+    """Functions that `schedule_cpu` schedules, as `engine.Kernels`. builder: of the library that says what a server
+    is."""
+
+    def __init__(
+        self,
+        functions: Mapping[str, tuple[str, PrimFunc]],
+        target: Any,
+        sizes: Mapping[str, int],
+        tracker: Tracker | None,
+        builder: Builder,
+    ) -> None:
+        self.functions, self.target, self.tracker, self.builder = functions, target, tracker, builder
+        self.sizes = tuple(sorted(sizes.items()))
+        self.rounds = ROUNDS, CONFIRMING_ROUNDS
+
+    def hire(self) -> Machine:
+        """This machine, or the next free server."""
+        return Machine(self.tracker, _WORKER)
+
+    def facts(self, machine: Machine) -> Facts:
+        """What the machine is."""
+        if self.tracker is None:
+            return Facts(processor(), node(), isa_of(self.target), len(os.sched_getaffinity(0)), 0)
+        return machine.facts(self.builder.any_library())
+
+    def searches(self, facts: Facts, known: Known) -> list[Search]:
+        """One for each function whose schedule has a choice."""
+        isa = isa_of(self.target)
+        if isa > facts.isa:
+            raise InputError(
+                f"The kernels are for {isa}, which this processor has not",
+                where=facts.host,
+                got=f"{facts.processor} with {facts.isa}",
+                hint="tune with --isa v3, or give its server another key",
+            )
+        found = []
+        for key, (name, function) in self.functions.items():
+            space = space_of(function, self.target)
+            if len(space.values) == 0:
+                continue
+            records = known(isa, key, schedule_sources())
+            workloads = [Sizes(name, self.sizes)]
+            found.append(
+                Search(isa, key, workloads, records, space=space, sources=schedule_sources(), title=name)
+            )
+        return found
+
+    def compare(
+        self, machine: Machine, facts: Facts, search: Search, batch: Batch, rounds: int
+    ) -> Iterator[list[Outcome]]:
+        """Compile and compare a batch, in the machine's process."""
+        del facts
+        for workload in batch.workloads:
+            question = {
+                "do": "function",
+                "function": tvm.ir.save_json(self.functions[search.group][1]),
+                "target": tvm.ir.save_json(self.target),
+                "changes": list(batch.candidates),
+                "rounds": rounds,
+                **workload.to_json(),
+            }
+            answer = machine.ask(question, TURNS)
+            failed = {int(i): text for i, text in answer["failed"].items()}
+            yield [Outcome(batch.candidates[i], workload, text, "failed") for i, text in failed.items()]
+            good = [c for i, c in enumerate(batch.candidates) if i not in failed]
+            yield [Outcome(c, workload, r) for c, r in zip(good, compared(answer), strict=True)]
+
+
+def space_of(function: PrimFunc, target: Any) -> Space:
+    """The shapes that a function's rules depend on; no values where they depend on none."""
+    default = Shape.of(target)
+    said = str(schedule_function(function, target).attrs["isofold.schedule"])
+    tiles = "rows of them at once" in said
+    values: dict[str, tuple[int, ...]] = {}
+    if tiles:
+        values["rows"] = (1, 2, 4, 6, 8, 12) if default.lanes == 16 else (2, 4, 6)
+    if "contraction" in said:
+        values["columns"] = tuple(default.lanes * n for n in (1, 2, 3, 4))
+    if "row" in said and not tiles:
+        values["chains"] = (1, 2, 4)
+    return Space(values, {name: getattr(default, name) for name in values}, exact=False)
 
 
 def tuned_shapes(database: Path | None, target: Any) -> dict[str, Shape]:
@@ -131,32 +203,16 @@ def tune_program(
     database: Path | None = None,
     isa: str | None = None,
     progress: Progress | None = None,
-) -> list[dict[str, Any]]:
-    """`tune_functions` for the kernels that TVM makes for a program; rows as `isofold.tune` has them."""
+    rpc: str | None = None,
+    key: str = "isofold",
+) -> dict[str, Any]:
+    """`tune_functions` for the kernels that TVM makes for a program."""
     from .compile_cpu import cpu_target, fused
     from .lower import lower
 
     target = cpu_target("llvm" if isa is None else f"llvm:x86-64-{isa}")
     module = fused(lower(program).module, target)
-    path = database or database_path()
-    rows = []
-    for tuned in tune_functions(module, target, seconds, path, progress=progress):
-        changed = tuned.shape != Shape.of(target)
-        rows.append(
-            {
-                "workload": tuned.name,
-                "group": tuned.key,
-                "isa": isa_of(target),
-                "processor": processor(),
-                "tried": tuned.candidates,
-                "before": tuned.before,
-                "after": tuned.after,
-                "ratio": tuned.ratio,
-                "noise": tuned.noise,
-                "knobs": tuned.changes if changed else None,
-            }
-        )
-    return rows
+    return tune_functions(module, target, seconds, database or database_path(), rpc, key, progress)
 
 
 def _is_current(record: Record, target: Any) -> bool:
@@ -176,115 +232,3 @@ def schedule_sources() -> str:
     for path in sorted(Path(__file__).resolve().parent.glob("schedule_*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def candidates(function: PrimFunc, target: Any) -> Iterator[dict[str, int]]:
-    """Other shapes for a function, as changes of the default; none where its rules depend on none."""
-    default = Shape.of(target)
-    said = str(schedule_function(function, target).attrs["isofold.schedule"])
-    tiles = "rows of them at once" in said
-    grid: dict[str, tuple[int, ...]] = {}
-    if tiles:
-        grid["rows"] = (1, 2, 4, 6, 8, 12) if default.lanes == 16 else (2, 4, 6)
-    if "contraction" in said:
-        grid["columns"] = tuple(default.lanes * n for n in (1, 2, 3, 4))
-    if "row" in said and not tiles:
-        grid["chains"] = (1, 2, 4)
-    values = [dict(zip(grid, chosen, strict=True)) for chosen in itertools.product(*grid.values())]
-    near = {name: (options, options.index(getattr(default, name))) for name, options in grid.items()}
-
-    def distance(one: dict[str, int]) -> int:
-        return sum(abs(near[name][0].index(value) - near[name][1]) for name, value in one.items())
-
-    yield from (one for one in sorted(values, key=distance) if distance(one) > 0)
-
-
-def _search(
-    function: PrimFunc, key: str, target: Any, records: Database, until: float, sizes: Mapping[str, int]
-) -> Iterator[str]:
-    child: Child | None = None
-    try:
-        for change in candidates(function, target):
-            for rounds, confirmed in ((ROUNDS, False), (ROUNDS * AGAIN, True)):
-                empty = _record(key, target, change, confirmed, sizes)
-                if empty in records:
-                    known = next(r for r in records.records if r.key == empty.key)
-                    if (known.ratio or 1) > PROMISING:
-                        break
-                    continue
-                if time.monotonic() > until:
-                    return
-                try:
-                    child = child or Child("isofold.runtimes.tvm.tune_worker")
-                    measured = _ask(child, function, target, change, rounds, sizes)
-                except LostError as error:
-                    child, measured = None, str(error)
-                record = _filled(empty, measured, rounds)
-                records.add([record])
-                yield f"{change}: {record.note or f'{record.ratio:.2f} of the time'}"
-                if (record.ratio or 1) > PROMISING:
-                    break
-    finally:
-        if child is not None:
-            child.close()
-
-
-def _ask(
-    child: Child,
-    function: PrimFunc,
-    target: Any,
-    change: dict[str, int],
-    rounds: int,
-    sizes: Mapping[str, int],
-) -> Comparison | str:
-    question = {
-        "function": tvm.ir.save_json(function),
-        "target": tvm.ir.save_json(target),
-        "change": change,
-        "rounds": rounds,
-        "sizes": dict(sizes),
-        "size": SIZE,
-    }
-    answer = child.ask(question, TIMEOUT)
-    if "error" in answer:
-        return str(answer["error"])
-    return compared(answer)[0]
-
-
-def _record(
-    key: str, target: Any, change: dict[str, int], confirmed: bool, sizes: Mapping[str, int]
-) -> Record:
-    return Record(
-        processor=processor(),
-        isa=isa_of(target),
-        group=key,
-        sources=schedule_sources(),
-        workload={"sizes": dict(sizes), "size": SIZE},
-        knobs=change,
-        status="ok",
-        host=node(),
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-        confirmed=confirmed,
-    )
-
-
-def _filled(record: Record, measured: Comparison | str, rounds: int) -> Record:
-    if isinstance(measured, str):
-        status = "wrong" if measured.startswith("wrong") else "crashed"
-        return replace(record, status=status, note=measured[:500])
-    values = asdict(measured)
-    return replace(
-        record, rounds=rounds, **{name: values[name] for name in ("seconds", "baseline", "ratio", "noise")}
-    )
-
-
-def _summary(name: str, key: str, target: Any, records: Database, tried: int) -> Tuned:
-    mine = [r for r in records.records if r.group == key and _is_current(r, target)]
-    better = best(mine)
-    baseline = next((r.baseline for r in reversed(mine) if r.baseline), None)
-    if better is None:
-        return Tuned(name, key, Shape.of(target), baseline, baseline, tried)
-    record = next(iter(better[1].values()))
-    shape = replace(Shape.of(target), **better[0])
-    times = (record.baseline, record.seconds, tried, record.ratio, record.noise)
-    return Tuned(name, key, shape, *times, better[0])

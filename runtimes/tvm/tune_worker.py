@@ -1,38 +1,50 @@
-"""Compiles one function with the default schedule and with another one, compares results, and times both in turns."""
+"""Runs candidates of generated kernels, on this machine or on a server that a tracker lends.
+
+    python -m isofold.runtimes.tvm.tune_worker [TRACKER_HOST TRACKER_PORT KEY]
+
+A function is compiled here, with the default schedule and with each candidate's; then all run on the same tensors.
+What differs from the default's results is wrong and not timed; the others are timed in turns.
+"""
 
 from __future__ import annotations
 
 import os
-import time
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tvm
 from tvm import tirx
 
-from ..tuning.child import serve
+from ..tuning.worker import Here, There, Worker, in_turns, main
 from .schedule_cpu import schedule_function
 from .schedule_nests import substitute, variables
 from .schedule_rules import Shape
 
 TOLERANCE = 1e-5
 """Of the largest result: the order of sums differs."""
-
 SHORT = 2e-3
 """Seconds that one timing should take at least; a faster function is called several times."""
+NAME = "isofold_main"
+
+Arrays = list[np.ndarray[Any, Any] | int]
 
 
-def _compiled(function: tirx.PrimFunc, target: Any, shape: Shape) -> Any:
-    scheduled = schedule_function(function, target, shape).with_attr("global_symbol", "main")
+def compiled(function: tirx.PrimFunc, target: Any, shape: Shape) -> Any:
+    """The function with a schedule of this shape, as an executable."""
+    scheduled = schedule_function(function, target, shape).with_attr("global_symbol", NAME)
     with target:
-        return tvm.compile(tvm.IRModule({"main": scheduled}), target=target)["main"]
+        return tvm.compile(tvm.IRModule({NAME: scheduled}), target=target)
 
 
-def _arguments(function: tirx.PrimFunc, sizes: dict[str, int], size: int) -> list[Any]:
-    """Tensors (and sizes) for the parameters; indices are small."""
+def arguments_of(function: tirx.PrimFunc, sizes: dict[str, int], size: int) -> Arrays:
+    """Arrays (and sizes) for the parameters; indices are small."""
     rng = np.random.default_rng(0)
-    made: list[Any] = []
+    made: Arrays = []
     for parameter in function.params:
         shape = getattr(parameter, "shape", None)
         if shape is None:
@@ -47,48 +59,97 @@ def _arguments(function: tirx.PrimFunc, sizes: dict[str, int], size: int) -> lis
             array = rng.standard_normal(extents).astype(dtype)
         else:
             array = rng.integers(0, 2, extents).astype(dtype)
-        made.append(tvm.runtime.tensor(array))
+        made.append(array)
     return made
 
 
-def _times(functions: list[Any], arguments: list[list[Any]], rounds: int) -> list[list[float]]:
-    started = time.perf_counter()
-    functions[0](*arguments[0])
-    calls = max(1, int(SHORT / max(time.perf_counter() - started, 1e-7)))
-    seconds: list[list[float]] = [[] for _ in functions]
-    for turn in range(rounds):
-        for i in sorted(range(len(functions)), key=lambda i: (i + turn) % len(functions)):
-            started = time.perf_counter()
-            for _ in range(calls):
-                functions[i](*arguments[i])
-            seconds[i].append((time.perf_counter() - started) / calls)
-    return seconds
+def differences(
+    runs: Sequence[Callable[..., Any]], arrays: Arrays, tensors: Sequence[Any], tolerance: float
+) -> list[str | None]:
+    """What is wrong with the results of each but the first; all tensors have their first content before a run."""
+    found: list[str | None] = []
+    expected: list[Any] = []
+    for run in runs:
+        for array, tensor in zip(arrays, tensors, strict=True):
+            if not isinstance(array, int):
+                tensor.copyfrom(array)
+        run(*tensors)
+        got = [None if isinstance(t, int) else t.numpy().astype(np.float64) for t in tensors]
+        expected = expected or got
+        worst = max(_difference(one, other) for one, other in zip(expected, got, strict=True))
+        text = f"wrong: differs from the default by {worst:.1e} of the largest result"
+        found.append(None if worst <= tolerance else text)
+    return found
 
 
-def _answer(question: dict[str, Any]) -> dict[str, Any]:
-    function, target = tvm.ir.load_json(question["function"]), tvm.ir.load_json(question["target"])
-    default = Shape.of(target)
-    built = [
-        _compiled(function, target, default),
-        _compiled(function, target, replace(default, **question["change"])),
-    ]
-    arguments = [_arguments(function, question["sizes"], question["size"]) for _ in built]
-    for run, given in zip(built, arguments, strict=True):
-        run(*given)
-    wrong = None
-    for one, two in zip(*arguments, strict=True):
-        if isinstance(one, int):
-            continue
-        expected, got = one.numpy().astype(np.float64), two.numpy().astype(np.float64)
-        error = np.abs(got - expected).max(initial=0) / max(np.abs(expected).max(initial=0), 1e-30)
-        if not error <= TOLERANCE:
-            wrong = f"wrong: differs from the default by {error:.1e} of the largest result"
-    runs, given = [built[0], built[0], built[1]], [arguments[0], arguments[0], arguments[1]]
-    seconds = _times(runs, given, question["rounds"]) if wrong is None else [[1.0]] * 3
-    return {"wrong": [None, None, wrong], "seconds": seconds}
+def _difference(expected: Any, got: Any) -> float:
+    if expected is None:
+        return 0.0
+    scale = max(float(np.abs(expected).max(initial=0)), 1e-30)
+    error = float(np.abs(got - expected).max(initial=0)) / scale
+    return error if np.isfinite(error) else float("inf")
+
+
+class FunctionWorker(Worker):
+    """Answers `machine` and `function`."""
+
+    def answer(self, question: dict[str, Any]) -> dict[str, Any]:
+        if question["do"] == "machine":
+            facts = super().answer(question)
+            if isinstance(self.device, There):
+                # TVM counts half of the processors unless it is told.
+                self.device.session.get_function("runtime.config_threadpool")(1, int(facts["cores"]))
+            return facts
+        return self.function(question)
+
+    def function(self, question: dict[str, Any]) -> dict[str, Any]:
+        """{wrong, failed, seconds}: of two copies of the default, then of the candidates."""
+        function, target = tvm.ir.load_json(question["function"]), tvm.ir.load_json(question["target"])
+        default = Shape.of(target)
+        built = [compiled(function, target, default)]
+        failed: dict[int, str] = {}
+        for i, change in enumerate(question["changes"]):
+            try:
+                built.append(compiled(function, target, replace(default, **change)))
+            except Exception as error:
+                failed[i] = f"{type(error).__name__}: {str(error).strip()[:1000]}"
+        modules = [self._module(executable) for executable in built]
+        arrays = arguments_of(function, question["sizes"], question["size"])
+        tensors = [a if isinstance(a, int) else self.device.put(a) for a in arrays]
+        wrong = differences([m[NAME] for m in modules], arrays, tensors, TOLERANCE)
+        device = self._cpu()
+        once = modules[0].time_evaluator(NAME, device, number=1)(*tensors).mean
+        calls = max(1, int(SHORT / max(once, 1e-7)))
+        evaluators = [m.time_evaluator(NAME, device, number=calls) for m in modules]
+        timers = [lambda e=e: float(e(*tensors).mean) for e in evaluators]
+        seconds = in_turns([timers[0], *timers], [None, *wrong], question["rounds"])
+        return {"wrong": [None, *wrong], "seconds": seconds, "failed": failed}
+
+    def _module(self, executable: Any) -> Any:
+        if not isinstance(self.device, There):
+            return executable.jit()
+        with tempfile.TemporaryDirectory(prefix="isofold-") as folder:
+            path = Path(folder, "candidate.so")
+            executable.export_library(str(path))
+            return self.device.module(path)
+
+    def _cpu(self) -> Any:
+        return self.device.session.cpu(0) if isinstance(self.device, There) else tvm.cpu()
+
+
+class LocalTensors(Here):
+    """This process, with tensors that TVM can be given new content for."""
+
+    def put(self, array: np.ndarray[Any, Any]) -> Any:
+        return tvm.runtime.tensor(array)
+
+
+def make(device: Here | There) -> FunctionWorker:
+    """The worker on a device."""
+    return FunctionWorker(device if isinstance(device, There) else LocalTensors())
 
 
 if __name__ == "__main__":
     # TVM counts half of the processors unless it is told; it looks when it first starts threads.
     os.environ.setdefault("TVM_NUM_THREADS", str(len(os.sched_getaffinity(0))))
-    serve(_answer)
+    main(sys.argv[1:], make)

@@ -45,10 +45,8 @@ from .builder import (
 )
 from .layouts import NATURAL
 
-ROWS = 4
-WARPS = 8
-KEYS = 4 * WARPS
-"""Keys of a block at a time."""
+ROWS, WARPS = 4, 8
+"""Queries and warps of a block, unless tuned. A warp takes four keys at a time."""
 LOWEST = -3.0e38
 """Stands for minus infinity in running maxima: differences stay finite."""
 
@@ -196,6 +194,8 @@ class FewQueries:
 
     shape: Attention
     splits: int
+    rows: int = ROWS
+    warps: int = WARPS
 
     @property
     def name(self) -> str:
@@ -217,8 +217,8 @@ class FewQueries:
         """Write the kernel."""
         shape = self.shape
         rows = frame.size(shape.queries) * shape.group
-        grid = [self.splits, frame.size(shape.batch) * shape.kv_heads, ceil_div(rows, ROWS)]
-        with launch(grid, 32 * WARPS) as ((split, head, first), tx):
+        grid = [self.splits, frame.size(shape.batch) * shape.kv_heads, ceil_div(rows, self.rows)]
+        with launch(grid, 32 * self.warps) as ((split, head, first), tx):
             _Few(self, frame, split, head, first, tx).emit()
 
 
@@ -232,21 +232,22 @@ class _Few:
             bind(mod(head, self.shape.kv_heads)),
         )
         self.first = first
+        self.rows, self.threads, self.keys = spec.rows, 32 * spec.warps, 4 * spec.warps
         lane = bind(mod(tx, 32))
         self.part, self.slot = bind(mod(lane, 8)), bind(div(tx, 8))
         self.depth_pieces, self.width_pieces = -(-self.shape.depth // 32), -(-self.shape.width // 32)
-        self.maximum, self.total = local(ROWS), local(ROWS)
-        self.values = local(ROWS * self.width_pieces * 4)
-        for i in range(ROWS):
+        self.maximum, self.total = local(self.rows), local(self.rows)
+        self.values = local(self.rows * self.width_pieces * 4)
+        for i in range(self.rows):
             put(self.maximum, i, T.float32(LOWEST))
             put(self.total, i, T.float32(0))
-        for i in range(ROWS * self.width_pieces * 4):
+        for i in range(self.rows * self.width_pieces * 4):
             put(self.values, i, T.float32(0))
 
     def _place(self, row: int) -> tuple[Any, Any, Any]:
         """Whether row `row` of the block is there, its position and its query head."""
         group = self.shape.group
-        index = bind(self.first * ROWS + row)
+        index = bind(self.first * self.rows + row)
         position = bind(div(index, group))
         there = wide(position) < wide(self.frame.size(self.shape.queries))
         return there, position, bind(self.key_head * group + mod(index, group))
@@ -260,8 +261,8 @@ class _Few:
 
     def emit(self) -> None:
         frame, shape = self.frame, self.shape
-        rows = [self._place(row) for row in range(ROWS)]
-        queries = local(ROWS * self.depth_pieces * 4)
+        rows = [self._place(row) for row in range(self.rows)]
+        queries = local(self.rows * self.depth_pieces * 4)
         for row, (there, position, head) in enumerate(rows):
             count = self.depth_pieces * 4
             call("iso_zero_floats", at(queries, row * count), count)
@@ -271,12 +272,13 @@ class _Few:
         # Ranges of whole rounds of the block.
         each = bind(
             T.truncdiv(
-                T.truncdiv(keys + (self.spec.splits - 1), wide(self.spec.splits)) + (KEYS - 1), wide(KEYS)
+                T.truncdiv(keys + (self.spec.splits - 1), wide(self.spec.splits)) + (self.keys - 1),
+                wide(self.keys),
             )
         )
-        begin = bind(wide(self.split) * each * KEYS)
+        begin = bind(wide(self.split) * each * self.keys)
         with T.serial(wide(0), each) as round_:
-            key = bind(begin + round_ * KEYS + wide(self.slot))
+            key = bind(begin + round_ * self.keys + wide(self.slot))
             inside = bind(key < keys)
             k, v = local(self.depth_pieces * 4), local(self.width_pieces * 4)
             call("iso_zero_floats", at(k, 0), self.depth_pieces * 4)
@@ -284,7 +286,7 @@ class _Few:
             with when(inside):
                 self._load("k", key, self.key_head + shape.k_start, k, 0)
                 self._load("v", key, self.key_head + shape.v_start, v, 0)
-            for row in range(ROWS):
+            for row in range(self.rows):
                 self._update(row, rows[row], queries, k, v, key, inside)
         self._finish(rows)
 
@@ -314,7 +316,7 @@ class _Few:
 
     def _finish(self, rows: list[tuple[Any, Any, Any]]) -> None:
         """Combine the block's groups of eight lanes, one row after another."""
-        shape, _frame, groups = self.shape, self.frame, KEYS
+        shape, _frame, groups = self.shape, self.frame, self.keys
         width = self.width_pieces * 32
         board, maxima, totals = shared(groups * width), shared(groups), shared(groups)
         for row, (there, position, head) in enumerate(rows):
@@ -331,8 +333,8 @@ class _Few:
             for g in range(1, groups):
                 highest = T.max(highest, get(maxima, g))
             highest = bind(highest)
-            with T.serial(T.int32(0), T.int32(-(-shape.width // (32 * WARPS)))) as turn:
-                d = bind(turn * (32 * WARPS) + self.tx)
+            with T.serial(T.int32(0), T.int32(-(-shape.width // self.threads))) as turn:
+                d = bind(turn * self.threads + self.tx)
                 sums = local(2)
                 put(sums, 0, T.float32(0))
                 put(sums, 1, T.float32(0))

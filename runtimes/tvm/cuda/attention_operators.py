@@ -18,6 +18,7 @@ from ....compiler.dialect.cache_packing import row_bytes
 from .attention import Attention, Combine, FewQueries
 from .builder import Frame, Size, Tensor, prim_func
 from .flash import ManyQueries
+from .knobs import tuned
 from .linears import add
 from .plan import Call, Plan, Stage
 
@@ -48,14 +49,14 @@ def _attend(plan: Plan, shape: Attention) -> Plan:
         add(plan, ManyQueries(shape))
         return plan
     splits = SPLITS if isinstance(keys, str) else max(1, min(SPLITS, -(-keys // RANGE)))
-    few = FewQueries(shape, splits)
-    combine = Combine(shape, splits) if splits > 1 else None
+    few = tuned(FewQueries(shape, splits))
+    combine = Combine(shape, few.splits) if few.splits > 1 else None
     if isinstance(queries, int):
         add(plan, few)
         if combine is not None:
             add(plan, combine)
     else:
-        _add_choice(plan, few, combine, ManyQueries(shape))
+        _add_choice(plan, few, combine, tuned(ManyQueries(shape)))
     return plan
 
 

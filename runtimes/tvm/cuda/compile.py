@@ -28,8 +28,10 @@ from ....compiler.processor import cache_folder
 from ..virtual_machine import executable_pipeline
 from .device_module import DeviceSource, build_kernels, creating, target_for, with_header
 from .driver import cubin_module, prepare
+from .knobs import choosing
 from .rewrite import rewrite_dialect
 from .toolkit import ARCHS, Cubin, Resources, architectures, compile_cubin
+from .tuned import tuned_values
 
 Progress = Callable[[str], None]
 
@@ -84,8 +86,8 @@ def arch_of(target: str) -> str:
     return ",".join(architectures(arch or DEFAULT_ARCH))
 
 
-def scheduled(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
-    """The module with the dialect's kernels in it and everything else fused and scheduled."""
+def planned(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
+    """The module with the dialect's kernels in it."""
     with target:
         # Reshapes are recognised before our kernels come in: TVM looks for them in the blocks of every kernel.
         first = [
@@ -93,8 +95,13 @@ def scheduled(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
             transform.LegalizeOps(),
             transform.RewriteDataflowReshape(),
         ]
-        module = tvm.transform.Sequential(first)(module)
-        module = mark_own(rewrite_dialect(module))
+        return mark_own(rewrite_dialect(tvm.transform.Sequential(first)(module)))
+
+
+def scheduled(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
+    """The module with the dialect's kernels in it and everything else fused and scheduled."""
+    module = planned(module, target)
+    with target:
         return tvm.transform.Sequential(
             [
                 transform.CanonicalizeBindings(),
@@ -204,7 +211,9 @@ def compile_module(
     made: list[Cubin] = []
     with making_cubins(arch, made, say, cache_folder() / "cubins"):
         say("schedule")
-        executable = build(scheduled(module, target), target, cuda_graphs)
+        with choosing(tuned_values(architectures(arch))):
+            module = scheduled(module, target)
+        executable = build(module, target, cuda_graphs)
     resources = sorted((r for cubin in made for r in cubin.resources), key=lambda r: r.kernel)
     return CompiledCuda(executable, arch, tuple(resources), sum(len(c.data) for c in made))
 

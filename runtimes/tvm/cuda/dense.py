@@ -2,7 +2,8 @@
 
 Few rows: a block takes a panel, its warps share the inputs between them; a lane is a row of the panel, so that a warp
 reads 128 consecutive bytes for each input, and 8 tokens are multiplied with what it read. Many rows: a block takes a
-panel and 64 tokens, with 32 inputs of both in shared memory; a thread computes eight tokens of a row.
+panel and 64 tokens, with 32 inputs of both in shared memory; a thread computes eight tokens of a row. (Tuning may find
+other numbers of tokens and warps.)
 """
 
 from __future__ import annotations
@@ -37,9 +38,8 @@ from .linears import FEW_ROWS, add, add_choice
 from .plan import Call, Plan
 
 PANEL = 32
-FEW, MANY = 8, 64
-"""Tokens of a block."""
-WARPS = 8
+FEW, MANY, WARPS = 8, 64, 8
+"""Tokens and warps of a block, unless tuned."""
 DEPTH = 32
 """Inputs in shared memory at a time."""
 
@@ -78,6 +78,9 @@ class _Dense:
 class DenseFew(_Dense):
     """The kernel for few rows."""
 
+    tokens: int = FEW
+    warps: int = WARPS
+
     @property
     def name(self) -> str:
         """The kernel's name."""
@@ -85,37 +88,43 @@ class DenseFew(_Dense):
 
     def emit(self, frame: Frame) -> None:
         """Write the kernel."""
-        linear, k = self.linear, self.linear.k
+        linear, k, tokens, warps = self.linear, self.linear.k, self.tokens, self.warps
         rows = wide(frame.size(linear.rows))
-        with launch([self.panels, ceil_div(frame.size(linear.rows), FEW)], 32 * WARPS) as (
+        with launch([self.panels, ceil_div(frame.size(linear.rows), tokens)], 32 * warps) as (
             (panel, column),
             tx,
         ):
             warp, lane = bind(div(tx, 32)), bind(mod(tx, 32))
-            sums, starts = local(FEW), []
-            for i in range(FEW):
+            sums, starts = local(tokens), []
+            for i in range(tokens):
                 put(sums, i, T.float32(0))
-                starts.append(bind(T.min(wide(column * FEW + i), rows - 1) * k))
-            with loop(0, -(-k // WARPS)) as turn:
-                at_ = bind(turn * WARPS + warp)
-                with when(True if k % WARPS == 0 else at_ < k):
+                starts.append(bind(T.min(wide(column * tokens + i), rows - 1) * k))
+            with loop(0, -(-k // warps)) as turn:
+                at_ = bind(turn * warps + warp)
+                with when(True if k % warps == 0 else at_ < k):
                     weight = bind(get(frame["weight"], wide(panel) * (k * PANEL) + wide(at_ * PANEL + lane)))
-                    for i in range(FEW):
+                    for i in range(tokens):
                         put(sums, i, get(sums, i) + weight * get(frame["x"], starts[i] + wide(at_)))
-            board = shared(WARPS * FEW * PANEL)
-            for i in range(FEW):
-                put(board, (warp * FEW + i) * PANEL + lane, get(sums, i))
+            board = shared(warps * tokens * PANEL)
+            for i in range(tokens):
+                put(board, (warp * tokens + i) * PANEL + lane, get(sums, i))
             sync()
-            # A warp finishes a token.
-            total = get(board, warp * PANEL + lane)
-            for other in range(1, WARPS):
-                total = total + get(board, (other * FEW + warp) * PANEL + lane)
-            self._write(frame, panel, lane, bind(column * FEW + warp), bind(total))
+            # A warp finishes a token, and then the next.
+            for first in range(0, tokens, warps):
+                token = bind(warp + first)
+                with when(True if tokens % warps == 0 else token < tokens):
+                    total = get(board, token * PANEL + lane)
+                    for other in range(1, warps):
+                        total = total + get(board, (other * tokens + token) * PANEL + lane)
+                    self._write(frame, panel, lane, bind(column * tokens + token), bind(total))
 
 
 @dataclass(frozen=True)
 class DenseMany(_Dense):
     """The kernel for many rows."""
+
+    tokens: int = MANY
+    warps: int = WARPS
 
     @property
     def name(self) -> str:
@@ -124,19 +133,19 @@ class DenseMany(_Dense):
 
     def emit(self, frame: Frame) -> None:
         """Write the kernel."""
-        linear, k = self.linear, self.linear.k
-        rows, each = wide(frame.size(linear.rows)), MANY // WARPS
-        with launch([self.panels, ceil_div(frame.size(linear.rows), MANY)], 32 * WARPS) as (
+        linear, k, warps = self.linear, self.linear.k, self.warps
+        rows, each = wide(frame.size(linear.rows)), self.tokens // warps
+        with launch([self.panels, ceil_div(frame.size(linear.rows), self.tokens)], 32 * warps) as (
             (panel, column),
             tx,
         ):
             warp, lane = bind(div(tx, 32)), bind(mod(tx, 32))
-            weights, tokens, sums = shared(DEPTH * PANEL), shared(MANY * DEPTH), local(each)
+            weights, tokens, sums = shared(DEPTH * PANEL), shared(self.tokens * DEPTH), local(each)
             for i in range(each):
                 put(sums, i, T.float32(0))
             with loop(0, -(-k // DEPTH)) as stage:
-                for i in range(DEPTH // WARPS):
-                    step = bind(warp * (DEPTH // WARPS) + i)
+                for i in range(DEPTH // warps):
+                    step = bind(warp * (DEPTH // warps) + i)
                     at_ = bind(stage * DEPTH + step)
                     put(weights, step * PANEL + lane, T.float32(0))
                     with when(at_ < k):
@@ -144,7 +153,7 @@ class DenseMany(_Dense):
                         put(weights, step * PANEL + lane, get(frame["weight"], index))
                 for i in range(each):
                     token = bind(warp * each + i)
-                    row = T.min(wide(column * MANY + token), rows - 1)
+                    row = T.min(wide(column * self.tokens + token), rows - 1)
                     put(tokens, token * DEPTH + lane, T.float32(0))
                     with when(stage * DEPTH + lane < k):
                         put(
@@ -159,7 +168,9 @@ class DenseMany(_Dense):
                         put(sums, i, get(sums, i) + weight * get(tokens, (warp * each + i) * DEPTH + step))
                 sync()
             for i in range(each):
-                self._write(frame, panel, lane, bind(column * MANY + warp * each + i), bind(get(sums, i)))
+                self._write(
+                    frame, panel, lane, bind(column * self.tokens + warp * each + i), bind(get(sums, i))
+                )
 
 
 def linear_dense(call: Call) -> Plan:

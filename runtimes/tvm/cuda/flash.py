@@ -1,7 +1,8 @@
 """Attention of many queries: tiles of keys and values in shared memory, tensor cores, softmax as the tiles pass.
 
-A block takes 64 queries of one head, a warp 16 of them; keys come 64 at a time. Products are of halves with sums in
-float32, so queries, keys, weights and values are rounded to float16 (their products with the softmax's sums are not):
+A warp takes 16 queries of one head, a block 64, and keys come 64 at a time (tuning may find other numbers of warps and
+keys). Products are of halves with sums in float32, so queries, keys, weights and values are rounded to float16 (their
+products with the softmax's sums are not):
 
     S = Q K^T     a lane's operands are 8 consecutive depths of a query and of a key: any order of depths will do
     O = P V       P is S's result as it lies in registers; V is stored transposed, two keys to a word
@@ -39,9 +40,8 @@ from .builder import (
     wide,
 )
 
-QUERIES, KEYS, WARPS = 64, 64, 4
-WORDS = KEYS // 2 + 4
-"""Words of a row of transposed values: a bank for each of the lanes (g, t)."""
+KEYS, WARPS = 64, 4
+"""Keys of a tile and warps of a block, unless tuned."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class ManyQueries:
     """The kernel."""
 
     shape: Attention
+    keys: int = KEYS
+    warps: int = WARPS
 
     @property
     def name(self) -> str:
@@ -66,25 +68,29 @@ class ManyQueries:
     def emit(self, frame: Frame) -> None:
         """Write the kernel."""
         shape = self.shape
-        grid = [ceil_div(frame.size(shape.queries), QUERIES), shape.heads, frame.size(shape.batch)]
-        with launch(grid, 32 * WARPS) as ((block, head, sample), tx):
-            _Body(shape, frame, block, head, sample, tx).emit()
+        grid = [ceil_div(frame.size(shape.queries), 16 * self.warps), shape.heads, frame.size(shape.batch)]
+        with launch(grid, 32 * self.warps) as ((block, head, sample), tx):
+            _Body(self, frame, block, head, sample, tx).emit()
 
 
 class _Body:
     """The kernel while it is written."""
 
-    def __init__(self, shape: Attention, frame: Frame, block: Any, head: Any, sample: Any, tx: Any) -> None:
-        self.shape, self.frame, self.head, self.sample, self.tx = shape, frame, head, sample, tx
+    def __init__(self, spec: ManyQueries, frame: Frame, block: Any, head: Any, sample: Any, tx: Any) -> None:
+        self.shape, self.frame, self.head, self.sample, self.tx = spec.shape, frame, head, sample, tx
+        shape = spec.shape
+        self.tile, self.threads, self.block_queries = spec.keys, 32 * spec.warps, 16 * spec.warps
+        # Words of a row of transposed values: a bank for each of the lanes (g, t).
+        self.words = spec.keys // 2 + 4
         self.key_head = bind(div(head, shape.group))
         warp, lane = bind(div(tx, 32)), bind(mod(tx, 32))
         self.g, self.t = bind(div(lane, 4)), bind(mod(lane, 4))
-        self.block, self.first = block, bind(block * QUERIES + warp * 16)
+        self.block, self.first = block, bind(block * self.block_queries + warp * 16)
         self.steps = ceil_to(shape.depth, 32) // 32
         self.columns = ceil_to(shape.width, 8) // 8
         self.key_bytes = 64 * self.steps + (64 if self.steps % 2 == 0 else 0)
-        self.memory = shared_dynamic(KEYS * self.key_bytes + self.columns * 8 * WORDS * 4)
-        self.values_at = KEYS * self.key_bytes
+        self.memory = shared_dynamic(self.tile * self.key_bytes + self.columns * 8 * self.words * 4)
+        self.values_at = self.tile * self.key_bytes
         self.queries = local(self.steps * 8, "uint32")
         self.sums = local(self.columns * 4)
         self.maximum, self.total = local(2), local(2)
@@ -99,9 +105,9 @@ class _Body:
         keys = bind(wide(self.frame.size(self.shape.keys)))
         last: Any = keys
         if self.shape.causal:
-            last = bind(T.min(keys, wide(self.block + 1) * QUERIES))
-        with T.serial(wide(0), T.truncdiv(last + (KEYS - 1), wide(KEYS))) as tile:
-            first = bind(tile * KEYS)
+            last = bind(T.min(keys, wide(self.block + 1) * self.block_queries))
+        with T.serial(wide(0), T.truncdiv(last + (self.tile - 1), wide(self.tile))) as tile:
+            first = bind(tile * self.tile)
             sync()
             self._load_keys(first, keys)
             self._load_values(first, keys)
@@ -135,8 +141,8 @@ class _Body:
 
     def _load_keys(self, first: Any, keys: Any) -> None:
         shape, pieces = self.shape, self.steps * 4
-        with T.serial(T.int32(0), T.int32(KEYS * pieces // (32 * WARPS))) as turn:
-            item = bind(turn * (32 * WARPS) + self.tx)
+        with T.serial(T.int32(0), T.int32(self.tile * pieces // self.threads)) as turn:
+            item = bind(turn * self.threads + self.tx)
             row, piece = bind(div(item, pieces)), bind(mod(item, pieces))
             four = local(4, "uint32")
             call("iso_zero", at(four, 0), 4)
@@ -148,11 +154,11 @@ class _Body:
     def _load_values(self, first: Any, keys: Any) -> None:
         """A thread takes two keys and four columns: four words of the transposed tile."""
         shape, quads = self.shape, self.columns * 2
-        count = KEYS // 2 * quads
-        with T.serial(T.int32(0), T.int32(-(-count // (32 * WARPS)))) as turn:
-            item = bind(turn * (32 * WARPS) + self.tx)
-            with when(True if count % (32 * WARPS) == 0 else item < count):
-                pair, quad = bind(mod(item, KEYS // 2)), bind(div(item, KEYS // 2))
+        count = self.tile // 2 * quads
+        with T.serial(T.int32(0), T.int32(-(-count // self.threads))) as turn:
+            item = bind(turn * self.threads + self.tx)
+            with when(True if count % self.threads == 0 else item < count):
+                pair, quad = bind(mod(item, self.tile // 2)), bind(div(item, self.tile // 2))
                 both = local(8)
                 call("iso_zero_floats", at(both, 0), 8)
                 for i in range(2):
@@ -163,16 +169,16 @@ class _Body:
                 for i in range(4):
                     word = local(1, "uint32")
                     put(word, 0, value("uint32", "iso_half2", get(both, i), get(both, 4 + i)))
-                    index = self.values_at + ((quad * 4 + i) * WORDS + pair) * 4
+                    index = self.values_at + ((quad * 4 + i) * self.words + pair) * 4
                     call("iso_store4", at(self.memory, index), get(word, 0))
 
     # -- products
 
     def _scores(self) -> Any:
-        scores = local(KEYS // 8 * 4)
-        for i in range(KEYS // 8 * 4):
+        scores = local(self.tile // 8 * 4)
+        for i in range(self.tile // 8 * 4):
             put(scores, i, T.float32(0))
-        for tile in range(KEYS // 8):
+        for tile in range(self.tile // 8):
             for step in range(self.steps):
                 four = local(4, "uint32")
                 place = (tile * 8 + self.g) * self.key_bytes + (step * 4 + self.t) * 16
@@ -189,7 +195,7 @@ class _Body:
             query = self._row(half)
             highest = local(1)
             put(highest, 0, get(self.maximum, half))
-            for tile in range(KEYS // 8):
+            for tile in range(self.tile // 8):
                 for i in range(2):
                     at_ = tile * 4 + half * 2 + i
                     key = bind(first + wide(tile * 8 + self.t * 2 + i))
@@ -212,7 +218,7 @@ class _Body:
             kept = value("float32", "expf", get(self.maximum, half) - new)
             put(self.maximum, half, new)
             put(self.total, half, get(self.total, half) * kept)
-            for tile in range(KEYS // 8):
+            for tile in range(self.tile // 8):
                 for i in range(2):
                     at_ = tile * 4 + half * 2 + i
                     put(scores, at_, value("float32", "expf", get(scores, at_) - new))
@@ -223,7 +229,7 @@ class _Body:
                     put(self.sums, at_, get(self.sums, at_) * kept)
 
     def _weigh(self, scores: Any) -> None:
-        for step in range(KEYS // 16):
+        for step in range(self.tile // 16):
             a = local(4, "uint32")
             for word in range(4):
                 at_ = (2 * step + word // 2) * 4 + (word % 2) * 2
@@ -231,7 +237,7 @@ class _Body:
             for column in range(self.columns):
                 b = local(2, "uint32")
                 for half in range(2):
-                    word = (column * 8 + self.g) * WORDS + step * 8 + half * 4 + self.t
+                    word = (column * 8 + self.g) * self.words + step * 8 + half * 4 + self.t
                     call("iso_load4", at(b, half), at(self.memory, self.values_at + word * 4))
                 call("iso_mma_f16", at(self.sums, column * 4), at(a, 0), at(b, 0))
 

@@ -2,7 +2,7 @@
 cores.
 
 A block computes `features` x `tokens` outputs. Weights (16-byte pieces of panels, as they are packed) and activations
-(64 bytes of a token: 64 codes, or 32 halves) come by asynchronous copies into a ring of `STAGES`, one barrier a
+(64 bytes of a token: 64 codes, or 32 halves) come by asynchronous copies into a ring of stages, one barrier a
 stage. Weights are the 16-row operand: a lane's four rows of a panel and unit are one 16-byte piece (int4; two for
 int8, four for halves), which decodes in registers to its operands. Pieces are stored at places permuted within a line
 of 128 bytes so that the eight lanes that a shared-memory access serves at once hit 32 different banks.
@@ -49,6 +49,7 @@ from .epilogue import Linear
 from .weights import Activations, Weights
 
 STAGES = 4
+"""Of the ring, unless tuned."""
 TOKEN_BYTES = 64
 """Bytes of a token in a stage."""
 
@@ -95,6 +96,7 @@ class Gemm:
     activations: Activations
     tile: Tile
     static_params: bool = False
+    stages: int = STAGES
 
     @property
     def kp(self) -> int:
@@ -145,7 +147,8 @@ class _Body:
         self.panel_bytes = self.units * 64 * self.pieces  # of a panel in a stage
         self.weight_bytes = self.tile.features // LANES * self.panel_bytes
         self.stage_bytes = self.weight_bytes + self.tile.tokens * TOKEN_BYTES
-        self.memory = shared_dynamic(STAGES * self.stage_bytes)
+        self.ring = spec.stages
+        self.memory = shared_dynamic(self.ring * self.stage_bytes)
         count = self.tile.rows * self.tile.columns * 8
         self.direct = not self.weights.grouped
         self.kind = "int32" if self.codes else "float32"
@@ -164,13 +167,13 @@ class _Body:
 
     def emit(self) -> None:
         stages = -(-self.spec.kp // (32 * self.steps))
-        for ahead in range(STAGES - 1):
+        for ahead in range(self.ring - 1):
             self._copy(ahead, stages)
         with loop(0, stages) as stage:
-            call("iso_copy_wait", STAGES - 2)
+            call("iso_copy_wait", self.ring - 2)
             sync()
-            self._copy(stage + (STAGES - 1), stages)
-            slot = bind(mod(stage, STAGES) * self.stage_bytes)
+            self._copy(stage + (self.ring - 1), stages)
+            slot = bind(mod(stage, self.ring) * self.stage_bytes)
             for step in range(self.steps):
                 self._step(stage * self.steps + step, step, slot)
         self._finish()
@@ -187,7 +190,7 @@ class _Body:
 
     def _copy(self, stage: Any, stages: int) -> None:
         """Start the copies of a stage; an empty group of copies where there is none."""
-        slot = bind(mod(stage, STAGES) * self.stage_bytes)
+        slot = bind(mod(stage, self.ring) * self.stage_bytes)
         with when(stage < stages):
             self._copy_weights(stage, slot)
             self._copy_tokens(stage, slot + self.weight_bytes)

@@ -25,6 +25,7 @@ from .builder import Frame, Size, Tensor, prim_func, when
 from .convert import CastRows, Expand
 from .epilogue import Linear
 from .gemm import GROUPED, LARGE, SMALL, Gemm, Tile
+from .knobs import tuned
 from .layouts import IntegerLayout, codebook_layout, coded_layout, integer_layout
 from .outliers import SumOutliers
 from .plan import Call, Plan, Stage
@@ -180,6 +181,7 @@ def add(
     beyond: a symbol of rows of which it is launched only where they are not few. witness: an argument that has that
     many rows, where the kernel itself reads none. renamed: names of the plan for arguments that are called otherwise.
     """
+    kernel = tuned(kernel)
     inputs, outputs = _inputs_and_outputs(kernel)
     emit: Callable[[Frame], None] = kernel.emit
     tensors = [*inputs, *outputs]
@@ -199,6 +201,7 @@ def add_choice(
     plan: Plan, few: Sequence[tuple[int, Any]], many: Any, renamed: dict[str, str] | None = None
 ) -> None:
     """Append one function that launches the kernel for the number of rows it finds."""
+    few, many = [(limit, tuned(kernel)) for limit, kernel in few], tuned(many)
     inputs: dict[str, Tensor] = {}
     for kernel in (*(k for _, k in few), many):
         inputs.update({t.name: t for t in _inputs_and_outputs(kernel)[0]})

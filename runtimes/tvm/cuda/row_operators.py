@@ -7,6 +7,7 @@ from typing import Any
 
 from ....compiler.dialect.cache_packing import ALIGN
 from .builder import Tensor, get, prim_func
+from .knobs import tuned
 from .plan import Call, Plan, Stage
 from .pointwise import add_pointwise
 from .rows import Rows
@@ -14,7 +15,7 @@ from .rows import Rows
 
 def add_rows(plan: Plan, spec: Rows, renamed: dict[str, str] | None = None) -> None:
     """Append the kernel of `spec`; renamed: names of the plan for arguments of the kernel that are called otherwise."""
-    names = renamed or {}
+    spec, names = tuned(spec), renamed or {}
     plan.constants.update(spec.constants())
     function = prim_func(spec.name, [*spec.inputs(), *spec.outputs()], spec.emit)
     inputs = tuple(names.get(t.name, t.name) for t in spec.inputs())

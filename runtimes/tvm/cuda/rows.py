@@ -53,7 +53,8 @@ class Rows:
     """One kernel of this family.
 
     norm: kind of norm or None. sum, y, transformed: which float results are written. codes: pairs of the quantizer,
-    or None. orders: of the Hadamard transform. pairs: two codes to a byte, of dimensions 16 apart.
+    or None. orders: of the Hadamard transform. pairs: two codes to a byte, of dimensions 16 apart. block: threads,
+    0: chosen for the row.
     """
 
     rows: Size
@@ -74,6 +75,7 @@ class Rows:
     bits: int = 8
     align: int = 1
     pairs: bool = False
+    block: int = 0
 
     def __post_init__(self) -> None:
         if self.k > ROW_LIMIT:
@@ -91,7 +93,7 @@ class Rows:
     @property
     def threads(self) -> int:
         """Threads of a block: eight elements each where the row is long enough."""
-        return min(512, max(64, ceil_to(-(-self.k // 8), 32)))
+        return self.block or min(512, max(64, ceil_to(-(-self.k // 8), 32)))
 
     @property
     def name(self) -> str:

@@ -2,7 +2,7 @@
 
 A block computes a tile of two panels (32 packed rows) for up to 8 `tiles` tokens; its warps share the inputs between
 them in chunks (a group, or 64 to 128 inputs) and add up through shared memory at the end. Weights and scales come by
-asynchronous copies to a ring of `DEPTH` chunks: a lane copies what it will read itself, so that the ring needs no
+asynchronous copies to a ring of `depth` chunks: a lane copies what it will read itself, so that the ring needs no
 barrier, and 2 to 6 KB of every warp are on their way whatever the compiler does with registers. The tile of weights
 is the 16-row operand of the product and the tokens its 8 columns: up to 8 tokens cost what one does. Products are of
 int8 and uint8 (`codes`), or of halves where activations are floats, which are rounded to float16. A group's sum is
@@ -53,9 +53,9 @@ STEP = 32
 TILE = 32
 """Packed rows of a block."""
 DEPTH = 3
-"""Chunks of the ring: one is multiplied while the others arrive."""
+"""Chunks of the ring, unless tuned: one is multiplied while the others arrive."""
 ACTIVE_WORDS = 32
-"""Registers for activations that are loaded ahead."""
+"""Registers for activations that are loaded ahead, unless tuned."""
 RING_LIMIT = 96 << 10
 """Most bytes of a block's ring: what every architecture has."""
 
@@ -70,6 +70,8 @@ class Skinny:
     tiles: int
     static_params: bool = False
     warps: int = 8
+    depth: int = DEPTH
+    active_words: int = ACTIVE_WORDS
 
     @property
     def kp(self) -> int:
@@ -95,17 +97,20 @@ class Skinny:
         weights = self.weights.tensors(self.linear, self.kp)
         return [*first, *weights, *last, *self.linear.entries(), *self.linear.tensors()]
 
-    def emit(self, frame: Frame) -> None:
-        """Write the kernel."""
+    def split(self) -> tuple[int, int, int]:
+        """Steps of the inputs, steps of a chunk, and warps: as many as there are chunks for, and as the ring holds."""
         steps = self.kp // STEP
         wanted = self.weights.group_size // STEP if self.weights.grouped else 16 // self.weights.layout.words
         chunk = next(c for c in range(max(1, wanted), 0, -1) if steps % c == 0)
-        layout = self.weights.layout
-        step_bytes = 32 * sum(count for _, count in layout.loads(0, 0))
-        ring = DEPTH * (
+        step_bytes = 32 * sum(count for _, count in self.weights.layout.loads(0, 0))
+        ring = self.depth * (
             chunk * step_bytes + 32 * self.weights.scale_bytes + (128 if self.weights.zero else 0)
         )
-        warps = max(1, min(self.warps, steps // chunk, RING_LIMIT // ring))
+        return steps, chunk, max(1, min(self.warps, steps // chunk, RING_LIMIT // ring))
+
+    def emit(self, frame: Frame) -> None:
+        """Write the kernel."""
+        steps, chunk, warps = self.split()
         rows = frame.size(self.linear.rows)
         grid = [ceil_div(self.linear.packed, TILE), ceil_div(rows, 8 * self.tiles)]
         with launch(grid, 32 * warps) as ((tile, column), tx):
@@ -133,10 +138,10 @@ class _Body:
         self.zero_at = chunk * self.step_bytes + 32 * self.weights.scale_bytes
         self.chunk_bytes = self.zero_at + (128 if self.weights.zero else 0)
         board = 4 * warps * 8 * spec.tiles * TILE * (2 if spec.linear.outliers else 1)
-        self.memory = shared_dynamic(max(DEPTH * warps * self.chunk_bytes, board))
+        self.memory = shared_dynamic(max(spec.depth * warps * self.chunk_bytes, board))
         self.whole_units = not self.codes and spec.linear.k == spec.kp  # nothing behind a row is read
         self.active_words = 2 if self.codes else 8 if self.whole_units else 4
-        self.ahead = max(1, ACTIVE_WORDS // (spec.tiles * self.active_words))
+        self.ahead = max(1, spec.active_words // (spec.tiles * self.active_words))
         self.active = local(min(self.ahead, chunk) * spec.tiles * self.active_words, "uint32")
         rows, width = wide(frame.size(spec.linear.rows)), spec.kp if self.codes else spec.linear.k
         tokens = [wide((column * spec.tiles + tile_) * 8 + self.g) for tile_ in range(spec.tiles)]
@@ -150,16 +155,16 @@ class _Body:
         chunks = self.steps // self.chunk
         rounds = -(-chunks // self.warps)
         even = chunks % self.warps == 0
-        for ahead in range(DEPTH - 1):
+        for ahead in range(self.spec.depth - 1):
             self._copy(ahead, chunks)
         if self.spec.linear.outliers:
             self._sum_outliers()
         with loop(0, rounds) as round_:
-            self._copy(round_ + (DEPTH - 1), chunks)
+            self._copy(round_ + (self.spec.depth - 1), chunks)
             index = bind(round_ * self.warps + self.warp)
             first = index if even else bind(T.min(index, T.int32(chunks - 1)))
             self._load_activations(first * self.chunk, min(self.ahead, self.chunk))  # while weights arrive
-            call("iso_copy_wait", DEPTH - 1)
+            call("iso_copy_wait", self.spec.depth - 1)
             with when(True if even else index < chunks):
                 self._multiply(index, self._slot(round_))
         self._reduce()
@@ -189,7 +194,7 @@ class _Body:
         )  # fmt: skip
 
     def _slot(self, round_: Any) -> Any:
-        return bind((self.warp * DEPTH + mod(round_, DEPTH)) * self.chunk_bytes)
+        return bind((self.warp * self.spec.depth + mod(round_, self.spec.depth)) * self.chunk_bytes)
 
     def _copy(self, round_: Any, chunks: int) -> None:
         """Start the copies of the warp's chunk of a round; a group of copies even where there is none, to count

@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,7 +23,10 @@ from isofold.runtimes.tuning.database import Database, read_records
 from isofold.runtimes.tuning.tune import tune
 from isofold.runtimes.tuning.workloads import Workload
 
+from ..lent_machines import free_port, kill, server, tracker, wait_for_servers
 from .conftest import FEW, SMALL, record
+
+__all__ = ["tracker"]
 
 SCRIPT = f"""
 import sys
@@ -85,60 +85,7 @@ def test_kill_9_in_the_middle_loses_nothing_that_was_measured(tmp_path: Path) ->
     assert len([r for r in after if not r.confirmed]) == (2 * 3 - 1) * 2
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-@contextmanager
-def process(*words: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A process with a group of its own, which is killed at the end."""
-    started = subprocess.Popen(
-        [sys.executable, "-m", *words],
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        yield started
-    finally:
-        kill(started)
-
-
-def kill(started: subprocess.Popen[bytes]) -> None:
-    if started.poll() is None:
-        os.killpg(started.pid, signal.SIGKILL)
-    started.wait()
-
-
-@pytest.fixture(scope="module")
-def tracker() -> Iterator[int]:
-    pytest.importorskip("tornado", reason="TVM's tracker needs tornado: pip install 'isofold[rpc]'")
-    port = free_port()
-    words = ["--host", "127.0.0.1", "--port", str(port), "--port-end", str(port + 1)]
-    with process("tvm.exec.rpc_tracker", *words):
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                time.sleep(0.1)
-        yield port
-
-
-@contextmanager
-def server(tracker: int) -> Iterator[subprocess.Popen[bytes]]:
-    port = free_port()
-    words = ["--host", "127.0.0.1", "--tracker", f"127.0.0.1:{tracker}", "--key", "epyc", "--no-fork"]
-    with process("tvm.exec.rpc_server", *words, "--port", str(port), "--port-end", str(port + 20)) as started:
-        yield started
-
-
 def test_one_of_two_servers_is_killed_and_no_result_is_lost(tracker: int, tmp_path: Path) -> None:
-    from isofold.runtimes.tuning.machines import Tracker
-
     path = tmp_path / "db.jsonl"
     address = f"127.0.0.1:{tracker}"
     values = {
@@ -150,8 +97,7 @@ def test_one_of_two_servers_is_killed_and_no_result_is_lost(tracker: int, tmp_pa
     shapes = [Workload("linear", 4, 32, 256, 96, m, cold=False) for m in (1, 2)]
     with server(tracker) as first, server(tracker):
         deadline = time.monotonic() + 60
-        while Tracker("127.0.0.1", tracker, "epyc").servers() < 2 and time.monotonic() < deadline:
-            time.sleep(0.2)
+        wait_for_servers(tracker, 2)
         seen = 0
 
         def say(text: str) -> None:

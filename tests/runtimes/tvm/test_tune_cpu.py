@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,21 @@ import tvm
 from tvm import te, tirx
 
 from isofold.compiler.errors import InputError
+from isofold.compiler.processor import processor
 from isofold.runtimes.tuning.child import LostError
-from isofold.runtimes.tuning.database import Database, read_records
-from isofold.runtimes.tvm import tune_cpu
+from isofold.runtimes.tuning.database import Database, Record, read_records
+from isofold.runtimes.tuning.machines import Facts, Machine
+from isofold.runtimes.tuning.search import Space
+from isofold.runtimes.tuning.worker import Here
+from isofold.runtimes.tvm import tune_cpu, tune_worker
 from isofold.runtimes.tvm.compile_cpu import cpu_target
 from isofold.runtimes.tvm.schedule_cpu import function_key, schedule_cpu, schedule_report
 from isofold.runtimes.tvm.schedule_rules import Shape
-from isofold.runtimes.tvm.tune_cpu import candidates, tune_functions, tuned_shapes
+from isofold.runtimes.tvm.tune_cpu import tune_functions, tuned_shapes
+
+from ..lent_machines import free_port, kill, server, tracker, wait_for_servers
+
+__all__ = ["tracker"]
 
 
 @pytest.fixture
@@ -28,11 +38,11 @@ def target() -> Any:
     return cpu_target("tvm-cpu")
 
 
-def product(n: int = 64) -> tirx.PrimFunc:
+def product(n: int = 64, factor: float = 1.0) -> tirx.PrimFunc:
     m = tirx.Var("m", "int64")
     axis = te.reduce_axis((0, 48), "k")
     a, b = te.placeholder((m, 48), "float32", "a"), te.placeholder((48, n), "float32", "b")
-    c = te.compute((m, n), lambda i, j: te.sum(a(i, axis) * b(axis, j), axis=axis), "c")
+    c = te.compute((m, n), lambda i, j: te.sum(a(i, axis) * b(axis, j) * factor, axis=axis), "c")
     return te.create_prim_func([a, b, c], "int64")
 
 
@@ -46,45 +56,67 @@ def compiled(module: tvm.IRModule, name: str, target: Any) -> Any:
     return tvm.compile(tvm.IRModule({"main": function}), target=target)["main"]
 
 
-def test_candidates_change_what_the_rules_depend_on(target: Any) -> None:
+def test_spaces_have_what_the_rules_depend_on(target: Any) -> None:
+    space = tune_cpu.space_of(product(), target)
     default = Shape.of(target)
-    found = list(candidates(product(), target))
-    assert all(set(c) == {"rows", "columns"} for c in found)
-    assert {"rows": default.rows, "columns": default.columns} not in found
-    assert len({json.dumps(c, sort_keys=True) for c in found}) == len(found) > 4
-    assert list(candidates(copy(), target)) == []
+    assert set(space.values) == {"rows", "columns"}
+    assert space.default == {"rows": default.rows, "columns": default.columns}
+    assert all(space.default[name] in values for name, values in space.values.items())
+    assert tune_cpu.space_of(copy(), target).values == {}
 
 
-def test_measuring_resuming_and_using(tmp_path: Path, target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    database = tmp_path / "tuning.jsonl"
-    module = tvm.IRModule({"product": product(), "same": product(), "copy": copy()})
+FEW = Space({"rows": (2, 8), "columns": (16, 32)}, {"rows": 8, "columns": 32}, exact=False)
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three candidates and few rounds."""
     monkeypatch.setattr(tune_cpu, "ROUNDS", 3)
-    few = [{"rows": 2}, {"columns": 16}]
-    monkeypatch.setattr(tune_cpu, "candidates", lambda f, t: few)
+    monkeypatch.setattr(tune_cpu, "CONFIRMING_ROUNDS", 5)
+    monkeypatch.setattr(tune_cpu, "space_of", lambda function, target: FEW)
+
+
+def test_measuring_resuming_and_using(
+    tmp_path: Path, target: Any, short: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = tmp_path / "tuning.jsonl"
+    module = tvm.IRModule({"product": product(), "same": product()})
     said: list[str] = []
     found = tune_functions(module, target, 600, database, progress=said.append, sizes={"m": 40})
-    assert len(found) == 2  # equal functions are one
-    assert len(said) >= 4
-    assert all(t.before and t.after for t in found), found
-    assert all(t.candidates >= 2 for t in found), said
+    (row,) = found["workloads"]  # equal functions are one
+    assert (row["workload"], row["tried"], row["isa"]) == ("product", 3, tune_cpu.isa_of(target))
+    assert row["before"] > 0
+    assert said[0].startswith("tune product v")
+    assert "of 3 tried" in said[0]
     lines = read_records(database)[0]
-    assert {r.group for r in lines} == {function_key(product()), function_key(copy())}
+    assert {r.group for r in lines} == {function_key(product())}
+    assert {r.candidate for r in lines if not r.confirmed} == {
+        json.dumps({"columns": c, "rows": r}) for r in (2, 8) for c in (16, 32) if (r, c) != (8, 32)
+    }
     assert all(r.status == "ok" and r.workload == {"sizes": {"m": 40}, "size": tune_cpu.SIZE} for r in lines)
+    assert found["measured"] == len(lines)
 
-    def no_child(*_: Any) -> Any:
-        raise AssertionError("everything was measured before")
-
-    monkeypatch.setattr(tune_cpu, "Child", no_child)
+    monkeypatch.setattr(Machine, "ask", lambda *_: pytest.fail("everything was measured before"))
     again = tune_functions(module, target, 60, database, sizes={"m": 40})
-    assert [t.candidates for t in again] == [0, 0]
-    assert [t.before for t in again] == [t.before for t in found]
+    assert again["measured"] == 0
+    assert again["workloads"][0]["before"] == pytest.approx(row["before"], rel=1)
 
 
 def record_of(target: Any, function: tirx.PrimFunc, change: dict[str, int], **values: Any) -> Any:
-    empty = tune_cpu._record(function_key(function), target, change, True, {})
-    return replace(
-        empty, **{"seconds": 0.5, "baseline": 1.0, "ratio": 0.5, "noise": 0.01, "rounds": 9, **values}
-    )
+    facts: dict[str, Any] = {
+        "processor": processor(),
+        "isa": tune_cpu.isa_of(target),
+        "group": function_key(function),
+        "sources": tune_cpu.schedule_sources(),
+        "workload": tune_cpu.Sizes("here").to_json(),
+        "knobs": change,
+        "status": "ok",
+        "host": "here",
+        "date": "2026-11-28T00:00:00+00:00",
+        "confirmed": True,
+    }
+    times = {"seconds": 0.5, "baseline": 1.0, "ratio": 0.5, "noise": 0.01, "rounds": 9}
+    return Record(**{**facts, **times, **values})
 
 
 def test_what_is_chosen_computes_the_same(tmp_path: Path, target: Any) -> None:
@@ -134,86 +166,122 @@ def test_merging_and_a_cut_line(tmp_path: Path, target: Any) -> None:
     assert tuned_shapes(tmp_path / "none.jsonl", target) == {}
 
 
-def test_a_lost_worker_is_recorded_and_the_search_goes_on(
-    tmp_path: Path, target: Any, monkeypatch: pytest.MonkeyPatch
+def test_a_candidate_that_takes_its_process_with_it_is_recorded_and_the_search_goes_on(
+    tmp_path: Path, target: Any, short: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[dict[str, int]] = []
+    whole = Machine.ask
 
-    class Falling:
-        def __init__(self, module: str) -> None:
-            pass
-
-        def ask(self, question: dict[str, Any], timeout: float) -> dict[str, Any]:
-            asked.append(question["change"])
+    def ask(self: Machine, question: dict[str, Any], timeout: float) -> dict[str, Any]:
+        if any(change["rows"] == 2 for change in question.get("changes", ())):
             raise LostError("its process ended with code -11")
+        return whole(self, question, timeout)
 
-        def close(self) -> None:
-            pass
-
-    monkeypatch.setattr(tune_cpu, "Child", Falling)
-    monkeypatch.setattr(tune_cpu, "candidates", lambda f, t: [{"rows": 2}, {"rows": 3}])
+    monkeypatch.setattr(Machine, "ask", ask)
     database = tmp_path / "tuning.jsonl"
     found = tune_functions(tvm.IRModule({"product": product()}), target, 60, database)
     records = read_records(database)[0]
-    assert {r.status for r in records} == {"crashed"}
-    assert {json.dumps(r.knobs) for r in records} == {'{"rows": 2}', '{"rows": 3}'}
-    assert found[0].shape == Shape.of(target)
-    assert tuned_shapes(database, target) == {}
+    assert {r.knobs["rows"] for r in records if r.status == "crashed"} == {2}
+    assert {r.note for r in records if r.status == "crashed"} == {"its process ended with code -11"}
+    assert {r.candidate for r in records if r.status == "ok"} == {'{"columns": 16, "rows": 8}'}
+    assert len(found["lost"]) >= 4
+    assert all(shape.rows != 2 for shape in tuned_shapes(database, target).values())
 
 
 def test_a_wrong_result_is_found(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from isofold.runtimes.tvm import tune_worker
-
-    whole = tune_worker._compiled
-
-    def broken(function: Any, target: Any, shape: Shape) -> Any:
-        run = whole(function, target, shape)
-        if shape == Shape.of(target):
-            return run
-
-        def add(*args: Any) -> None:
-            run(*args)
-            args[-1].copyfrom(args[-1].numpy() + 1)
-
-        return add
-
-    monkeypatch.setattr(tune_worker, "_compiled", broken)
+    whole = tune_worker.compiled
+    monkeypatch.setattr(
+        tune_worker,
+        "compiled",
+        lambda f, t, shape: whole(f if shape == Shape.of(t) else product(factor=1.001), t, shape),
+    )
     question = {
+        "do": "function",
         "function": tvm.ir.save_json(product()),
         "target": tvm.ir.save_json(target),
-        "change": {"rows": 2},
+        "changes": [{"rows": 2}, {"rows": 3, "no_such": 1}],
         "rounds": 2,
         "sizes": {},
         "size": 16,
     }
-    assert tune_worker._answer(question)["wrong"][2].startswith("wrong: differs from the default")
+    answer = tune_worker.make(Here()).answer(question)
+    assert answer["wrong"][:2] == [None, None]
+    assert answer["wrong"][2].startswith("wrong: differs from the default by 1.0e-03")
+    assert answer["seconds"][2] == []
+    assert list(answer["failed"]) == [1]
+    assert "no_such" in answer["failed"][1]
 
 
-def test_over_rpc_is_refused(tmp_path: Path, target: Any) -> None:
-    with pytest.raises(InputError, match="tuned on this machine only"):
-        tune_functions(tvm.IRModule({}), target, 1, tmp_path / "t.jsonl", rpc="host:9190")
+def test_one_of_two_servers_is_killed_and_no_result_is_lost(
+    tracker: int, tmp_path: Path, target: Any, short: None
+) -> None:
+    database = tmp_path / "tuning.jsonl"
+    module = tvm.IRModule({f"product{n}": product(n) for n in (32, 64)})
+    with server(tracker) as first, server(tracker):
+        wait_for_servers(tracker, 2)
+
+        def kill_one() -> None:
+            deadline = time.monotonic() + 100
+            while not (database.exists() and database.stat().st_size) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            kill(first)
+
+        killer = threading.Thread(target=kill_one)
+        killer.start()
+        address = f"127.0.0.1:{tracker}"
+        found = tune_functions(module, target, 200, database, rpc=address, key="epyc", sizes={"m": 8})
+        killer.join()
+    records, note = read_records(database)
+    assert note is None
+    assert len(found["lost"]) >= 1
+    assert {r.status for r in records} == {"ok"}
+    screened = [(r.group, r.candidate) for r in records if not r.confirmed]
+    assert len(screened) == len(set(screened)) == 2 * 3
+    assert found["processors"] == [processor()]
+    assert [row["tried"] for row in found["workloads"]] == [3, 3]
 
 
-def test_the_backend_tunes_what_it_generates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_addresses_and_instruction_sets_that_cannot_be_used(
+    tmp_path: Path, target: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, database = tvm.IRModule({"product": product()}), tmp_path / "t.jsonl"
+    with pytest.raises(InputError, match="No tracker answers"):
+        tune_functions(module, target, 1, database, rpc=f"127.0.0.1:{free_port()}")
+    old = Facts("An old CPU (1/2)", "attic", "v2", 1, 0)
+    monkeypatch.setattr(tune_cpu.GeneratedKernels, "facts", lambda *_: old)
+    with pytest.raises(InputError, match="which this processor has not") as error:
+        tune_functions(module, target, 60, database)
+    assert "An old CPU" in str(error.value)
+
+
+def test_the_backend_tunes_what_it_generates(
+    tmp_path: Path, short: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from isofold.compiler.capture import capture
-    from isofold.runtimes.tuning import session
+    from isofold.runtimes.tuning.workloads import Workload
+    from isofold.runtimes.tvm import tune_session
     from isofold.runtimes.tvm.plugin import TvmBackend
 
     told: dict[str, Any] = {}
 
     def op_library(subject: Any, **options: Any) -> dict[str, Any]:
         told.update(options)
-        return {"workloads": [], "measured": 0}
+        return {"workloads": [], "measured": 1, "processors": ["a"], "notes": [], "library": "built"}
 
-    monkeypatch.setattr(session, "tune_subject", op_library)
-    monkeypatch.setattr(tune_cpu, "ROUNDS", 3)
-    monkeypatch.setattr(tune_cpu, "candidates", lambda f, t: [{"rows": 2}])
+    monkeypatch.setattr(tune_session, "tune_subject", op_library)
     program = capture(torch.nn.Conv1d(8, 16, 3).eval(), (torch.randn(1, 8, 66),))
-    database = tmp_path / "tuning.jsonl"
-    found = TvmBackend().tune(program, seconds=600, database=database)
+    database, other = tmp_path / "tuning.jsonl", tmp_path / "other.jsonl"
+    Database(other).add([record_of(cpu_target("tvm-cpu"), product(), {"rows": 3})])
+    found = TvmBackend().tune(program, seconds=600, database=database, merge=[other])
+    assert told == {}, "there is no packed linear"
+    assert [row["tried"] for row in found["workloads"]] == [3]
+    assert found["merged"] == 1
+    assert found["measured"] == len(read_records(database)[0]) - 1
+    assert found["workloads"][0]["before"] > 0
+    assert found["workloads"][0]["group"].startswith("schedule_")
+
+    linears = [Workload("linear", 4, 32, 64, 64, 1)]
+    monkeypatch.setattr(tune_session, "packed_linears", lambda program, threads: linears)
+    again = TvmBackend().tune(program, seconds=600, database=database)
     assert told["seconds"] == 300
-    assert [row["tried"] >= 1 for row in found["workloads"]] == [True]
-    assert found["measured"] == len(read_records(database)[0])
-    row = found["workloads"][0]
-    assert row["before"] > 0
-    assert row["group"].startswith("schedule_")
+    assert (again["measured"], again["library"], again["processors"]) == (1, "built", ["a", processor()])
+    assert [row["tried"] for row in again["workloads"]] == [3]
