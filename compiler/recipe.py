@@ -219,12 +219,15 @@ class Sparsity(_Strict):
     """Whether linears skip the zeros of their weights.
 
     mode: `auto` where the model of `extract_sparsity` predicts at least `gain` times the dense speed, `off` never.
-    layout: how what is not zero is stored: `auto`, the one that is predicted to be fastest, or always this one.
+    layout: how what is not zero is stored: `auto`, the one that is predicted to be fastest, or always this one;
+    `mixture` is blocks in one layout and what is beside them in another.
     """
 
     mode: Literal["auto", "off"] = "auto"
     gain: float = Field(default=1.1, gt=0.0)
-    layout: Literal["auto", "bitmask", "windows", "1:4", "2:4", "4:8", "1x4", "16x1", "16x4"] = "auto"
+    layout: Literal["auto", "mixture", "bitmask", "windows", "1:4", "2:4", "4:8", "1x4", "16x1", "16x4"] = (
+        "auto"
+    )
 
     @field_validator("mode", mode="before")
     @classmethod
