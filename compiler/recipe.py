@@ -210,9 +210,14 @@ class ConvolutionFormat(_Strict):
 
 
 class CacheFormat(_Strict):
-    """How keys and values of attentions are stored: unsigned codes with a pair per token and head."""
+    """How keys and values of attentions are stored: unsigned codes with a pair per token and head.
+
+    storage: `rounded` where attentions read them (what a cache of codes computes), or `codes`: caches that are inputs and
+    outputs of the model become codes, and the model is called with those.
+    """
 
     bits: Literal[4, 8] = 8
+    storage: Literal["rounded", "codes"] = "rounded"
 
 
 class Sparsity(_Strict):
@@ -404,6 +409,12 @@ class Recipe(_Strict):
     def weight_formats(self) -> list[WeightFormat]:
         """The formats of weights that some layer may have."""
         given = (self.weights, *(rule.weights for rule in self.layers))
+        return [form for form in given if form is not None]
+
+    @property
+    def cache_formats(self) -> list[CacheFormat]:
+        """The formats of keys and values that some attention may have."""
+        given = (self.kv, *(rule.kv for rule in self.layers))
         return [form for form in given if form is not None]
 
     @property
