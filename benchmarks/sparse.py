@@ -60,17 +60,23 @@ class Kind:
     """A type of weights, how many percent of them are zero in which pattern, and the layout that stores them.
 
     zeros None: stored dense (the zeros do not matter). pattern: unstructured, N:M, or rows x inputs of blocks.
+    beside: of a mixture, percent of the weights that are anywhere beside the blocks, and stored as `rest`.
     """
 
     dtype: str
     zeros: int | None = None
     pattern: str = "unstructured"
     layout: str = "bitmask"
+    beside: int = 0
+    rest: str = ""
 
     @property
     def name(self) -> str:
         if self.zeros is None:
             return f"{self.dtype} dense"
+        if self.beside:
+            pattern = f"{self.pattern} and {self.beside} % beside"
+            return f"{self.dtype} {self.zeros} % zeros, {pattern}, as {self.layout} + {self.rest}"
         return f"{self.dtype} {self.zeros} % zeros, {self.pattern}, as {self.layout}"
 
     @property
@@ -109,6 +115,7 @@ FAMILIES: dict[tuple[str, int], tuple[Kind, ...]] = {
         Kind("int8", 75, "1:4", "1:4"),
         Kind("int8", 80, "1x4", "1x4"),
         Kind("int8", 80, "16x4", "16x4"),
+        Kind("int8", 80, "16x4", "16x4", 2, "windows"),
     ),
     ("int4", 1): (Kind("int4"), Kind("int4", 50), Kind("int4", 75)),
     ("float32", 128): (
@@ -117,6 +124,7 @@ FAMILIES: dict[tuple[str, int], tuple[Kind, ...]] = {
         Kind("float32", 90),
         Kind("bfloat16", 80),
         Kind("float32", 80, "16x1", "16x1"),
+        Kind("float32", 80, "16x1", "16x1", 2, "bitmask"),
     ),
     ("int8", 128): (
         Kind("int8"),
@@ -126,6 +134,7 @@ FAMILIES: dict[tuple[str, int], tuple[Kind, ...]] = {
         Kind("int8", 50, "2:4", "2:4"),
         Kind("int8", 80, "1x4", "1x4"),
         Kind("int8", 80, "16x4", "16x4"),
+        Kind("int8", 80, "16x4", "16x4", 2, "windows"),
     ),
     ("int4", 128): (Kind("int4"), Kind("int4", 50)),
 }
@@ -140,8 +149,9 @@ def _keep(kind: Kind, generator: np.random.Generator) -> NDArray[np.bool_]:
         order = generator.random((N, K // of, of), np.float32).argsort(-1).argsort(-1)
         return (order < some).reshape(N, K)
     height, width = map(int, kind.pattern.split("x")) if "x" in kind.pattern else (1, 1)
-    blocks = generator.random((N // height, K // width), np.float32) < share
-    return blocks.repeat(height, 0).repeat(width, 1)
+    single = kind.beside / 100
+    blocks = generator.random((N // height, K // width), np.float32) < (share - single) / (1 - single)
+    return blocks.repeat(height, 0).repeat(width, 1) | (generator.random((N, K), np.float32) < single)
 
 
 @lru_cache(maxsize=2)
@@ -183,9 +193,11 @@ def _nodes(kind: Kind, data: ExternalData, layer: int) -> Iterator[onnx.NodeProt
     common: dict[str, Any] = {"n": N, "k": K, "activation": "none", "gated": 0, "domain": "ai.isofold"}
     if not kind.quantized:
         matrix = torch.from_numpy(weights * np.float32(scale_of(kind))).to(getattr(torch, kind.dtype))
-        packed = pack_sparse(matrix, kind.layout)
-        stored = [data.add(f"{p}{layer}", getattr(packed, p).numpy()) for p in STORED]
-        yield helper.make_node("SparseLinearFloat", ["x", *stored], [target], layout=kind.layout, **common)
+        for name, part, residual, result in _parts(kind, matrix, target):
+            packed = pack_sparse(part, name)
+            stored = [data.add(f"{p}_{result}", getattr(packed, p).numpy()) for p in STORED]
+            sources = ["x", *stored, *residual]
+            yield helper.make_node("SparseLinearFloat", sources, [result], layout=name, **common)
         return
     quantizer = helper.make_node(
         "QuantizeActivation",
@@ -208,10 +220,27 @@ def _nodes(kind: Kind, data: ExternalData, layer: int) -> Iterator[onnx.NodeProt
         weight = data.add(f"weight{layer}", dense.weight.numpy())
         yield helper.make_node("PackedLinear", [*sources, weight, scale, "", wsum], [target], **common)
         return
-    packed = pack_sparse(codes, kind.layout, kind.bits)
-    stored = [data.add(f"{p}{layer}", getattr(packed, p).numpy()) for p in STORED]
-    inputs = [*sources, *stored, scale, wsum]
-    yield helper.make_node("SparseLinear", inputs, [target], layout=kind.layout, **common)
+    for name, part, residual, result in _parts(kind, codes, target):
+        packed = pack_sparse(part, name, kind.bits)
+        stored = [data.add(f"{p}_{result}", getattr(packed, p).numpy()) for p in STORED]
+        if kind.beside:
+            sums = pack_linear(part, scales, None, kind.bits, group).wsum
+            wsum = data.add(f"wsum_{result}", sums.numpy())
+        inputs = [*sources, *stored, scale, wsum, *residual]
+        yield helper.make_node("SparseLinear", inputs, [result], layout=name, **common)
+
+
+def _parts(kind: Kind, matrix: Any, target: str) -> Iterator[tuple[str, Any, tuple[str, ...], str]]:
+    """The matrix, or R and B of a mixture: layout, part, what stands for bias and residual, and the result's name."""
+    from isofold.passes.sparse_candidates import Candidate, Rest
+    from isofold.passes.sparse_mixtures import split
+
+    if not kind.beside:
+        yield kind.layout, matrix, (), target
+        return
+    blocks, rest = split(matrix, Candidate(kind.layout, "", 0, 0, 0.0, Rest(kind.rest, 0, 0.5, 0.0)))
+    yield kind.rest, rest, (), f"{target}_rest"
+    yield kind.layout, blocks, ("", f"{target}_rest"), target
 
 
 STORED = ("places", "values", "offsets")

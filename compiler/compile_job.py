@@ -130,6 +130,8 @@ def show_totals(report: Mapping[str, Any], written: str) -> None:
         show(f"folds     {_folded(report)}")
     if report.get("sparsity"):
         show(f"sparsity  {_sparse(report['sparsity'])}")
+    if report.get("caches"):
+        show(f"caches    {cache_line(report['caches'])}")
     error = program_error(report)
     if error is not None:
         show(f"error     {error:.3g} of the largest output, worst of the lossy passes, on the example inputs")
@@ -172,6 +174,13 @@ def _sparse(rows: Sequence[Mapping[str, Any]]) -> str:
         f"{len(rows)} linears skip zeros ({patterns}): {format_bytes(saved)} of {format_bytes(dense)} saved, "
         f"predicted {min(gains):.2f} to {max(gains):.2f} times the dense speed"
     )
+
+
+def cache_line(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What became of caches, in a line."""
+    bits = " and ".join(f"uint{width}" for width in sorted({row["bits"] for row in rows}))
+    now, before = (sum(row[name] for row in rows) for name in ("token_bytes", "float_bytes"))
+    return f"{len(rows)} go in and out as {bits}: {format_bytes(before)} → {format_bytes(now)} a token"
 
 
 def _folded(report: Mapping[str, Any]) -> str:

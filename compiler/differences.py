@@ -132,6 +132,7 @@ def rounds_activations(program: Program) -> bool:
         "norm_quantize",
         "conv_packed",
         "quantize_dequantize",
+        "quantize_cache",
     }
     declared = (operator_of(node.target) for node in program.graph.nodes if node.op == "call_function")
     return any(operator is not None and operator.name in quantizers for operator in declared)

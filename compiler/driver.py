@@ -63,7 +63,7 @@ def run_steps(
     model. Verification keeps results, not programs.
     """
     reports: list[PassReport] = []
-    before = program.run_float64() if verify else None
+    before = program.run_comparable() if verify else None
     program.expendable = program.expendable or consume
     for step in steps:
         if progress is not None:
@@ -72,7 +72,7 @@ def run_steps(
         result = step.run(program, **step.options)
         report = result.report
         if verify and before is not None and report.applied:
-            after = result.program.run_float64()
+            after = result.program.run_comparable()
             report.error = relative_error(before, after)
             _check(report, [r.name for r in reports])
             before = after

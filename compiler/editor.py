@@ -27,6 +27,9 @@ class Editor:
         self.program = program
         self.graph = program.copy_graph()
         self.tensors: dict[str, Any] = dict(program.tensors)
+        self.example_args, self.example_kwargs = program.example_args, program.example_kwargs
+        self.dynamic_shapes: Any = program.dynamic_shapes
+        self.caches = program.caches
         self.applied_entries: list[tuple[Place, str, dict[str, Any]]] = []
         self.refused_entries: list[tuple[Place, str]] = []
         self._mode = fake_mode_of(self.graph)
@@ -117,12 +120,12 @@ class Editor:
         """The edited program, checked for well-formedness."""
         self.graph.eliminate_dead_code()
         self.graph.lint()
-        source = self.program
         return Program(
             self.graph,
             self.tensors,
-            source.example_args,
-            source.example_kwargs,
-            source.dynamic_shapes,
-            source.records,
+            self.example_args,
+            self.example_kwargs,
+            self.dynamic_shapes,
+            self.program.records,
+            self.caches,
         )

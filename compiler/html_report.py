@@ -21,7 +21,7 @@ _OWN_KEYS = frozenset(
     {
         *("isofold", "model", "recipe", "target", "environment", "seconds", "total_seconds", "totals"),
         *("passes", "layers", "refused", "blocks", "histograms", "profile"),
-        *("spaces", "folds", "hadamards", "sparsity"),
+        *("spaces", "folds", "hadamards", "sparsity", "caches"),
     }
 )
 """What the page shows in its own sections; other keys are facts of backends."""
@@ -67,6 +67,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         folds=report.get("folds", []),
         hadamards=report.get("hadamards", []),
         sparsity=report.get("sparsity", []),
+        caches=report.get("caches", []),
         backend=_flat({key: held for key, held in report.items() if key not in _OWN_KEYS}),
         error=program_error(report),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def inspect_artefact(folder: Path, html: Path | None, say: Say) -> dict[str, Any
         "folder": str(folder),
         **{
             key: manifest.get(key)
-            for key in ("isofold", "backend", "format_version", "inputs", "outputs", "files")
+            for key in ("isofold", "backend", "format_version", "inputs", "outputs", "caches", "files")
         },
         "damaged": damaged,
     }
@@ -110,6 +110,7 @@ def inspect_model(text: str, recipe: str, calibration: Path | None, say: Say) ->
         "weights": _weights(lowerable.captured, report),
         "operators": dict(operators.most_common()),
         "totals": report["totals"],
+        "caches": report["caches"],
         "refused": report["refused"],
         "passes": report["passes"],
     }
@@ -235,6 +236,7 @@ def _show_model(facts: Mapping[str, Any]) -> None:
         for row in facts["weights"]
     ]
     show_table(["weight", "shape", ">bytes", "read by", f"with {facts['recipe']['name']}"], rows)
+    _show_caches(facts["caches"])
     listed = ", ".join(f"{count} {name}" for name, count in list(facts["operators"].items())[:12])
     show_line(f"operators: {totals['operators_before']} → {totals['operators_after']} ({listed})")
     show_line(
@@ -302,6 +304,7 @@ def _show_artefact(facts: Mapping[str, Any]) -> None:
     )
     for label in ("inputs", "outputs"):
         show_line(f"{label}: " + ", ".join(_port(port) for port in facts[label]))
+    _show_caches(facts["caches"] or [])
     rows = [
         [name, format_bytes(entry["bytes"]), entry["sha256"][:16]] for name, entry in facts["files"].items()
     ]
@@ -339,6 +342,26 @@ def _show_artefact(facts: Mapping[str, Any]) -> None:
         show_table(["operator", ">nodes", ">time"], rows)
     if "html" in facts:
         show_line(f"report    {facts['html']}")
+
+
+def _show_caches(caches: Sequence[Mapping[str, Any]]) -> None:
+    """What goes in and out as codes, if something does."""
+    if not caches:
+        return
+    rows = [
+        [
+            row["kind"],
+            row["was"],
+            ", ".join(row["inputs"]),
+            ", ".join(row["outputs"]),
+            f"{row['heads']} x {row['head_size']}",
+            str(row["bits"]),
+            format_bytes(row["float_bytes"]),
+            format_bytes(row["token_bytes"]),
+        ]
+        for row in caches
+    ]
+    show_table(["cache", "was", "inputs", "outputs", ">heads", ">bits", ">floats a token", ">codes"], rows)
 
 
 def _port(port: Mapping[str, Any]) -> str:

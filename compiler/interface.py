@@ -5,7 +5,7 @@ Every runtime writes these into its artefacts, so that arguments mean the same w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,13 +64,18 @@ def input_structure(program: Program) -> dict[str, Any]:
     }
 
 
-def dimension_names(program: Program) -> dict[str, str]:
-    """torch's symbols (`s77`) → names of the Dims the user declared, else input and axis."""
+def dimension_names(program: Program, sizes: Mapping[str, Sequence[Any]] | None = None) -> dict[str, str]:
+    """torch's symbols (`s77`) → names of the Dims the user declared, else input and axis.
+
+    sizes: shapes of the inputs by name where their symbols are not the program's own (torch.export names them anew when
+    the structure of arguments has changed).
+    """
     declared = _declared_dims(program)
     names: dict[str, str] = {}
     for node, dims in zip(program.placeholders, declared, strict=True):
         fake = value(node)
-        for axis, size in enumerate(fake.shape if isinstance(fake, torch.Tensor) else ()):
+        own = fake.shape if isinstance(fake, torch.Tensor) else ()
+        for axis, size in enumerate(own if sizes is None else sizes.get(node.name, ())):
             symbol = str(size)
             if isinstance(size, int) or not symbol.isidentifier():
                 continue
@@ -91,12 +96,48 @@ def _declared_dims(program: Program) -> list[Any]:
     arguments = (program.example_args, program.example_kwargs)
     shapes = program.dynamic_shapes
     ordered = list(shapes.values()) if isinstance(shapes, Mapping) else list(shapes)
-    flat: list[Any] = []
-    for given, dims in zip([*arguments[0], *arguments[1].values()], ordered, strict=False):
-        if isinstance(given, (tuple, list)) and isinstance(dims, (tuple, list)):
-            flat.extend(dims)
-        else:
-            flat.extend(
-                [dims] if len(pytree.tree_leaves(given)) == 1 else [None] * len(pytree.tree_leaves(given))
-            )
+    given = [*arguments[0], *arguments[1].values()]
+    flat = [leaf for value_, dims in zip(given, ordered, strict=False) for leaf in _aligned(value_, dims)]
     return flat if len(flat) == len(nothing) else nothing
+
+
+def _aligned(given: Any, dims: Any) -> list[Any]:
+    """The dynamic sizes of each leaf of an argument."""
+    if isinstance(given, (tuple, list)) and isinstance(dims, (tuple, list)) and len(given) == len(dims):
+        return [leaf for inner in zip(given, dims, strict=True) for leaf in _aligned(*inner)]
+    if isinstance(given, Mapping) and isinstance(dims, Mapping) and set(dims) <= set(given):
+        return [leaf for key, inner in given.items() for leaf in _aligned(inner, dims.get(key))]
+    count = len(pytree.tree_leaves(given))
+    return [dims] if count == 1 else [None] * count
+
+
+def cache_facts(program: Program) -> list[dict[str, Any]]:
+    """What a caller needs to know of the caches that are codes (`Program.caches`), for artefacts and reports.
+
+    `{kind, was, inputs, outputs, heads, head_size, bits, token_bytes, float_bytes, hadamard, scale}`: names of the
+    inputs and of the outputs of codes and of pairs; was: the input of floats; token_bytes: of all heads of one token,
+    codes and pairs, float_bytes: what it was; hadamard and scale: what the floats go through first.
+    """
+    names = output_names(program)
+    inputs = {node.name: value(node) for node in program.placeholders}
+    return [
+        {
+            "kind": cache.kind,
+            "was": cache.name,
+            "inputs": list(cache.inputs),
+            "outputs": names[cache.output : cache.output + 2],
+            "heads": int(inputs[cache.inputs[0]].shape[1]),
+            "head_size": cache.depth,
+            "bits": cache.bits,
+            "token_bytes": sum(_token_bytes(inputs[name]) for name in cache.inputs),
+            "float_bytes": 4 * int(inputs[cache.inputs[0]].shape[1]) * cache.depth,
+            "hadamard": list(cache.hadamard),
+            "scale": list(cache.scale),
+        }
+        for cache in program.caches
+    ]
+
+
+def _token_bytes(held: torch.Tensor) -> int:
+    """Bytes of one token of `[B, H, T, ...]`."""
+    return int(held.shape[1]) * int(held.shape[3]) * held.element_size()

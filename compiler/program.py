@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from . import dialect as _dialect  # registers the operators that graphs and files may contain
 from .artefact import replacing
+from .coded_cache import CodedCache, decoded
 from .errors import ArtefactError, InputError
 from .graph import value
 
@@ -43,6 +44,7 @@ class Program:
     example_args, example_kwargs: inputs that the graph runs on (also what verification uses).
     dynamic_shapes: as torch.export takes them, or None for static shapes.
     records: one JSON-like dictionary for each pass that made this program from the captured one.
+    caches: inputs and outputs that were floats in the captured module and are codes here, in the order of the outputs.
     expendable: whether nothing reads this program any more after the next pass, which may then free its tensors as it
         replaces them. Only what made a program may say so (the driver does, of those between two passes).
     """
@@ -55,6 +57,7 @@ class Program:
         example_kwargs: Mapping[str, Any] | None = None,
         dynamic_shapes: Any = None,
         records: Iterable[Mapping[str, Any]] = (),
+        caches: Iterable[CodedCache] = (),
     ) -> None:
         self.graph = graph
         used = {node.target for node in graph.nodes if node.op == "get_attr"}
@@ -63,6 +66,7 @@ class Program:
         self.example_kwargs = dict(example_kwargs or {})
         self.dynamic_shapes = dynamic_shapes
         self.records = tuple(dict(r) for r in records)
+        self.caches = tuple(caches)
         self.expendable = False
 
     @cached_property
@@ -178,6 +182,7 @@ class Program:
             self.example_kwargs,
             self.dynamic_shapes,
             (*self.records, *records),
+            self.caches,
         )
 
     def lent(self) -> Program:
@@ -195,6 +200,11 @@ class Program:
                 *self.flatten_inputs(args, kwargs), enable_io_processing=False
             )
         return pytree.tree_leaves(flat)
+
+    def run_comparable(self) -> list[Any]:
+        """`run_float64` on the example inputs, with floats where caches are codes: what every program of a series of
+        passes returns alike."""
+        return decoded(self.caches, self.run_float64())
 
     def run_observed(
         self,
@@ -227,7 +237,13 @@ class Program:
         exported = self.to_exported_program()
         with replacing(path) as file:
             torch.export.save(
-                exported, file, extra_files={_RECORD_FILE: json.dumps({"records": self.records})}
+                exported,
+                file,
+                extra_files={
+                    _RECORD_FILE: json.dumps(
+                        {"records": self.records, "caches": [cache.to_json() for cache in self.caches]}
+                    )
+                },
             )
 
     @staticmethod
@@ -237,14 +253,15 @@ class Program:
 
         extra = {_RECORD_FILE: ""}
         program = capture(load_pt2(path, extra))
-        records = json.loads(extra[_RECORD_FILE])["records"] if extra[_RECORD_FILE] else []
+        held = json.loads(extra[_RECORD_FILE]) if extra[_RECORD_FILE] else {"records": []}
         return Program(
             program.graph,
             program.tensors,
             program.example_args,
             program.example_kwargs,
             program.dynamic_shapes,
-            records,
+            held["records"],
+            map(CodedCache.from_json, held.get("caches", ())),
         )
 
 

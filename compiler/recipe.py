@@ -210,21 +210,29 @@ class ConvolutionFormat(_Strict):
 
 
 class CacheFormat(_Strict):
-    """How keys and values of attentions are stored: unsigned codes with a pair per token and head."""
+    """How keys and values of attentions are stored: unsigned codes with a pair per token and head.
+
+    storage: `rounded` where attentions read them (what a cache of codes computes), or `codes`: caches that are inputs and
+    outputs of the model become codes, and the model is called with those.
+    """
 
     bits: Literal[4, 8] = 8
+    storage: Literal["rounded", "codes"] = "rounded"
 
 
 class Sparsity(_Strict):
     """Whether linears skip the zeros of their weights.
 
     mode: `auto` where the model of `extract_sparsity` predicts at least `gain` times the dense speed, `off` never.
-    layout: how what is not zero is stored: `auto`, the one that is predicted to be fastest, or always this one.
+    layout: how what is not zero is stored: `auto`, the one that is predicted to be fastest, or always this one;
+    `mixture` is blocks in one layout and what is beside them in another.
     """
 
     mode: Literal["auto", "off"] = "auto"
     gain: float = Field(default=1.1, gt=0.0)
-    layout: Literal["auto", "bitmask", "windows", "1:4", "2:4", "4:8", "1x4", "16x1", "16x4"] = "auto"
+    layout: Literal["auto", "mixture", "bitmask", "windows", "1:4", "2:4", "4:8", "1x4", "16x1", "16x4"] = (
+        "auto"
+    )
 
     @field_validator("mode", mode="before")
     @classmethod
@@ -401,6 +409,12 @@ class Recipe(_Strict):
     def weight_formats(self) -> list[WeightFormat]:
         """The formats of weights that some layer may have."""
         given = (self.weights, *(rule.weights for rule in self.layers))
+        return [form for form in given if form is not None]
+
+    @property
+    def cache_formats(self) -> list[CacheFormat]:
+        """The formats of keys and values that some attention may have."""
+        given = (self.kv, *(rule.kv for rule in self.layers))
         return [form for form in given if form is not None]
 
     @property

@@ -12,6 +12,7 @@
     folds          what each pass that folds transforms did, its error, and its refusals (see `fold_rows`)
     sparsity       linears that skip the zeros of their weights (see `sparsity_rows`)
     hadamards      transforms that are computed at run time (see `online_hadamards`)
+    caches         keys and values that go in and out as codes (`interface.cache_facts`)
     cost_model     what a machine's rates predict (`predicted_times.predict_layers`), None without a machine
 
 `add_profile` puts in what ONNX Runtime measured; `html_report.render_html` draws the page. Bytes are counted and times
@@ -29,6 +30,7 @@ from .block_graph import block_graph
 from .cost_model import Machine
 from .dialect.operator import operator_of
 from .graph import argument, module_path, place_of, value
+from .interface import cache_facts
 from .passes import PassReport
 from .predicted_times import predict_layers
 from .program import Program
@@ -82,6 +84,7 @@ def build_report(
         "folds": fold_rows(records),
         "sparsity": sparsity_rows(records),
         "hadamards": online_hadamards(program),
+        "caches": cache_facts(program),
         "cost_model": predicted,
     }
 

@@ -20,7 +20,7 @@ from ..compiler.graph import argument, dtype, module_path, shape, value
 from ..compiler.passes import Guarantee, define_pass
 from ..compiler.recipe import Recipe
 from .layers import constant_name
-from .sparse_candidates import candidates
+from .sparse_mixtures import ways_to_store
 from .sparse_speed import dense_time
 
 aten = torch.ops.aten
@@ -51,7 +51,7 @@ def expose_pointwise(editor: Editor, *, recipe: Recipe) -> None:
         matrix, made = weight.detach().flatten(1), value(node)
         assert isinstance(made, Tensor)
         rows = max(int(made.numel()) // max(len(matrix), 1), 1)
-        best = candidates(matrix, "float32", rows, form.layout)
+        best = ways_to_store(matrix, "float32", rows, form.layout)
         dense = dense_time("float32", rows, matrix.numel(), 4 * matrix.numel())
         moved = 2 * 4 * rows * sum(matrix.shape) / PERMUTED
         if not best or dense < (best[0].nanoseconds + moved) * form.gain:

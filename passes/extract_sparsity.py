@@ -2,12 +2,15 @@
 
     linear(x, W) + b                      → linear_sparse_float(x, values of W, b)      W a float32 constant
     linear_packed(u, codes, scale, ...)   → linear_sparse(u, codes that are not 0, scale, ...)
+    either, W = B + R                     → the same twice: R's result is the residual of B's (`sparse_mixtures`)
 
 For each layer: which pattern the zeros make (`sparsity_patterns`), in which layouts the matrix can be stored
-(`sparse_candidates`), and how fast each is predicted to be beside the dense linear at this number of rows
-(`sparse_speed`). The fastest is taken; where it is not faster by `sparsity.gain` the layer stays dense, and the refusal
-says how far it is from paying. Blocks with a bitmask of the rest would be two operators: they are predicted too, and
-reported where they would be faster than what was chosen, but not built.
+(`sparse_candidates`), alone or two of them that share it, and how fast each is predicted to be beside the dense linear
+at this number of rows (`sparse_speed`). The fastest is taken; where it is not faster by `sparsity.gain` the layer stays
+dense, and the refusal says how far it is from paying.
+
+A residual comes behind the activation, so the activation of a mixture is an operator of its own again (its time is
+counted), and gated linears, whose rows are those of two factors, have no mixtures.
 
 BITWISE in what is stored: codes and values are kept bit for bit, and zeros are left out of sums. The guarantee is REAL,
 as the order of the remaining sums may differ.
@@ -18,24 +21,28 @@ Side conditions: weights are constants; codes have 8 bits and one symmetric scal
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from ..compiler.dialect import linear_packed, linear_packed_float, linear_sparse, linear_sparse_float
+from ..compiler.dialect import linear_packed, linear_packed_float
 from ..compiler.dialect.linear_packed import packed_rows
 from ..compiler.dialect.packing import unpack_codes
 from ..compiler.dialect.sparse_packing import PackedSparse, pack_sparse
 from ..compiler.editor import Editor
-from ..compiler.graph import argument, dtype, module_path, value
+from ..compiler.graph import argument, dtype, module_path, only_user, value
 from ..compiler.passes import Guarantee, define_pass
 from ..compiler.recipe import Recipe, Sparsity
-from .layers import constant_name
+from .fuse_epilogues import ACTIVATIONS
+from .layers import constant_name, is_call_of
 from .packed_rows import arguments
-from .sparse_candidates import Candidate, candidates, mixture
-from .sparse_speed import break_even, dense_time
+from .sparse_candidates import Candidate
+from .sparse_mixtures import MIXTURE, break_even_of, split, ways_to_store
+from .sparse_speed import dense_time
 from .sparsity_patterns import Pattern, pattern_of
+from .write_sparse import Stored, write_sparse
 
 aten = torch.ops.aten
 
@@ -46,7 +53,7 @@ FEWEST_ZEROS = 0.05
 @define_pass(Guarantee.REAL)
 def extract_sparsity(editor: Editor, *, recipe: Recipe) -> None:
     """Store the weights of linears as non-zeros where the recipe's `sparsity` allows and it pays."""
-    made: dict[tuple[fx.Node, str, str], tuple[PackedSparse, dict[str, fx.Node]]] = {}
+    made: dict[tuple[fx.Node, str, str], list[Stored]] = {}
     for node in editor.calls(aten.linear.default, linear_packed.overload, linear_packed_float.overload):
         form = recipe.format_for(module_path(node), "sparsity")
         if form is None or form.mode == "off":
@@ -64,25 +71,27 @@ def extract_sparsity(editor: Editor, *, recipe: Recipe) -> None:
             continue
         kind = "float32" if node.target == aten.linear.default else f"int{argument(node, 'bits')}"
         pattern, rows = pattern_of(matrix), _rows(node)
-        found = candidates(matrix, kind, rows, form.layout)
+        found = ways_to_store(matrix, kind, rows, form.layout, _more_passes(node))
         if not found:
-            editor.refused(node, f"{kind}, {pattern.name}: the layout {form.layout} does not hold it")
+            editor.refused(node, f"{kind}, {pattern.name}: {_none(node, form)}")
             continue
         best = found[0]
         dense = dense_time(kind, rows, matrix.numel(), held.numel() * held.element_size())
         if dense < best.nanoseconds * form.gain:
-            editor.refused(
-                node, _reason(kind, pattern, rows, best, dense, form) + _mixed(matrix, rows, kind, best)
-            )
+            editor.refused(node, _reason(kind, pattern, rows, matrix.numel(), best, dense, form))
             continue
-        key = (weight, best.layout, best.value)
+        key = (weight, best.name, best.value)
         if key not in made:
-            made[key] = _store(editor, weight, matrix, kind, best)
-        packed, nodes = made[key]
-        new = _call(editor, node, packed, nodes)
+            parts = (matrix,) if best.rest is None else split(matrix, best)
+            layouts = (best.layout,) if best.rest is None else (best.layout, best.rest.layout)
+            made[key] = [
+                _store(editor, weight, part, kind, layout, best.value)
+                for part, layout in zip(parts, layouts, strict=True)
+            ]
+        new = write_sparse(editor, node, made[key])
         editor.replace(node, new)
-        facts = _facts(held, packed, pattern, rows, kind, best, dense)
-        facts["candidates"] = {f"{c.layout} {c.value}": c.nanoseconds / 1e3 for c in found}
+        facts = _facts(held, [part.packed for part in made[key]], pattern, rows, kind, best, dense)
+        facts["candidates"] = {f"{c.name} {c.value}": c.nanoseconds / 1e3 for c in found}
         editor.applied(new, _what(matrix, pattern, rows, kind, best, dense), **facts)
 
 
@@ -92,20 +101,31 @@ def _what(matrix: Tensor, pattern: Pattern, rows: int, kind: str, best: Candidat
         for count, name in ((pattern.empty_rows, "rows"), (pattern.empty_columns, "columns"))
         if count
     )
-    text = (
+    return (
         f"{matrix.shape[0]} x {matrix.shape[1]}, {pattern.name}{empty}: {pattern.density:.1%} are not zero, stored as "
-        f"{best.layout} of {best.value}, predicted {dense / best.nanoseconds:.2f} times the dense speed"
+        f"{best.name} of {best.value}, predicted {dense / best.nanoseconds:.2f} times the dense speed"
     )
-    return text + _mixed(matrix, rows, kind, best)
 
 
-def _mixed(matrix: Tensor, rows: int, kind: str, best: Candidate) -> str:
-    """What a mixture would be, where it would be faster."""
-    mixed = mixture(matrix, kind, rows)
-    if mixed is None or mixed[1] >= best.nanoseconds:
-        return ""
-    name, time = mixed
-    return f" ({name}, as two operators, would take {time / best.nanoseconds:.2f} times as long: not built)"
+def _more_passes(node: fx.Node) -> int:
+    """How many operators more a mixture needs behind its two; -1: it cannot be one (`ways_to_store`)."""
+    if node.target != aten.linear.default:
+        given = arguments(node)
+        return (
+            -1
+            if given["gated"]
+            else int(given["activation"] != "none") * (1 + (given["residual"] is not None))
+        )
+    return int(is_call_of(only_user(node), *ACTIVATIONS))
+
+
+def _none(node: fx.Node, form: Sparsity) -> str:
+    """Why there is no way to store a matrix."""
+    if form.layout != MIXTURE:
+        return f"the layout {form.layout} does not hold it"
+    if _more_passes(node) < 0:
+        return "gated linears have no mixtures: the residual of one operator comes behind the product of both factors"
+    return "it is no mixture: no layout holds a part of it, or one layout holds all of it"
 
 
 def _matrix(node: fx.Node, held: Tensor) -> Tensor | str:
@@ -138,30 +158,38 @@ def _rows(node: fx.Node) -> int:
 
 
 def _facts(
-    held: Tensor, packed: PackedSparse, pattern: Pattern, rows: int, kind: str, best: Candidate, dense: float
+    held: Tensor,
+    packed: Sequence[PackedSparse],
+    pattern: Pattern,
+    rows: int,
+    kind: str,
+    best: Candidate,
+    dense: float,
 ) -> dict[str, Any]:
-    size = held.numel() * held.element_size()
+    size, stored = held.numel() * held.element_size(), sum(part.nbytes for part in packed)
     return {
         "pattern": pattern.name,
         "density": pattern.density,
         "empty_rows": pattern.empty_rows,
         "empty_columns": pattern.empty_columns,
-        "layout": best.layout,
+        "layout": best.name,
         "values": best.value,
-        "stored": packed.density,
+        "stored": sum(part.density for part in packed),
         "rows": rows,
-        "break_even": break_even(best.layout, best.value, rows, kind),
+        "break_even": break_even_of(best, packed[0].n * packed[0].k, rows, kind),
         "predicted_speedup": dense / best.nanoseconds,
         "saved_microseconds": (dense - best.nanoseconds) / 1e3,
         "dense_bytes": size,
-        "sparse_bytes": packed.nbytes,
-        "saved_bytes": size - packed.nbytes,
+        "sparse_bytes": stored,
+        "saved_bytes": size - stored,
     }
 
 
-def _reason(kind: str, pattern: Pattern, rows: int, best: Candidate, dense: float, form: Sparsity) -> str:
+def _reason(
+    kind: str, pattern: Pattern, rows: int, weights: int, best: Candidate, dense: float, form: Sparsity
+) -> str:
     at = f"{rows} row{'s' if rows > 1 else ''} of activations"
-    limit = break_even(best.layout, best.value, rows, kind)
+    limit = break_even_of(best, weights, rows, kind)
     enough = (
         f"it pays where up to {limit:.0%} of the weights are stored"
         if limit
@@ -169,33 +197,18 @@ def _reason(kind: str, pattern: Pattern, rows: int, best: Candidate, dense: floa
     )
     return (
         f"{kind}, {pattern.name}: at a density of {pattern.density:.0%} and {at} it is predicted to run at "
-        f"{dense / best.nanoseconds:.2f} times the dense speed as {best.layout} of {best.value}, less than "
+        f"{dense / best.nanoseconds:.2f} times the dense speed as {best.name} of {best.value}, less than "
         f"{form.gain:g}; "
         f"{enough}"
     )
 
 
-def _store(
-    editor: Editor, weight: fx.Node, matrix: Tensor, kind: str, best: Candidate
-) -> tuple[PackedSparse, dict[str, fx.Node]]:
-    chosen = matrix.bfloat16() if best.value == "bfloat16" else matrix
-    packed = pack_sparse(chosen, best.layout, 4 if kind == "int4" else 8)
+def _store(editor: Editor, weight: fx.Node, matrix: Tensor, kind: str, layout: str, values: str) -> Stored:
+    chosen = matrix.bfloat16() if values == "bfloat16" else matrix
+    packed = pack_sparse(chosen, layout, 4 if kind == "int4" else 8)
     parts = {"places": packed.places, "values": packed.values, "offsets": packed.offsets}
-    nodes = {
-        part: editor.constant(tensor, constant_name(editor, weight, f"sparse_{part}"))
+    nodes = tuple(
+        editor.constant(tensor, constant_name(editor, weight, f"sparse_{part}"))
         for part, tensor in parts.items()
-    }
-    return packed, nodes
-
-
-def _call(editor: Editor, node: fx.Node, packed: PackedSparse, nodes: dict[str, fx.Node]) -> fx.Node:
-    stored = (nodes["places"], nodes["values"], nodes["offsets"])
-    if node.target == aten.linear.default:
-        x, bias = argument(node, "input"), argument(node, "bias")
-        tail = (bias, None, packed.n, packed.k, packed.layout, "none", False)
-        return editor.call(linear_sparse_float.overload, x, *stored, *tail, like=node)
-    a = arguments(node)
-    first = (a[name] for name in ("scale", "wsum", "bias", "residual", "n", "k"))
-    last = (a[name] for name in ("group_size", "scale_multiplier", "activation", "gated"))
-    form = (packed.layout, packed.bits)
-    return editor.call(linear_sparse.overload, a["u"], a["params"], *stored, *first, *form, *last, like=node)
+    )
+    return Stored(matrix, packed, nodes)

@@ -74,13 +74,12 @@ def _reason_against(node: fx.Node) -> str | None:
         return f"it drops weights at random (dropout_p = {argument(node, 'dropout_p')})"
     if dtype(node) != torch.float32:
         return f"it computes in {dtype(node)}, not float32"
-    (batch, heads, _, depth), (key_batch, key_heads, length, key_depth), values = sizes
+    (batch, heads, _, depth), (key_batch, key_heads, _, key_depth), values = sizes
     if not all(isinstance(size, int) for size in (heads, depth, key_heads, key_depth, values[1], values[3])):
         return "the number or the size of the heads is not static"
-    if not (
-        equal_sizes(batch, key_batch) and equal_sizes(batch, values[0]) and equal_sizes(length, values[2])
-    ):
-        return f"batch or length are broadcast: {sizes}"
+    # Keys and values are as many, whatever their symbols are: the product of probabilities and values has no broadcast.
+    if not (equal_sizes(batch, key_batch) and equal_sizes(batch, values[0])):
+        return f"batches are broadcast: {sizes}"
     if depth != key_depth or key_heads != values[1]:
         return f"keys and values do not fit: {sizes}"
     shared = argument(node, "enable_gqa") or key_heads == 1

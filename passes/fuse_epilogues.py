@@ -32,7 +32,8 @@ from ..compiler.passes import Guarantee, define_pass
 from .packed_rows import LINEARS, PackedRows, arguments, call_with, is_plain, read_rows, write_rows
 
 aten = torch.ops.aten
-_ACTIVATIONS = (aten.relu.default, aten.gelu.default, aten.silu.default)
+ACTIVATIONS = (aten.relu.default, aten.gelu.default, aten.silu.default)
+"""Operators that an epilogue may become."""
 
 
 @define_pass(Guarantee.REAL)
@@ -59,14 +60,14 @@ def _absorb_next(editor: Editor, node: fx.Node) -> fx.Node | None:
     linear = is_call(node, *LINEARS)
     user = only_user(node)
     if user is None:
-        following = next((u for u in node.users if is_call(u, *_ACTIVATIONS)), None)
+        following = next((u for u in node.users if is_call(u, *ACTIVATIONS)), None)
         if following is not None:
             editor.refused(following, f"{len(node.users)} operators read the value before the activation")
         return None
     whole = is_call(node, conv_packed.overload)
     if not (argument(node, "activation") == "none" if whole else is_plain(node)):
         return None
-    if is_call(user, *_ACTIVATIONS):
+    if is_call(user, *ACTIVATIONS):
         name = _activation(user)
         assert name is not None
         new = call_with(editor, node, before=user, activation=name)

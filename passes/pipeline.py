@@ -52,6 +52,7 @@ from .quantize_codebooks import quantize_codebooks
 from .quantize_coded import quantize_coded
 from .quantize_convolutions import quantize_convolutions
 from .quantize_embeddings import quantize_embeddings
+from .quantize_past import quantize_past
 from .quantize_weights import quantize_weights
 from .shrink_channels import shrink_channels
 from .split_low_rank import split_low_rank
@@ -96,6 +97,7 @@ def plan(
         (weights, quantize_weights),
         (embeddings, quantize_embeddings),
         (convolutions, quantize_convolutions),
+        (any(form.storage == "codes" for form in recipe.cache_formats), quantize_past),
         (cache, quantize_cache),
     ):
         if wanted:

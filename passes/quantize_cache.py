@@ -7,7 +7,7 @@ cache of such codes computes with: keys are rounded as they enter the attention,
 so that a cached key need never be touched again, and the pair belongs to the token and head, so that a new token
 leaves the old ones alone.
 
-One node serves all attentions that read the same value in one format. Side conditions: float32, a dimension of heads
+Caches that are stored as codes are `quantize_past`'s. One node serves all attentions that read the same value in one format. Side conditions: float32, a dimension of heads
 (four dimensions or more), so that the last one is the head's; what is already quantized stays as it is.
 """
 
@@ -34,7 +34,7 @@ def quantize_cache(editor: Editor, *, recipe: Recipe) -> None:
     rounded: dict[tuple[fx.Node, CacheFormat], fx.Node] = {}
     for node in editor.calls(*ATTENTIONS):
         form = recipe.format_for(module_path(node), "kv")
-        if form is None:
+        if form is None or form.storage != "rounded":
             continue
         done = [name for name in _READ if _quantize(editor, node, name, form, rounded)]
         if done:

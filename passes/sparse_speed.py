@@ -18,6 +18,7 @@ change little with their number.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 BANDWIDTH = 45.0
@@ -55,6 +56,9 @@ class Pace:
 
 DENSE = {"float32": Dense(33.0, 0.605), "int8": Dense(49.0, 0.131), "int4": Dense(29.0, 0.150)}
 """By what the weights are."""
+
+DENSE_BYTES = {"float32": 4.0, "int8": 1.0, "int4": 0.5}
+"""Of a weight."""
 
 PACES = {
     ("bitmask", "float32"): Pace(4, 1.4, 1.1, 3.0, 1.05),
@@ -114,12 +118,18 @@ def size_of(layout: str, value: str, weights: int, stored: int) -> int:
 def break_even(layout: str, value: str, rows: int, dense: str) -> float:
     """The largest share of weights stored, in hundredths, at which a layout is predicted to be faster by MARGIN than
     the dense linear of the type `dense`; 0: none."""
+
+    def time(weights: int, stored: int) -> float:
+        return sparse_time(layout, value, rows, weights, stored, size_of(layout, value, weights, stored))
+
+    return largest_share(dense, rows, time)
+
+
+def largest_share(dense: str, rows: int, time: Callable[[int, int], float]) -> float:
+    """The same for any prediction: `time(weights, stored)` in nanoseconds."""
     weights = 1 << 24
-    size = int(weights * {"float32": 4.0, "int8": 1.0, "int4": 0.5}[dense])
-    whole = dense_time(dense, rows, weights, size)
+    whole = dense_time(dense, rows, weights, int(weights * DENSE_BYTES[dense]))
     for percent in range(100, 0, -1):
-        stored = weights * percent // 100
-        time = sparse_time(layout, value, rows, weights, stored, size_of(layout, value, weights, stored))
-        if whole / time >= MARGIN:
+        if whole / time(weights, weights * percent // 100) >= MARGIN:
             return percent / 100
     return 0.0

@@ -1,7 +1,8 @@
 """Remove calls that return their input, and spell every view as a reshape.
 
 Casts to the type a value has, clones, dropout outside training, slices and views of everything, additions of
-an integer zero, products with one: each is the identity on values. A copy differs from its source only under
+an integer zero, products with one, concatenations of one value (parts without elements, with which caches begin, are
+left out): each is the identity on values. A copy differs from its source only under
 in-place writes, and captured graphs have none. Nested reshapes are the outer one; transposes in a row that
 undo each other cancel.
 
@@ -17,7 +18,7 @@ import torch
 from torch import fx
 
 from ..editor import Editor
-from ..graph import argument, dtype, value
+from ..graph import argument, dtype, shape, value
 from ..passes import Guarantee, define_pass
 from .match import (
     CASTS,
@@ -114,6 +115,11 @@ def _permute(node: fx.Node) -> fx.Node | None:
     return None
 
 
+def _concatenation(node: fx.Node) -> fx.Node | None:
+    parts = operands(node)[0]
+    return parts[0] if len(parts) == 1 else None
+
+
 _IDENTITIES: dict[object, Callable[[fx.Node], fx.Node | None]] = {
     **dict.fromkeys((*CASTS, aten.type_as.default), _first),
     **dict.fromkeys(RESHAPES, _first),
@@ -128,6 +134,7 @@ _IDENTITIES: dict[object, Callable[[fx.Node], fx.Node | None]] = {
     aten.dropout.default: _dropout,
     aten.native_dropout.default: lambda node: None,
     aten.slice.Tensor: _slice,
+    aten.cat.default: _concatenation,
     aten.add.Tensor: _sum_with_zero,
     aten.sub.Tensor: _sum_with_zero,
     aten.mul.Tensor: _product_with_one,
@@ -143,7 +150,9 @@ def _identity(node: fx.Node) -> fx.Node | None:
 
 
 def _respell(editor: Editor, node: fx.Node) -> None:
-    """Views as reshapes of the value before earlier reshapes."""
+    """Views as reshapes of the value before earlier reshapes, concatenations of what has elements."""
+    if node.target is aten.cat.default:
+        _leave_out_empty(editor, node)
     if node.target not in RESHAPES:
         return
     node.target = aten.reshape.default
@@ -155,3 +164,18 @@ def _respell(editor: Editor, node: fx.Node) -> None:
         node.args = (source, operands(node)[1])
         if isinstance(inner, fx.Node) and not inner.users:
             editor.erase(inner)
+
+
+def _leave_out_empty(editor: Editor, node: fx.Node) -> None:
+    parts = operands(node)[0]
+    kept = [part for part in parts if not (_is_empty(part) and dtype(part) == dtype(node))]
+    if not kept or len(kept) == len(parts):
+        return
+    node.args = (kept, *node.args[1:])
+    for part in parts:
+        if part not in kept and not part.users and part.op in ("call_function", "get_attr"):
+            editor.erase(part)
+
+
+def _is_empty(node: fx.Node) -> bool:
+    return any(isinstance(size, int) and size == 0 for size in shape(node) or ())

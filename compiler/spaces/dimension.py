@@ -139,6 +139,7 @@ def _unit_gains(program: Program, spaces: Spaces) -> Program:
         program.example_kwargs,
         program.dynamic_shapes,
         program.records,
+        program.caches,
     )
 
 

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 
 from ...compiler.artefact import FORMAT_VERSION, MANIFEST, cannot_write
-from ...compiler.interface import input_names, input_structure, output_structure
+from ...compiler.interface import cache_facts, input_names, input_structure, output_structure
 from ...compiler.opened import EXAMPLES, REPORT, sha256_of
 from ...compiler.program import Program
 from .check import check_packed, check_results
@@ -130,6 +130,7 @@ def _manifest(program: Program, model: ir.Model, files: dict[str, Any]) -> dict[
         "outputs": [_port(v) for v in model.graph.outputs],
         "arguments": arguments,
         "results": output_structure(program),
+        "caches": cache_facts(program),
     }
 
 

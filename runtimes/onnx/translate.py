@@ -7,6 +7,7 @@ exporter's own inliner fails on functions that arrive with a translation.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import warnings
@@ -23,7 +24,7 @@ from onnxscript import values
 from ...compiler.dialect import ONNX_DOMAIN, ONNX_VERSION, OPERATORS, Operator
 from ...compiler.errors import UnsupportedError
 from ...compiler.graph import module_path, place_of
-from ...compiler.interface import dimension_names, input_names, output_names
+from ...compiler.interface import cache_facts, dimension_names, input_names, output_names
 from ...compiler.program import Program
 from .body import OPSET
 from .functions import build_function
@@ -144,6 +145,8 @@ def to_onnx(program: Program) -> ir.Model:
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = "isofold", None
     model.metadata_props.clear()
+    if program.caches:
+        model.metadata_props["isofold.caches"] = json.dumps(cache_facts(program))
     model.graph.metadata_props.clear()
     model.graph.doc_string = None
     return model
@@ -163,6 +166,7 @@ def _without_gradients(program: Program) -> Program:
         program.example_kwargs,
         program.dynamic_shapes,
         program.records,
+        program.caches,
     )
 
 
@@ -257,7 +261,12 @@ def _name_interface(model: ir.Model, program: Program) -> None:
         value_.name = f"interface_{position}"  # all names are free before any is taken
     for value_, name in zip(interface, [*inputs, *outputs], strict=True):
         value_.name = name
-    renames = dimension_names(program)
+    sizes = {
+        str(v.name): [d if isinstance(d, int) else d.value for d in v.shape]
+        for v in graph.inputs
+        if v.shape is not None
+    }
+    renames = dimension_names(program, sizes)
     for value_ in _values(graph):
         if value_.shape is not None:
             value_.shape = ir.Shape([_rename(d, renames) for d in value_.shape])

@@ -18,6 +18,7 @@ from torch import Tensor
 from ...compiler.artefact import FORMAT_VERSION, MANIFEST, cannot_write, replacing
 from ...compiler.graph import value
 from ...compiler.interface import (
+    cache_facts,
     dimension_names,
     input_names,
     input_structure,
@@ -173,6 +174,7 @@ def manifest_of(program: Program, target: str, files: dict[str, Any]) -> dict[st
         ],
         "arguments": arguments,
         "results": output_structure(program),
+        "caches": cache_facts(program),
     }
 
 

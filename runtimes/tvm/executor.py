@@ -63,6 +63,8 @@ def runtime_library() -> Path:
 
 def aligned(array: np.ndarray) -> np.ndarray:
     """The same values, contiguous and at a multiple of 64 bytes, which the kernels' vector loads need."""
+    if not array.size:
+        return _empty(array)
     array = np.ascontiguousarray(array) if array.ndim else array
     if array.ctypes.data % ALIGNMENT == 0 and array.flags.writeable:
         return array
@@ -71,6 +73,17 @@ def aligned(array: np.ndarray) -> np.ndarray:
     copy = space[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
     copy[...] = array
     return copy
+
+
+def _empty(array: np.ndarray) -> np.ndarray:
+    """An array without elements (a cache in front of the first token), with the strides that kernels check: NumPy's own
+    are all 0."""
+    strides = [array.itemsize]
+    for size in reversed(array.shape[1:]):
+        strides.insert(0, strides[0] * size)
+    space = np.empty(2 * ALIGNMENT, np.uint8)
+    start = -space.ctypes.data % ALIGNMENT
+    return np.ndarray(array.shape, array.dtype, space, start, strides)
 
 
 class Executor:

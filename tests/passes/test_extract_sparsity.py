@@ -24,7 +24,7 @@ from isofold.compiler.program import Program
 from isofold.compiler.recipe import PRESETS, LayerRule, Prune, Recipe, Sparsity, WeightFormat, resolve
 from isofold.passes.pipeline import plan
 from isofold.passes.prune_weights import kept
-from isofold.passes.sparse_candidates import candidates, mixture
+from isofold.passes.sparse_candidates import candidates
 from isofold.passes.sparse_speed import DENSE, MARGIN, PACES, break_even, dense_time, size_of, sparse_time
 from isofold.passes.sparsity_patterns import pattern_of
 from isofold.runtimes.onnx.export import export_onnx
@@ -431,20 +431,6 @@ def test_other_convolutions_stay(density: float, options: dict[str, Any], reason
     _, reports = compiled(model, PRESETS["sparse-float32"], x)
     assert not reports["expose_pointwise"].applied
     assert reason in reports["expose_pointwise"].refused[0].reason
-
-
-def test_a_mixture_is_predicted_and_not_built() -> None:
-    scattered = patterned("unstructured", 0.02, 4096, 4096)
-    matrix = torch.where(patterned("16x4", 0.3, 4096, 4096) != 0, random(4096, 4096), scattered)
-    found = mixture(codes(matrix), "int8", 128)
-    assert found is not None
-    assert found[0] == "16x4 and a bitmask"
-    assert found[1] < candidates(codes(matrix), "int8", 128)[0].nanoseconds
-    assert mixture(codes(scattered), "int8", 128) is None
-    _, reports = compiled(only(nn.Linear, matrix), PRESETS["sparse-int8"], random(128, 4096))
-    report = reports["extract_sparsity"]
-    texts = [entry.what for entry in report.applied] + [entry.reason for entry in report.refused]
-    assert any("16x4 and a bitmask, as two operators" in text for text in texts)
 
 
 def test_recipes_of_sparsity() -> None:
