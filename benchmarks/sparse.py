@@ -111,7 +111,13 @@ FAMILIES: dict[tuple[str, int], tuple[Kind, ...]] = {
         Kind("int8", 80, "1x4", "1x4"),
         Kind("int8", 80, "16x4", "16x4"),
     ),
-    ("int4", 1): (Kind("int4"), Kind("int4", 50), Kind("int4", 75)),
+    ("int4", 1): (
+        Kind("int4"),
+        Kind("int4", 50, layout="panels"),
+        Kind("int4", 75, layout="panels"),
+        Kind("int4", 50),
+        Kind("int4", 75),
+    ),
     ("float32", 128): (
         Kind("float32"),
         Kind("float32", 80),
@@ -128,7 +134,7 @@ FAMILIES: dict[tuple[str, int], tuple[Kind, ...]] = {
         Kind("int8", 80, "1x4", "1x4"),
         Kind("int8", 80, "16x4", "16x4"),
     ),
-    ("int4", 128): (Kind("int4"), Kind("int4", 50)),
+    ("int4", 128): (Kind("int4"), Kind("int4", 50, layout="panels"), Kind("int4", 50)),
 }
 """By type and rows of activations; the first is the dense one. ``--quick`` leaves nothing out but rounds."""
 
