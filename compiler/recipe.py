@@ -230,9 +230,9 @@ class Sparsity(_Strict):
 
     mode: Literal["auto", "off"] = "auto"
     gain: float = Field(default=1.1, gt=0.0)
-    layout: Literal["auto", "mixture", "bitmask", "windows", "1:4", "2:4", "4:8", "1x4", "16x1", "16x4"] = (
-        "auto"
-    )
+    layout: Literal[
+        "auto", "mixture", "bitmask", "panels", "windows", "1:4", "2:4", "4:8", "1x4", "16x1", "16x4"
+    ] = "auto"
 
     @field_validator("mode", mode="before")
     @classmethod

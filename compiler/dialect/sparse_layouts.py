@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-LAYOUTS = ("bitmask", "windows", "1:4", "2:4", "4:8", "1x4", "16x1", "16x4")
+LAYOUTS = ("bitmask", "panels", "windows", "1:4", "2:4", "4:8", "1x4", "16x1", "16x4")
 """In the order of `enum isofold_sparse_layout` (runtimes/kernels/sparse_driver.h)."""
 
 VALUES = ("float32", "bfloat16", "int8", "int4")
@@ -10,6 +10,7 @@ VALUES = ("float32", "bfloat16", "int8", "int4")
 
 HELD = {
     "bitmask": VALUES,
+    "panels": ("int4",),
     "windows": ("int8",),
     "1:4": ("int8",),
     "2:4": ("int8",),

@@ -3,6 +3,7 @@
 A matrix `w [N, K]`, `Np = ceil(N, 16)`, becomes *places* (where values stand), *values* and *offsets*:
 
     bitmask          a bit for each input: any zeros                                       (here)
+    panels           the same for int4, 16 rows at a time                                  (`sparse_panels`)
     windows          a byte for each value, its place in 256 inputs: few values            (`sparse_windows`)
     1:4, 2:4, 4:8    N values and N indices for every M inputs                             (`sparse_groups`)
     1x4, 16x1, 16x4  a bit, or a column number, for each block                             (`sparse_blocks`)
@@ -84,6 +85,7 @@ def pack_sparse(matrix: Tensor, layout: str = "bitmask", bits: int = 8) -> Packe
     """
     from .sparse_blocks import BLOCKS, pack_blocks
     from .sparse_groups import GROUPS, pack_groups_of
+    from .sparse_panels import pack_panels
     from .sparse_windows import pack_windows
 
     _check(matrix, bits)
@@ -92,6 +94,8 @@ def pack_sparse(matrix: Tensor, layout: str = "bitmask", bits: int = 8) -> Packe
         raise InputError("Unknown layout of a sparse matrix", expected=f"one of {known}", got=repr(layout))
     if layout == "windows":
         return pack_windows(matrix)
+    if layout == "panels":
+        return pack_panels(matrix, bits)
     if layout in GROUPS:
         return pack_groups_of(matrix, layout)
     packed = pack_blocks(matrix, layout) if layout in BLOCKS else _pack_bitmask(matrix, bits)
@@ -106,12 +110,15 @@ def unpack_sparse(
     """Decode to `[n, k]`: float32, bfloat16, or codes as int8. The truth every kernel answers to."""
     from .sparse_blocks import BLOCKS, unpack_blocks
     from .sparse_groups import GROUPS, unpack_groups_of
+    from .sparse_panels import unpack_panels
     from .sparse_windows import unpack_windows
 
     if values.dtype == torch.uint16:
         values = values.view(torch.bfloat16)
     if layout == "windows":
         return unpack_windows(places, values, offsets, n, k)
+    if layout == "panels":
+        return unpack_panels(places, values, n, k)
     if layout in GROUPS:
         return unpack_groups_of(layout, places, values, n, k)
     if layout in BLOCKS:
@@ -180,38 +187,47 @@ def _pack_bitmask(matrix: Tensor, bits: int) -> PackedSparse:
         return PackedSparse(
             "bitmask", bits, pack_bits(there), padded(values), row_offsets(counts, n), n, k, stored
         )
-    words = F.pad(there, (0, ceil_to(k, WORD) - k)).unflatten(1, (-1, WORD)).sum(-1)
-    starts, total = _nibble_starts(words)
-    nibbles = torch.zeros(2 * total, dtype=torch.uint8)
-    nibbles[_nibble_index(there, starts)] = (matrix[there] & 15).to(torch.uint8)
-    values = nibbles[::2] | (nibbles[1::2] << 4)
-    counts = ((words + 1) // 2).sum(1)
-    return PackedSparse("bitmask", 4, pack_bits(there), padded(values), row_offsets(counts, n), n, k, stored)
+    words = F.pad(matrix, (0, ceil_to(k, WORD) - k)).reshape(-1, WORD)
+    counts = (((words != 0).sum(-1) + 1) // 2).reshape(n, -1).sum(1)
+    values = padded(join_nibbles(words))
+    return PackedSparse("bitmask", 4, pack_bits(there), values, row_offsets(counts, n), n, k, stored)
 
 
 def _unpack_bitmask(places: Tensor, values: Tensor, n: int, k: int, bits: int) -> Tensor:
     there = unpack_bits(places)
     if bits == 4 and not values.is_floating_point():
-        starts, _ = _nibble_starts(there.unflatten(1, (-1, WORD)).sum(-1))
-        nibbles = torch.stack([values & 15, values >> 4], 1).flatten().to(torch.int8)
-        found = ((nibbles ^ 8) - 8)[_nibble_index(there, starts)]
-    else:
-        found = values[: int(there.sum())]
+        return split_nibbles(values, there.reshape(-1, WORD)).reshape(there.shape)[:n, :k].contiguous()
+    found = values[: int(there.sum())]
     matrix = torch.zeros(there.shape, dtype=found.dtype)
     matrix[there] = found
     return matrix[:n, :k].contiguous()
 
 
-def _nibble_starts(words: Tensor) -> tuple[Tensor, int]:
-    """Byte at which the values of each word begin, and how many bytes there are, from how many values words have."""
-    taken = ((words + 1) // 2).flatten()
+def join_nibbles(words: Tensor) -> Tensor:
+    """Non-zero codes of `[W, 64]`, two to a byte, the low nibble first; every row begins a byte."""
+    there = words != 0
+    starts, total = _nibble_starts(there)
+    nibbles = torch.zeros(2 * total, dtype=torch.uint8)
+    nibbles[_nibble_index(there, starts)] = (words[there] & 15).to(torch.uint8)
+    return nibbles[::2] | (nibbles[1::2] << 4)
+
+
+def split_nibbles(values: Tensor, there: Tensor) -> Tensor:
+    """The inverse: int8 `[W, 64]` from where the codes stand."""
+    starts, _ = _nibble_starts(there)
+    nibbles = torch.stack([values & 15, values >> 4], 1).flatten().to(torch.int8)
+    words = torch.zeros(there.shape, dtype=torch.int8)
+    words[there] = ((nibbles ^ 8) - 8)[_nibble_index(there, starts)]
+    return words
+
+
+def _nibble_starts(there: Tensor) -> tuple[Tensor, int]:
+    """Byte at which the codes of each row begin, and how many bytes there are."""
+    taken = (there.sum(-1) + 1) // 2
     ends = taken.cumsum(0)
-    return (ends - taken).reshape(words.shape), int(ends[-1]) if len(ends) else 0
+    return ends - taken, int(ends[-1]) if len(ends) else 0
 
 
 def _nibble_index(there: Tensor, starts: Tensor) -> Tensor:
-    """Index of the nibble of each value, in the order of `matrix[there]`."""
-    whole = F.pad(there, (0, -there.shape[1] % WORD)).unflatten(1, (-1, WORD))
-    inside = whole.cumsum(-1) - 1
-    index = (2 * starts.unsqueeze(-1) + inside).flatten(1)[:, : there.shape[1]]
-    return index[there]
+    """Index of the nibble of each code, in the order of `words[there]`."""
+    return (2 * starts.unsqueeze(-1) + there.cumsum(-1) - 1)[there]

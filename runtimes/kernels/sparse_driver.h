@@ -14,7 +14,8 @@
 
 // Where values stand: the layouts of compiler/dialect/sparse_packing.py, in the order of LAYOUTS of sparse_layouts.py.
 enum isofold_sparse_layout {
-  ISOFOLD_BITMASK, ISOFOLD_WINDOWS, ISOFOLD_1_OF_4, ISOFOLD_2_OF_4, ISOFOLD_4_OF_8, ISOFOLD_1X4, ISOFOLD_16X1, ISOFOLD_16X4
+  ISOFOLD_BITMASK, ISOFOLD_PANELS, ISOFOLD_WINDOWS, ISOFOLD_1_OF_4, ISOFOLD_2_OF_4, ISOFOLD_4_OF_8, ISOFOLD_1X4, ISOFOLD_16X1,
+  ISOFOLD_16X4
 };
 enum isofold_sparse_value { ISOFOLD_FLOAT32, ISOFOLD_BFLOAT16, ISOFOLD_INT8, ISOFOLD_INT4 };
 
@@ -30,7 +31,7 @@ struct isofold_sparse {
   const int32_t* table;  // isofold_sparse_tables
   // From the others, by isofold_sparse_shape:
   int32_t quantized;
-  int64_t cells, words;  // of a row of weights; a word is 64 cells
+  int64_t cells, words;  // of a row of weights (panels: of 16 rows); a word is 64 cells
   int64_t padded;        // cells of a row of activations in scratch memory, a multiple of 64
   int64_t size;          // bytes of a cell of activations
   int64_t heads;         // windows: counts in front of the places
@@ -51,7 +52,8 @@ struct isofold_sparse_call {
 enum {
   ISOFOLD_SPARSE_GEMV_ROWS = 4,    // up to here rows of activations are few; where 8-bit weights are a bitmask:
   ISOFOLD_SPARSE_GEMV8_ROWS = 16,
-  ISOFOLD_SPARSE_GEMV4_ROWS = 2,   // 4-bit ones
+  ISOFOLD_SPARSE_GEMV4_ROWS = 2,   // 4-bit ones; in panels:
+  ISOFOLD_SPARSE_PANEL_ROWS = 4,
   ISOFOLD_SPARSE_HALF = 22,        // values of an average word of 8 bits that hardly ever has more than 32
   ISOFOLD_SPARSE_LOW = 14,         // values of an average word up to which places are looked up instead
   ISOFOLD_SPARSE_CHUNK = 2,        // words of a chunk of K: its transposed activations stay in the first-level cache
@@ -96,6 +98,7 @@ static inline void isofold_sparse_shape(struct isofold_sparse* s) {
   s->quantized = s->value >= ISOFOLD_INT8;
   s->cells = fours ? isofold_ceildiv(s->k, 4) : s->k;
   s->words = isofold_ceildiv(s->cells, unit) * (unit / 64);
+  if (s->layout == ISOFOLD_PANELS) s->words = isofold_ceildiv(s->k, 128) * 32;
   s->padded = s->value == ISOFOLD_INT4 ? isofold_ceildiv(s->k, 128) * 128 : s->words * 64;
   s->size = s->quantized && !fours ? 1 : 4;
   s->heads = s->rows * s->words / 4;
@@ -448,6 +451,43 @@ static inline void isofold_sparse_few_int4(const struct isofold_linear_block* b,
   isofold_linear_finish(b, 0, c->m, t);
 }
 
+// The same of panels, against up to 4 rows.
+static inline void isofold_sparse_few_panels(const struct isofold_linear_block* b, const struct isofold_sparse* s,
+                                             const struct isofold_sparse_call* c, float* t) {
+  const struct isofold_kernels* k = b->k;
+  int64_t group = b->l->group_size ? b->l->group_size : s->words * 4;
+  for (int64_t p = 0; p < b->panels; ++p) {
+    const int64_t* mask = (const int64_t*)s->places + (b->panel + p) * s->words;
+    const uint8_t* values = (const uint8_t*)s->values + s->offsets[b->panel + p];
+    const uint16_t* scale = (const uint16_t*)b->l->scale + (b->panel + p) * b->groups * 16;
+    for (int64_t m = 0, rows; m < c->m; m += rows) {
+      const int32_t* x = (const int32_t*)((const char*)c->scratch + m * s->padded);
+      float* sums = t + m * 32 + p * 16;
+      rows = c->m - m >= 4 ? 4 : c->m - m >= 2 ? 2 : 1;
+      if (b->l->group_size)
+        (rows == 4 ? k->sparse_panel_gemv_g_4 : rows == 2 ? k->sparse_panel_gemv_g_2 : k->sparse_panel_gemv_g_1)(
+            x, s->padded / 4, mask, values, scale, b->groups, group, sums, 32, 0);
+      else
+        (rows == 4 ? k->sparse_panel_gemv_pc_4 : rows == 2 ? k->sparse_panel_gemv_pc_2 : k->sparse_panel_gemv_pc_1)(
+            x, s->padded / 4, mask, values, scale, 1, group, (int32_t*)sums, 32, 0);
+    }
+  }
+  isofold_linear_finish(b, 0, c->m, t);
+}
+
+// `words` words of each of 16 rows of int4 weights from input k0 on, decoded; `at`: as the kernels move it on.
+static inline void isofold_sparse_decode(const struct isofold_kernels* k, const struct isofold_sparse* s, int64_t panel,
+                                         int64_t k0, int64_t words, int64_t* at, int8_t* out) {
+  const int64_t* mask = (const int64_t*)s->places;
+  const uint8_t* values = (const uint8_t*)s->values;
+  if (s->layout == ISOFOLD_PANELS)
+    (s->expands ? k->sparse_panel_decode : k->sparse_panel_decode_plain)(mask + panel * s->words + k0 / 4, words * 16,
+                                                                       values, at, out, 0);
+  else
+    (s->expands ? k->sparse4_decode : k->sparse4_decode_plain)(mask + panel * 16 * s->words + k0 / 64, s->words, words,
+                                                             values, at, out, 0);
+}
+
 // int4: the block's panels decoded as the dense kernels unpack int4, and their tiles.
 static inline void isofold_sparse_tiles_int4(struct isofold_linear_block* b, const struct isofold_sparse* s,
                                              const struct isofold_sparse_call* c) {
@@ -457,17 +497,14 @@ static inline void isofold_sparse_tiles_int4(struct isofold_linear_block* b, con
   int64_t align = l->group_size > 32 ? l->group_size : 32, all = isofold_ceildiv(s->k, align) * align;
   for (int64_t m0 = 0; m0 < c->m; m0 += ISOFOLD_ROW_BLOCK) {
     int64_t m1 = isofold_min(m0 + ISOFOLD_ROW_BLOCK, c->m), at[32];
-    for (int64_t r = 0; r < 16 * b->panels; ++r) at[r] = s->offsets[b->panel * 16 + r];
+    int64_t lists = s->layout == ISOFOLD_PANELS ? 1 : 16, words_of_row = s->layout == ISOFOLD_PANELS ? s->words / 16 : s->words;
+    for (int64_t r = 0; r < lists * b->panels; ++r) at[r] = s->offsets[b->panel * lists + r];
     for (int64_t k0 = 0; k0 < all; k0 += ISOFOLD_UNPACK) {
       int64_t inputs = isofold_min(ISOFOLD_UNPACK, all - k0), whole = isofold_ceildiv(inputs, 64) * 64;
-      int64_t words = isofold_min(whole / 64, s->words - k0 / 64);
+      int64_t words = isofold_min(whole / 64, words_of_row - k0 / 64);
       for (int64_t p = 0; p < b->panels; ++p) {
-        const int64_t* mask = (const int64_t*)s->places + (b->panel + p) * 16 * s->words + k0 / 64;
         int8_t* out = codes + p * whole * 16;
-        if (s->expands)
-          b->k->sparse4_decode(mask, s->words, words, (const uint8_t*)s->values, at + 16 * p, out, 0);
-        else
-          b->k->sparse4_decode_plain(mask, s->words, words, (const uint8_t*)s->values, at + 16 * p, out, 0);
+        isofold_sparse_decode(b->k, s, b->panel + p, k0, words, at + lists * p, out);
         memset(out + words * 1024, 0, (size_t)(whole - words * 64) * 16);
       }
       for (int64_t m = m0, rows; m < m1; m += rows) {
@@ -477,6 +514,19 @@ static inline void isofold_sparse_tiles_int4(struct isofold_linear_block* b, con
       }
     }
     isofold_linear_finish(b, m0, m1 - m0, t);
+  }
+}
+
+// Asks for what the epilogue of a block will read and write, before its few rows are computed: with one row each line of
+// it was last used a whole matrix ago.
+static inline void isofold_sparse_expect_few(const struct isofold_linear_block* b, const struct isofold_sparse* s) {
+  const struct isofold_linear* l = b->l;
+  int64_t from = b->panel * 16;
+  isofold_linear_expect(b, 0, b->c->m);
+  for (int64_t p = 0; p < b->panels; ++p) {
+    if (s->quantized) isofold_prefetch_read(b->wsum + p * 16);
+    if (l->bias) isofold_prefetch_read(l->bias + (l->gated ? from : isofold_min(from, l->n)) + p * 16);
+    if (s->quantized && !l->group_size) isofold_prefetch_read((const float*)l->scale + from + p * 16);
   }
 }
 
@@ -511,7 +561,10 @@ static inline void isofold_sparse_run(const struct isofold_kernels* k, enum isof
     b.panels = isofold_min(2, all - b.panel);
     b.wsum = s->quantized ? l->wsum + b.panel * 16 : zeros;
     int64_t first = b.panel * 16, last = first + b.panels * 16;
-    if (narrow && s->expands && c->m <= ISOFOLD_SPARSE_GEMV4_ROWS) {
+    if (c->m <= ISOFOLD_SPARSE_GEMV8_ROWS) isofold_sparse_expect_few(&b, s);
+    if (s->layout == ISOFOLD_PANELS && s->expands && c->m <= ISOFOLD_SPARSE_PANEL_ROWS) {
+      isofold_sparse_few_panels(&b, s, c, t);
+    } else if (s->layout == ISOFOLD_BITMASK && narrow && s->expands && c->m <= ISOFOLD_SPARSE_GEMV4_ROWS) {
       isofold_sparse_few_int4(&b, s, c, t);
     } else if (narrow) {
       isofold_sparse_tiles_int4(&b, s, c);

@@ -29,6 +29,8 @@ def sparse_matrix(body: Body, call: Call, rows: int, k: int) -> ir.Value:
     height = ceil_to(rows, LANES)
     if layout == "windows":
         matrix = _windows(body, call, height, k)
+    elif layout == "panels":
+        matrix = _panels(body, call)
     elif layout in GROUPS:
         matrix = _groups(body, call, layout)
     elif layout == "1x4":
@@ -126,6 +128,13 @@ def _nibbles(body: Body, call: Call, there: ir.Value) -> ir.Value:
     code = body("Where", high, body("Div", packed, sixteen), body("Mod", packed, sixteen))
     negative = body("Greater", code, _whole(body, 7, np.int32))
     return body.floats(body("Where", negative, body("Sub", code, sixteen), code))
+
+
+def _panels(body: Body, call: Call) -> ir.Value:
+    there, panels, words = _bits(body, call), call.size("places", 0), call.size("places", 1) // 8
+    codes = _where_set(body, there, _nibbles(body, call, there))
+    whole = body.reshape(codes, panels, words, LANES, 4)
+    return body.reshape(body.transpose(whole, 0, 2, 1, 3), panels * LANES, 4 * words)
 
 
 def _fours(body: Body, call: Call) -> ir.Value:

@@ -63,6 +63,7 @@ _MODULES = (
     "sparse_groups",
     "sparse_blocks",
     "sparse_int4",
+    "sparse_panels",
 )
 _FLAGS = (
     "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics",

@@ -16,7 +16,7 @@ OrtStatus* create_sparse(void* memory, const Attributes& a) {
   auto& kernel = *static_cast<SparseKernel*>(memory);
   isofold_linear& l = kernel.linear;
   isofold_sparse& s = kernel.sparse;
-  static const char* const layouts[] = {"bitmask", "windows", "1:4", "2:4", "4:8", "1x4", "16x1", "16x4", nullptr};
+  static const char* const layouts[] = {"bitmask", "panels", "windows", "1:4", "2:4", "4:8", "1x4", "16x1", "16x4", nullptr};
   bool gated = false;
   ISOFOLD_TRY(a.at_least("n", 1, &l.n));
   ISOFOLD_TRY(a.at_least("k", 1, &s.k));
@@ -47,13 +47,14 @@ OrtStatus* create_sparse_codes(void* memory, const Attributes& a) {
   ISOFOLD_TRY(a.at_least("bits", 4, &bits));
   ISOFOLD_TRY(a.at_least("group_size", 0, &group));
   ISOFOLD_TRY(a.get("scale_multiplier", &kernel.linear.scale_multiplier));
-  bool known = bits == 8 ? group == 0 && kernel.sparse.layout != ISOFOLD_16X1
-                         : bits == 4 && kernel.sparse.layout == ISOFOLD_BITMASK &&
+  int32_t layout = kernel.sparse.layout;
+  bool known = bits == 8 ? group == 0 && layout != ISOFOLD_16X1 && layout != ISOFOLD_PANELS
+                         : bits == 4 && (layout == ISOFOLD_BITMASK || layout == ISOFOLD_PANELS) &&
                                (group == 0 || group == 32 || group == 64 || group == 128);
   if (!known)
     return fail(a.api, ORT_INVALID_ARGUMENT,
-                "ai.isofold::SparseLinear: expected 8 bits and group_size 0, or 4 bits as a bitmask in groups of 0, 32, 64 "
-                "or 128, got %lld bits and group_size %lld",
+                "ai.isofold::SparseLinear: expected 8 bits and group_size 0, or 4 bits as a bitmask or panels in groups of "
+                "0, 32, 64 or 128, got %lld bits and group_size %lld",
                 (long long)bits, (long long)group);
   kernel.sparse.value = bits == 4 ? ISOFOLD_INT4 : ISOFOLD_INT8;
   kernel.linear.group_size = group;
@@ -89,7 +90,8 @@ OrtStatus* read_sparse(const Context& c, size_t first, isofold_sparse* s) {
   s->places = places.data;
   s->values = values.data;
   s->offsets = offsets.as<int32_t>();
-  int64_t panels = s->rows / 16, lists = s->layout == ISOFOLD_WINDOWS || s->layout >= ISOFOLD_16X1 ? panels : s->rows;
+  bool by_panels = s->layout == ISOFOLD_PANELS || s->layout == ISOFOLD_WINDOWS || s->layout >= ISOFOLD_16X1;
+  int64_t lists = by_panels ? s->rows / 16 : s->rows;
   if (isofold_sparse_is_group(s)) {
     int64_t blocks = s->words * 64 / isofold_sparse_block_inputs(s), width = s->layout == ISOFOLD_4_OF_8 ? 3 : 2;
     ISOFOLD_TRY(c.expect(first, places, ORT_UINT8, shape_of(s->rows, blocks, 8 * width)));
@@ -120,7 +122,7 @@ OrtStatus* read_sparse(const Context& c, size_t first, isofold_sparse* s) {
       return c.bad_input(first, "expected uint8 [at least %lld], got %s", (long long)(s->heads + needed),
                          describe(places.type, places.shape).text);
   } else {
-    ISOFOLD_TRY(c.expect(first, places, ORT_UINT8, shape_of(s->rows, s->words * 8)));
+    ISOFOLD_TRY(c.expect(first, places, ORT_UINT8, shape_of(lists, s->words * 8)));
   }
   return check_places(c, first, *s, lists);
 }
@@ -128,6 +130,7 @@ OrtStatus* read_sparse(const Context& c, size_t first, isofold_sparse* s) {
 // What a task takes, in nanoseconds (compiler's sparse_speed.py has better numbers; this only cuts work into pieces).
 double task_time(const isofold_linear& l, const isofold_sparse& s, int64_t m, int64_t tasks) {
   double words = double(32 * s.words), rows = double(m);
+  if (s.layout == ISOFOLD_PANELS) return double(2 * s.words) * (0.5 + rows * 0.15);
   if (s.value == ISOFOLD_INT4) return words * (1.0 + rows * (m <= ISOFOLD_SPARSE_GEMV4_ROWS ? 0.5 : 0.1));
   double lists = s.layout == ISOFOLD_WINDOWS || s.layout >= ISOFOLD_16X1 ? 1 : 16;
   double filled = isofold_sparse_is_group(&s) ? 16 * words : double(s.offsets[int64_t(lists) * isofold_linear_panels(&l)]);

@@ -53,7 +53,7 @@ def test_matrices_survive(n: int, k: int, density: float, form: tuple[str, str],
     assert found.dtype == matrix.dtype
     assert torch.equal(found, matrix)
     assert packed.stored >= int((matrix != 0).sum())
-    if layout in ("bitmask", "windows"):
+    if layout in ("bitmask", "panels", "windows"):
         assert packed.stored == int((matrix != 0).sum())
     sizes = sum(t.numel() * t.element_size() for t in (packed.places, packed.values, packed.offsets))
     assert packed.nbytes == sizes
@@ -87,6 +87,30 @@ def test_a_bitmask_follows_its_index_formula(n: int, k: int, density: float, see
         assert (found.view(torch.bfloat16) if value == "bfloat16" else found) == matrix[row, column]
 
 
+@settings(deadline=None, max_examples=60)
+@given(n=st.integers(1, 40), k=st.integers(1, 300), density=st.floats(0, 1), seed=st.integers(0, 99))
+def test_panels_follow_their_index_formula(n: int, k: int, density: float, seed: int) -> None:
+    matrix = drawn(n, k, density, "panels", "int4", seed)
+    packed = pack_sparse(matrix, "panels", 4)
+    panels, words = -(-n // 16), -(-k // 128) * 32
+    assert list(packed.places.shape) == [panels, 8 * words]
+    assert len(packed.values) % 64 == 0
+    assert len(packed.values) >= int(packed.offsets[-1]) + 64
+    row, column = seed % n, (7 * seed) % k
+    panel, word, bit = row // 16, column // 4, 4 * (row % 16) + column % 4
+    there = [
+        int.from_bytes(bytes(packed.places[panel, 8 * c : 8 * c + 8].tolist()), "little")
+        for c in range(words)
+    ]
+    assert there[word] >> bit & 1 == int(matrix[row, column] != 0)
+    if matrix[row, column] == 0:
+        return
+    inside = (there[word] & ((1 << bit) - 1)).bit_count()
+    in_front = sum((w.bit_count() + 1) // 2 for w in there[:word])
+    byte = int(packed.values[int(packed.offsets[panel]) + in_front + inside // 2])
+    assert ((byte >> 4 * (inside % 2) & 15) ^ 8) - 8 == int(matrix[row, column])
+
+
 def test_the_examples_of_the_documentation() -> None:
     row = torch.tensor([[0, 7, 0, 0, -2]], dtype=torch.int8)
     bitmask = pack_sparse(row)
@@ -97,6 +121,10 @@ def test_the_examples_of_the_documentation() -> None:
     int4 = pack_sparse(row, bits=4)
     assert int4.values[0] == 0xE7
     assert int4.offsets.tolist() == [0] + [1] * 16
+    panels = pack_sparse(row, "panels", 4)
+    assert panels.places[0].tolist() == [2] + [0] * 7 + [1] + [0] * 247
+    assert panels.values[:3].tolist() == [0x07, 0x0E, 0]
+    assert panels.offsets.tolist() == [0, 2]
     wide = torch.zeros(1, 300, dtype=torch.int8)
     wide[0, 3], wide[0, 260] = 7, -2
     windows = pack_sparse(wide, "windows")
@@ -138,12 +166,14 @@ def test_what_a_layout_does_not_hold_is_refused() -> None:
             pack_sparse(wrong)
     with pytest.raises(InputError, match="do not fit 4 bits"):
         pack_sparse(torch.tensor([[8]], dtype=torch.int8), bits=4)
-    with pytest.raises(InputError, match="one of bitmask, windows"):
+    with pytest.raises(InputError, match="one of bitmask, panels, windows"):
         pack_sparse(codes, "3:4")
     with pytest.raises(InputError, match="at most 255"):
         pack_sparse(codes, "windows")
     with pytest.raises(InputError, match="at most 2 non-zeros in every 4 inputs"):
         pack_sparse(codes, "2:4")
+    with pytest.raises(InputError, match="holds int4 codes"):
+        pack_sparse(codes, "panels")
     for layout in LAYOUTS:
         other = codes if layout == "16x1" else codes.float()
         if layout != "bitmask":

@@ -27,6 +27,7 @@ from isofold.runtimes.kernels import (
     sparse_groups,
     sparse_int4,
     sparse_many,
+    sparse_panels,
     sparse_windows,
 )
 from isofold.runtimes.kernels.codegen import build_objects
@@ -221,7 +222,15 @@ def address(array: Any) -> int:
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """All kernels for both instruction sets, and the test entry points above."""
     folder = tmp_path_factory.mktemp("kernels")
-    sparse_modules = (sparse, sparse_many, sparse_windows, sparse_groups, sparse_blocks, sparse_int4)
+    sparse_modules = (
+        sparse,
+        sparse_many,
+        sparse_windows,
+        sparse_groups,
+        sparse_blocks,
+        sparse_int4,
+        sparse_panels,
+    )
     modules = (quantize, linear, linear_float, outliers, coded, codebook, dense, hadamard, *sparse_modules)
     objects = build_objects([k for module in modules for k in module.KERNELS], folder)
     (folder / "hadamard_signs.h").write_text(hadamard.signs_header())

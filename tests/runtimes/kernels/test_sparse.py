@@ -30,7 +30,7 @@ VARIANTS = ("v3", "v4", "v4-plain")
 
 FORMS = [
     *((layout, value, 0) for layout, values in HELD.items() for value in values),
-    *(("bitmask", "int4", group) for group in (32, 64, 128)),
+    *((layout, "int4", group) for layout in ("bitmask", "panels") for group in (32, 64, 128)),
 ]
 """Layout, type of the values, group of inputs that share a scale (0: the row)."""
 

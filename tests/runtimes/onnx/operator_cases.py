@@ -297,7 +297,7 @@ def _dense() -> Iterator[Case]:
 
 def _sparse() -> Iterator[Case]:
     forms = [(layout, value, 0) for layout, values in HELD.items() for value in values]
-    forms += [("bitmask", "int4", group) for group in (32, 64, 128)]
+    forms += [(layout, "int4", group) for layout in ("bitmask", "panels") for group in (32, 64, 128)]
     densities = (0.0, 0.2, 0.6, 1.0)
     options = product(*[(False, True)] * 3)
     for index, ((layout, value, group), (bias, residual, gated)) in enumerate(product(forms, options)):
