@@ -384,6 +384,22 @@ ISO_FN void iso_window(int32_t* span, const uint8_t* counts, int row) {
     span[2] += count;
   }
 }
+// Bytes of values (sparse_panels.py) in front of those of word `word` of eight, and of all eight.
+ISO_FN void iso_panel_words(int32_t* span, const uint8_t* places, int word) {
+  span[0] = span[1] = 0;
+  for (int i = 0; i < 8; ++i) {
+    uint32_t bits[2];
+    iso_load8(bits, places + 8 * i);
+    int bytes = (__popc(bits[0]) + __popc(bits[1]) + 1) / 2;
+    span[0] += i < word ? bytes : 0;
+    span[1] += bytes;
+  }
+}
+// Ones below a bit of 64, or -1 where it is 0.
+ISO_FN int32_t iso_rank64(const uint32_t* bits, int bit) {
+  uint32_t word = bits[bit / 32];
+  return word >> bit % 32 & 1 ? iso_rank(word, bit % 32) + (bit < 32 ? 0 : __popc(bits[0])) : -1;
+}
 // Byte x of each of four words.
 ISO_FN uint32_t iso_byte_of_four(const uint32_t* words, int x) {
   uint32_t selector = 0x40u + 0x11u * x;

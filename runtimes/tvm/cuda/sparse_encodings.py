@@ -3,8 +3,9 @@
     encoding.each(frame, row, lane, body)       # emits body(k, weight) where a lane holds a value of the row
 
 The 32 lanes share a row between them: bits of a word (`bitmask`, `1x4`), values of a window (`windows`), blocks of a
-panel (`16x1`, `16x4`), values of a block of groups (`1:4`, `2:4`, `4:8`). Weights come as int32 (codes) or float32.
-Values of 0 that a layout stores to fill its blocks are read too; inputs behind the last are not.
+panel (`16x1`, `16x4`), values of a block of groups (`1:4`, `2:4`, `4:8`), the row's bits of eight words (`panels`).
+Weights come as int32 (codes) or float32. Values of 0 that a layout stores to fill its blocks are read too; inputs
+behind the last are not.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ....compiler.dialect.packing import LANES, ceil_to
 from ....compiler.dialect.sparse_blocks import BLOCKS
 from ....compiler.dialect.sparse_groups import BLOCK, GROUPS, block_inputs
 from ....compiler.dialect.sparse_packing import WORD
+from ....compiler.dialect.sparse_panels import ALIGN
 from ....compiler.dialect.sparse_windows import WINDOW
 from .builder import Frame, Tensor, at, bind, call, div, get, local, loop, mod, put, value, when, wide
 
@@ -67,6 +69,8 @@ class Encoding:
             self._windows(frame, row, lane, inside)
         elif self.layout in GROUPS:
             self._groups(frame, row, lane, inside)
+        elif self.layout == "panels":
+            self._words(frame, row, lane, inside)
         elif BLOCKS.get(self.layout, (1, 1))[0] == LANES:
             self._panels(frame, row, lane, inside)
         elif self.stored == "uint8":
@@ -80,6 +84,12 @@ class Encoding:
         if self.stored == "uint16":
             return value("float32", "__int_as_float", T.cast(found, "int32") << T.int32(16))
         return T.cast(found, "int32") if self.stored == "int8" else found
+
+    def _nibble(self, frame: Frame, index: Any, rank: Any) -> Any:
+        """Value number `rank` of a word, in the byte at `index`: an even one in the low nibble."""
+        byte = T.cast(get(frame["values"], index), "int32")
+        nibble = (byte >> (mod(rank, 2) * 4)) & T.int32(15)
+        return T.bitwise_xor(nibble, T.int32(8)) - 8
 
     def _four(self, frame: Frame, index: Any, k: Any, body: Body) -> None:
         """Four codes in a row, of inputs from k on."""
@@ -119,10 +129,26 @@ class Encoding:
                 with when(_bit(get(bits, half), lane) > 0):
                     rank = value("int32", "iso_rank", get(bits, half), lane) + (ones[0] if half else 0)
                     rank = bind(rank)
-                    byte = T.cast(get(frame["values"], get(place, 0) + div(rank, 2)), "int32")
-                    nibble = (byte >> (mod(rank, 2) * 4)) & T.int32(15)
-                    body(bind(word * 64 + half * 32 + lane), T.bitwise_xor(nibble, T.int32(8)) - 8)
+                    code = self._nibble(frame, get(place, 0) + div(rank, 2), rank)
+                    body(bind(word * 64 + half * 32 + lane), code)
             put(place, 0, get(place, 0) + div(ones[0] + ones[1] + 1, 2))
+
+    def _words(self, frame: Frame, row: Any, lane: Any, body: Body) -> None:
+        """`panels`: a word has four bits of each of 16 rows; the values of a word begin at a byte."""
+        words = ceil_to(self.k, ALIGN) // 4
+        panel, r = bind(div(row, LANES)), bind(mod(row, LANES))
+        place = local(1, "int32")
+        put(place, 0, get(frame["offsets"], panel))
+        with loop(0, words // 8) as eight:
+            span, bits = local(2, "int32"), local(2, "uint32")
+            first = bind((wide(panel) * words + wide(eight * 8)) * 8)
+            call("iso_panel_words", at(span, 0), at(frame["places"], first), div(lane, 4))
+            call("iso_load8", at(bits, 0), at(frame["places"], first + wide(div(lane, 4) * 8)))
+            rank = bind(value("int32", "iso_rank64", at(bits, 0), r * 4 + mod(lane, 4)))
+            with when(rank >= 0):
+                index = get(place, 0) + get(span, 0) + div(rank, 2)
+                body(bind(eight * 32 + lane), self._nibble(frame, index, rank))
+            put(place, 0, get(place, 0) + get(span, 1))
 
     def _panels(self, frame: Frame, row: Any, lane: Any, body: Body) -> None:
         """`16x1` and `16x4`: a lane is a block of the row's panel."""
