@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py [--json FILE] [--quick] [--numerics-only] [--layers N]
 
-Needs an NVIDIA GPU of sm_80 or later, its driver, nvcc and isofold; PyTorch with CUDA for the rates of matrix
+Needs an NVIDIA GPU of sm_80 or later, its driver, nvcc or NVRTC, and isofold; PyTorch with CUDA for the rates of matrix
 products and for the decoding step it is compared with (without it these rows are left out, and a note says so).
 Kernels are timed inside CUDA graphs on layers whose weights together exceed the second-level cache several times.
 

@@ -13,7 +13,18 @@
 #pragma once
 #ifndef ISOFOLD_EMULATE
 #include <cuda_fp16.h>
+#ifdef __CUDACC_RTC__
+#include <cuda/std/cstdint>
+using cuda::std::int32_t;
+using cuda::std::int64_t;
+using cuda::std::int8_t;
+using cuda::std::uint16_t;
+using cuda::std::uint32_t;
+using cuda::std::uint64_t;
+using cuda::std::uint8_t;
+#else
 #include <stdint.h>
+#endif
 #define ISO_FN static __device__ __forceinline__
 #else
 #define ISO_FN static inline
