@@ -10,8 +10,7 @@ maximum, sum and weighted values; they meet in shared memory at the end:
 and so do the ranges of the blocks, in a second kernel, unless there is only one. A query that sees nothing has l = 0
 and gives 0.
 
-Keys and values that are codes are decoded on their way to registers, `s (u - z)`: what is read is a quarter or an
-eighth.
+Keys and values that are codes are read one key ahead as they are stored, and decoded in registers (`cache_lanes`).
 """
 
 from __future__ import annotations
@@ -43,6 +42,7 @@ from .builder import (
     when,
     wide,
 )
+from .cache_lanes import CacheRow, piece_start, pieces_of
 from .layouts import NATURAL
 
 ROWS = 4
@@ -163,9 +163,13 @@ class Attention:
 
     def _codes(self, frame: Frame, name: str, sample: Any, position: Any, head: Any) -> tuple[Any, Any]:
         """Addresses of a token's codes and of its pair."""
-        heads, size = (self.k_heads, self.depth) if name == "k" else (self.v_heads, self.width)
-        row = (wide(sample) * heads + wide(head)) * wide(frame.size(self.keys)) + wide(position)
-        return at(frame[name], row * row_bytes(size, self.bits)), at(frame[f"{name}_params"], row * 2)
+        token = self.token(frame, sample, position, head)
+        size = row_bytes(self.depth if name == "k" else self.width, self.bits)
+        return at(frame[name], token * size), at(frame[f"{name}_params"], token * 2)
+
+    def token(self, frame: Frame, sample: Any, position: Any, head: Any) -> Any:
+        """Number of a token among those of all heads of a cache of codes."""
+        return (wide(sample) * self.kv_heads + wide(head)) * wide(frame.size(self.keys)) + wide(position)
 
     def logit(
         self, frame: Frame, score: Any, sample: Any, head: Any, query: Any, key: Any, cell: Any
@@ -198,6 +202,12 @@ class FewQueries:
     splits: int
 
     @property
+    def rows(self) -> int:
+        """Queries of a block."""
+        queries = self.shape.queries
+        return ROWS if isinstance(queries, str) else min(ROWS, queries * self.shape.group)
+
+    @property
     def name(self) -> str:
         """The kernel's name."""
         return f"attend_few_{self.splits}_{self.shape.tag}"
@@ -217,7 +227,7 @@ class FewQueries:
         """Write the kernel."""
         shape = self.shape
         rows = frame.size(shape.queries) * shape.group
-        grid = [self.splits, frame.size(shape.batch) * shape.kv_heads, ceil_div(rows, ROWS)]
+        grid = [self.splits, frame.size(shape.batch) * shape.kv_heads, ceil_div(rows, self.rows)]
         with launch(grid, 32 * WARPS) as ((split, head, first), tx):
             _Few(self, frame, split, head, first, tx).emit()
 
@@ -234,59 +244,75 @@ class _Few:
         self.first = first
         lane = bind(mod(tx, 32))
         self.part, self.slot = bind(mod(lane, 8)), bind(div(tx, 8))
-        self.depth_pieces, self.width_pieces = -(-self.shape.depth // 32), -(-self.shape.width // 32)
-        self.maximum, self.total = local(ROWS), local(ROWS)
-        self.values = local(ROWS * self.width_pieces * 4)
-        for i in range(ROWS):
+        self.depth_pieces, self.width_pieces = pieces_of(self.shape.depth), pieces_of(self.shape.width)
+        self.maximum, self.total = local(spec.rows), local(spec.rows)
+        self.values = local(spec.rows * self.width_pieces * 4)
+        for i in range(spec.rows):
             put(self.maximum, i, T.float32(LOWEST))
             put(self.total, i, T.float32(0))
-        for i in range(ROWS * self.width_pieces * 4):
+        for i in range(spec.rows * self.width_pieces * 4):
             put(self.values, i, T.float32(0))
 
     def _place(self, row: int) -> tuple[Any, Any, Any]:
         """Whether row `row` of the block is there, its position and its query head."""
         group = self.shape.group
-        index = bind(self.first * ROWS + row)
+        index = bind(self.first * self.spec.rows + row)
         position = bind(div(index, group))
         there = wide(position) < wide(self.frame.size(self.shape.queries))
         return there, position, bind(self.key_head * group + mod(index, group))
 
     def _load(self, name: str, position: Any, head: Any, target: Any, first: int) -> None:
-        """A lane's pieces of a row."""
-        for piece in range(self.width_pieces if name == "v" else self.depth_pieces):
-            start = piece * 32 + self.part * 4
-            place = at(target, first + 4 * piece)
-            self.shape.floats(self.frame, name, self.sample, position, head, start, place)
+        """A lane's pieces of a row of floats, in the order of keys or values."""
+        size = self.shape.width if name == "v" else self.shape.depth
+        for piece in range(pieces_of(size)):
+            start = piece_start(size, self.shape.bits, self.part, piece)
+            self.shape.floats(
+                self.frame, name, self.sample, position, head, start, at(target, first + 4 * piece)
+            )
 
     def emit(self) -> None:
         frame, shape = self.frame, self.shape
-        rows = [self._place(row) for row in range(ROWS)]
-        queries = local(ROWS * self.depth_pieces * 4)
+        rows = [self._place(row) for row in range(self.spec.rows)]
+        queries = local(self.spec.rows * self.depth_pieces * 4)
         for row, (there, position, head) in enumerate(rows):
             count = self.depth_pieces * 4
             call("iso_zero_floats", at(queries, row * count), count)
             with when(there):
                 self._load("q", position, head + shape.q_start, queries, row * count)
-        keys = wide(frame.size(shape.keys))
+        keys = bind(wide(frame.size(shape.keys)))
         # Ranges of whole rounds of the block.
-        each = bind(
-            T.truncdiv(
-                T.truncdiv(keys + (self.spec.splits - 1), wide(self.spec.splits)) + (KEYS - 1), wide(KEYS)
-            )
-        )
-        begin = bind(wide(self.split) * each * KEYS)
+        share = T.truncdiv(keys + (self.spec.splits - 1), wide(self.spec.splits))
+        each = bind(T.truncdiv(share + (KEYS - 1), wide(KEYS)))
+        first = bind(wide(self.split) * each * KEYS + wide(self.slot))
+        held: list[CacheRow] = []
+        if shape.bits:
+            held = [CacheRow.empty(size, shape.bits) for size in (shape.depth, shape.width)]
+            self._fetch(held, first, keys)
         with T.serial(wide(0), each) as round_:
-            key = bind(begin + round_ * KEYS + wide(self.slot))
+            key = bind(first + round_ * KEYS)
             inside = bind(key < keys)
             k, v = local(self.depth_pieces * 4), local(self.width_pieces * 4)
-            call("iso_zero_floats", at(k, 0), self.depth_pieces * 4)
-            call("iso_zero_floats", at(v, 0), self.width_pieces * 4)
-            with when(inside):
-                self._load("k", key, self.key_head + shape.k_start, k, 0)
-                self._load("v", key, self.key_head + shape.v_start, v, 0)
-            for row in range(ROWS):
+            if held:
+                for row_, target in zip(held, (k, v), strict=True):
+                    row_.decode(target, self.part)
+                self._fetch(held, key + KEYS, keys)  # arrives while this one is multiplied
+            else:
+                call("iso_zero_floats", at(k, 0), self.depth_pieces * 4)
+                call("iso_zero_floats", at(v, 0), self.width_pieces * 4)
+                with when(inside):
+                    self._load("k", key, self.key_head + shape.k_start, k, 0)
+                    self._load("v", key, self.key_head + shape.v_start, v, 0)
+            for row in range(self.spec.rows):
                 self._update(row, rows[row], queries, k, v, key, inside)
         self._finish(rows)
+
+    def _fetch(self, held: list[CacheRow], key: Any, keys: Any) -> None:
+        """Start the loads of a token's codes, where there is one."""
+        with when(key < keys):
+            for name, row in zip(("k", "v"), held, strict=True):
+                codes, params = self.frame[name], self.frame[f"{name}_params"]
+                token = bind(self.shape.token(self.frame, self.sample, key, self.key_head))
+                row.fetch(codes, params, token, row_bytes(row.size, row.bits), self.part)
 
     def _update(
         self, row: int, place: tuple[Any, Any, Any], queries: Any, k: Any, v: Any, key: Any, inside: Any
@@ -308,9 +334,12 @@ class _Few:
         weight = value("float32", "expf", get(cell, 0) - new)
         put(self.maximum, row, new)
         put(self.total, row, get(self.total, row) * kept + weight)
-        for i in range(self.width_pieces * 4):
-            at_ = row * self.width_pieces * 4 + i
-            put(self.values, at_, get(self.values, at_) * kept + weight * get(v, i))
+        each = range(row * self.width_pieces * 4, (row + 1) * self.width_pieces * 4)
+        with when(kept < T.float32(1)):  # seldom, after the first keys
+            for at_ in each:
+                put(self.values, at_, get(self.values, at_) * kept)
+        for i, at_ in enumerate(each):
+            put(self.values, at_, get(self.values, at_) + weight * get(v, i))
 
     def _finish(self, rows: list[tuple[Any, Any, Any]]) -> None:
         """Combine the block's groups of eight lanes, one row after another."""
@@ -320,9 +349,13 @@ class _Few:
         for row, (there, position, head) in enumerate(rows):
             sync()
             for piece in range(self.width_pieces):
+                start = piece_start(shape.width, shape.bits, self.part, piece)
                 for i in range(4):
-                    index = self.slot * width + piece * 32 + self.part * 4 + i
-                    put(board, index, get(self.values, (row * self.width_pieces + piece) * 4 + i))
+                    put(
+                        board,
+                        self.slot * width + start + i,
+                        get(self.values, (row * self.width_pieces + piece) * 4 + i),
+                    )
             with when(equal(self.part, 0)):
                 put(maxima, self.slot, get(self.maximum, row))
                 put(totals, self.slot, get(self.total, row))
