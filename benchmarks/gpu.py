@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py [--json FILE] [--quick] [--numerics-only] [--layers N]
 
-Needs an NVIDIA GPU of sm_80 or later, its driver, nvcc and isofold; PyTorch with CUDA for the rates of matrix
+Needs an NVIDIA GPU of sm_80 or later, its driver, nvcc or NVRTC, and isofold; PyTorch with CUDA for the rates of matrix
 products and for the decoding step it is compared with (without it these rows are left out, and a note says so).
 Kernels are timed inside CUDA graphs on layers whose weights together exceed the second-level cache several times.
 
@@ -21,17 +21,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from gpu_compressed import compressed_rows
 from gpu_device import Gpu
 from gpu_llama import decode_rows
+from gpu_runner import Runner, call_of, linear_arguments, time_operator
 from harness import HERE, Results, main, parse
 from isofold.compiler.dialect import OPERATORS
-from isofold.runtimes.tvm.cuda.compile import compile_functions
 from isofold.runtimes.tvm.cuda.operators import EMITTERS
-from isofold.runtimes.tvm.cuda.plan import Call, Operand, Plan
-from isofold.runtimes.tvm.cuda.rewrite import is_tensor
 
 COLD_BYTES = 512 << 20
 """Weights of all layers of a measurement: several times any second-level cache."""
@@ -39,58 +37,6 @@ HALVES = {
     "linear_packed_float", "linear_outliers_float", "linear_coded", "linear_codebook", "linear_sparse_float",
     "attention", "attention_cached",
 }  # fmt: skip
-
-
-def call_of(name: str, arguments: dict[str, Any]) -> tuple[Call, dict[str, np.ndarray]]:
-    """An operator's use as emitters take it, and its tensors as arrays."""
-    declared = OPERATORS[name].overload._schema.arguments
-    given = {a.name: arguments.get(a.name, a.default_value) for a in declared}
-    tensors = {a.name: given[a.name] for a in declared if is_tensor(a)}
-    arrays = {n: t.contiguous().numpy() for n, t in tensors.items() if t is not None}
-    operands = {
-        n: None if t is None else Operand(tuple(t.shape), str(arrays[n].dtype)) for n, t in tensors.items()
-    }
-    return Call(operands, {n: v for n, v in given.items() if n not in tensors}), arrays
-
-
-class Runner:
-    """Plans compiled together, ready to be launched."""
-
-    def __init__(self, gpu: Gpu, plans: list[Plan], arch: str, folder: Path) -> None:
-        self.gpu, self.plans = gpu, plans
-        functions = {}
-        self.names = []
-        for number, plan in enumerate(plans):
-            self.names.append([f"{stage.name}_p{number}" for stage in plan.stages])
-            for name, stage in zip(self.names[-1], plan.stages, strict=True):
-                functions[name] = stage.function.with_attr("global_symbol", name)
-        module, self.cubin = compile_functions(functions, arch)
-        library = folder / f"kernels{len(list(folder.iterdir()))}.so"
-        module.export_library(str(library))
-        self.module = gpu.load(library)
-
-    def prepared(
-        self, number: int, arrays: dict[str, np.ndarray]
-    ) -> tuple[Callable[[], None], dict[str, Any]]:
-        """What launches a plan on these arguments, and its tensors by name."""
-        plan, values = self.plans[number], {}
-        for name, shape in plan.views.items():
-            values[name] = self.gpu.place(arrays[name.partition("@")[0]].reshape(shape))
-        for name, table in plan.constants.items():
-            values[name] = self.gpu.place(table)
-        calls = []
-        for name, stage in zip(self.names[number], plan.stages, strict=True):
-            for tensor in stage.outputs:
-                values[tensor.name] = self.gpu.empty(tensor.shape, tensor.dtype)
-            calls.append(
-                (self.module[name], [values[n] for n in (*stage.inputs, *(t.name for t in stage.outputs))])
-            )
-
-        def run() -> None:
-            for function, given in calls:
-                function(*given)
-
-        return run, values
 
 
 def operator_cases() -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -103,12 +49,11 @@ def operator_cases() -> Iterator[tuple[str, str, dict[str, Any]]]:
     spec.loader.exec_module(module)
     for name, what, arguments in module.cases():
         yield name, what, arguments
-        if "linear" in name and arguments.get("params") is None:
-            rows = {
-                n: torch.cat([arguments[n]] * 40) for n in ("x", "residual") if arguments.get(n) is not None
-            }
-            if rows:
-                yield name, f"{what}-many", {**arguments, **rows}
+        if "linear" in name:
+            static = arguments.get("params") is not None and arguments["params"].dim() == 1
+            names = [n for n in ("x", "u", "params", "residual") if arguments.get(n) is not None]
+            rows = {n: torch.cat([arguments[n]] * 40) for n in names if not (n == "params" and static)}
+            yield name, f"{what}-many", {**arguments, **rows}
 
 
 def numerics(results: Results, gpu: Gpu, arch: str, folder: Path, quick: bool) -> None:
@@ -117,7 +62,7 @@ def numerics(results: Results, gpu: Gpu, arch: str, folder: Path, quick: bool) -
     for name, _, arguments in operator_cases():
         by_name.setdefault(name, []).append(arguments)
     for name, cases in sorted(by_name.items()):
-        cases = cases[:: 8 if quick else 2]
+        cases = cases[:: 9 if quick else 3]  # odd: of a linear every second use has many rows
         calls = [call_of(name, arguments) for arguments in cases]
         runner = Runner(gpu, [EMITTERS[name](call) for call, _ in calls], arch, folder)
         worst = 0.0
@@ -132,23 +77,6 @@ def numerics(results: Results, gpu: Gpu, arch: str, folder: Path, quick: bool) -
                     scale = max(float(reference.abs().max()), 1e-6)
                     worst = max(worst, float((got.double() - reference.double()).abs().max()) / scale)
         results.add(f"{name}: error", worst, "of the largest", f"<= {2e-3 if name in HALVES else 1e-5}")
-
-
-def linear_arguments(n: int, k: int, bits: int, group: int, rows: int, floats: bool) -> dict[str, Any]:
-    """A linear on random bytes: speed does not depend on them."""
-    g = torch.Generator().manual_seed(n + k + rows)
-    per = {8: (4, torch.int8), 4: (8, torch.uint8)}[bits]
-    weight = torch.randint(0, 127, (n // 16, k // per[0], 16, 4), generator=g, dtype=torch.int32).to(per[1])
-    groups = k // group if group else 1
-    scale = torch.rand(n // 16, groups, 16, generator=g).to(torch.float16 if group else torch.float32)
-    shared = {
-        "weight": weight, "scale": scale, "zero": None, "bias": None, "residual": None, "n": n, "k": k, "bits": bits,
-        "group_size": group, "scale_multiplier": 0.01, "activation": "none", "gated": False,
-    }  # fmt: skip
-    if floats:
-        return {"x": torch.randn(rows, k, generator=g), **shared}
-    u = torch.randint(0, 255, (rows, k), generator=g, dtype=torch.int32).to(torch.uint8)
-    return {"u": u, "params": torch.rand(rows, 2, generator=g), "wsum": torch.rand(n, generator=g), **shared}
 
 
 def time_linear(
@@ -166,18 +94,9 @@ def time_linear(
     """Seconds of one product inside a graph of many layers, and its bytes of weights and scales."""
     arguments = linear_arguments(n, k, bits, group, rows, floats)
     name = "linear_packed_float" if floats else "linear_packed"
-    call, arrays = call_of(name, arguments)
-    runner = Runner(gpu, [EMITTERS[name](call)], arch, folder)
-    size = arrays["weight"].nbytes + arrays["scale"].nbytes
+    size = sum(arguments[each].numel() * arguments[each].element_size() for each in ("weight", "scale"))
     layers = max(2, -(-COLD_BYTES // size)) if rows <= 32 else 4
-    launches = [runner.prepared(0, arrays)[0] for _ in range(layers)]
-
-    def every() -> None:
-        for launch in launches:
-            launch()
-
-    times = gpu.seconds(gpu.graph(every), rounds)
-    return [t / layers for t in times], size
+    return time_operator(gpu, arch, folder, name, arguments, layers, rounds), size
 
 
 def gemv_rows(results: Results, gpu: Gpu, arch: str, folder: Path, quick: bool) -> None:
@@ -269,13 +188,10 @@ def attention_rows(results: Results, gpu: Gpu, arch: str, folder: Path, quick: b
         arguments = {name: torch.randn(shape) for name, shape in shapes.items()}
         options = {"mask": None, "heads": heads, "kv_heads": kv, "q_start": 0, "k_start": 0, "v_start": 0}
         arguments |= {**options, "scale": depth**-0.5, "causal": what == "prompt", "softcap": 0.0}
-        call, arrays = call_of("attention", arguments)
-        runner = Runner(gpu, [EMITTERS["attention"](call)], arch, folder)
-        run, _ = runner.prepared(0, arrays)
-        times = gpu.seconds(gpu.graph(run), 5 if quick else 30)
+        times = time_operator(gpu, arch, folder, "attention", arguments, 1, 5 if quick else 30)
         results.sampled(f"attention, {what}, {keys} keys", [1e6 * t for t in times], "us")
         if queries == 1:
-            size = arrays["k"].nbytes + arrays["v"].nbytes
+            size = 4 * (arguments["k"].numel() + arguments["v"].numel())
             results.sampled(f"attention, {what}, {keys} keys: read", [size / t / 1e9 for t in times], "GB/s")
 
 
@@ -297,6 +213,7 @@ def body() -> int:
             gemv_rows(results, gpu, arch, folder, arguments.quick)
             gemm_rows(results, gpu, arch, folder, arguments.quick)
             attention_rows(results, gpu, arch, folder, arguments.quick)
+            compressed_rows(results, gpu, arch, folder, arguments.quick)
             decode_rows(results, gpu, arch, folder, arguments.layers, arguments.quick)
     return results.finish(arguments)
 

@@ -10,8 +10,7 @@ maximum, sum and weighted values; they meet in shared memory at the end:
 and so do the ranges of the blocks, in a second kernel, unless there is only one. A query that sees nothing has l = 0
 and gives 0.
 
-Keys and values that are codes are decoded on their way to registers, `s (u - z)`: what is read is a quarter or an
-eighth.
+Keys and values that are codes are read one key ahead as they are stored, and decoded in registers (`cache_lanes`).
 """
 
 from __future__ import annotations
@@ -43,6 +42,7 @@ from .builder import (
     when,
     wide,
 )
+from .cache_lanes import CacheRow, piece_start, pieces_of
 from .layouts import NATURAL
 
 ROWS, WARPS = 4, 8
@@ -161,9 +161,13 @@ class Attention:
 
     def _codes(self, frame: Frame, name: str, sample: Any, position: Any, head: Any) -> tuple[Any, Any]:
         """Addresses of a token's codes and of its pair."""
-        heads, size = (self.k_heads, self.depth) if name == "k" else (self.v_heads, self.width)
-        row = (wide(sample) * heads + wide(head)) * wide(frame.size(self.keys)) + wide(position)
-        return at(frame[name], row * row_bytes(size, self.bits)), at(frame[f"{name}_params"], row * 2)
+        token = self.token(frame, sample, position, head)
+        size = row_bytes(self.depth if name == "k" else self.width, self.bits)
+        return at(frame[name], token * size), at(frame[f"{name}_params"], token * 2)
+
+    def token(self, frame: Frame, sample: Any, position: Any, head: Any) -> Any:
+        """Number of a token among those of all heads of a cache of codes."""
+        return (wide(sample) * self.kv_heads + wide(head)) * wide(frame.size(self.keys)) + wide(position)
 
     def logit(
         self, frame: Frame, score: Any, sample: Any, head: Any, query: Any, key: Any, cell: Any
@@ -235,7 +239,7 @@ class _Few:
         self.rows, self.threads, self.keys = spec.rows, 32 * spec.warps, 4 * spec.warps
         lane = bind(mod(tx, 32))
         self.part, self.slot = bind(mod(lane, 8)), bind(div(tx, 8))
-        self.depth_pieces, self.width_pieces = -(-self.shape.depth // 32), -(-self.shape.width // 32)
+        self.depth_pieces, self.width_pieces = pieces_of(self.shape.depth), pieces_of(self.shape.width)
         self.maximum, self.total = local(self.rows), local(self.rows)
         self.values = local(self.rows * self.width_pieces * 4)
         for i in range(self.rows):
@@ -253,11 +257,13 @@ class _Few:
         return there, position, bind(self.key_head * group + mod(index, group))
 
     def _load(self, name: str, position: Any, head: Any, target: Any, first: int) -> None:
-        """A lane's pieces of a row."""
-        for piece in range(self.width_pieces if name == "v" else self.depth_pieces):
-            start = piece * 32 + self.part * 4
-            place = at(target, first + 4 * piece)
-            self.shape.floats(self.frame, name, self.sample, position, head, start, place)
+        """A lane's pieces of a row of floats, in the order of keys or values."""
+        size = self.shape.width if name == "v" else self.shape.depth
+        for piece in range(pieces_of(size)):
+            start = piece_start(size, self.shape.bits, self.part, piece)
+            self.shape.floats(
+                self.frame, name, self.sample, position, head, start, at(target, first + 4 * piece)
+            )
 
     def emit(self) -> None:
         frame, shape = self.frame, self.shape
@@ -268,27 +274,40 @@ class _Few:
             call("iso_zero_floats", at(queries, row * count), count)
             with when(there):
                 self._load("q", position, head + shape.q_start, queries, row * count)
-        keys = wide(frame.size(shape.keys))
+        keys = bind(wide(frame.size(shape.keys)))
         # Ranges of whole rounds of the block.
-        each = bind(
-            T.truncdiv(
-                T.truncdiv(keys + (self.spec.splits - 1), wide(self.spec.splits)) + (self.keys - 1),
-                wide(self.keys),
-            )
-        )
-        begin = bind(wide(self.split) * each * self.keys)
+        share = T.truncdiv(keys + (self.spec.splits - 1), wide(self.spec.splits))
+        each = bind(T.truncdiv(share + (self.keys - 1), wide(self.keys)))
+        first = bind(wide(self.split) * each * self.keys + wide(self.slot))
+        held: list[CacheRow] = []
+        if shape.bits:
+            held = [CacheRow.empty(size, shape.bits) for size in (shape.depth, shape.width)]
+            self._fetch(held, first, keys)
         with T.serial(wide(0), each) as round_:
-            key = bind(begin + round_ * self.keys + wide(self.slot))
+            key = bind(first + round_ * self.keys)
             inside = bind(key < keys)
             k, v = local(self.depth_pieces * 4), local(self.width_pieces * 4)
-            call("iso_zero_floats", at(k, 0), self.depth_pieces * 4)
-            call("iso_zero_floats", at(v, 0), self.width_pieces * 4)
-            with when(inside):
-                self._load("k", key, self.key_head + shape.k_start, k, 0)
-                self._load("v", key, self.key_head + shape.v_start, v, 0)
+            if held:
+                for row_, target in zip(held, (k, v), strict=True):
+                    row_.decode(target, self.part)
+                self._fetch(held, key + self.keys, keys)  # arrives while this one is multiplied
+            else:
+                call("iso_zero_floats", at(k, 0), self.depth_pieces * 4)
+                call("iso_zero_floats", at(v, 0), self.width_pieces * 4)
+                with when(inside):
+                    self._load("k", key, self.key_head + shape.k_start, k, 0)
+                    self._load("v", key, self.key_head + shape.v_start, v, 0)
             for row in range(self.rows):
                 self._update(row, rows[row], queries, k, v, key, inside)
         self._finish(rows)
+
+    def _fetch(self, held: list[CacheRow], key: Any, keys: Any) -> None:
+        """Start the loads of a token's codes, where there is one."""
+        with when(key < keys):
+            for name, row in zip(("k", "v"), held, strict=True):
+                codes, params = self.frame[name], self.frame[f"{name}_params"]
+                token = bind(self.shape.token(self.frame, self.sample, key, self.key_head))
+                row.fetch(codes, params, token, row_bytes(row.size, row.bits), self.part)
 
     def _update(
         self, row: int, place: tuple[Any, Any, Any], queries: Any, k: Any, v: Any, key: Any, inside: Any
@@ -310,9 +329,12 @@ class _Few:
         weight = value("float32", "expf", get(cell, 0) - new)
         put(self.maximum, row, new)
         put(self.total, row, get(self.total, row) * kept + weight)
-        for i in range(self.width_pieces * 4):
-            at_ = row * self.width_pieces * 4 + i
-            put(self.values, at_, get(self.values, at_) * kept + weight * get(v, i))
+        each = range(row * self.width_pieces * 4, (row + 1) * self.width_pieces * 4)
+        with when(kept < T.float32(1)):  # seldom, after the first keys
+            for at_ in each:
+                put(self.values, at_, get(self.values, at_) * kept)
+        for i, at_ in enumerate(each):
+            put(self.values, at_, get(self.values, at_) + weight * get(v, i))
 
     def _finish(self, rows: list[tuple[Any, Any, Any]]) -> None:
         """Combine the block's groups of eight lanes, one row after another."""
@@ -322,9 +344,13 @@ class _Few:
         for row, (there, position, head) in enumerate(rows):
             sync()
             for piece in range(self.width_pieces):
+                start = piece_start(shape.width, shape.bits, self.part, piece)
                 for i in range(4):
-                    index = self.slot * width + piece * 32 + self.part * 4 + i
-                    put(board, index, get(self.values, (row * self.width_pieces + piece) * 4 + i))
+                    put(
+                        board,
+                        self.slot * width + start + i,
+                        get(self.values, (row * self.width_pieces + piece) * 4 + i),
+                    )
             with when(equal(self.part, 0)):
                 put(maxima, self.slot, get(self.maximum, row))
                 put(totals, self.slot, get(self.total, row))

@@ -15,7 +15,7 @@ from typing import Any
 from tvm.tirx.script.builder import ir as T
 
 from ....compiler.dialect.cache_packing import row_bytes
-from .attention import Attention, Combine, FewQueries
+from .attention import ROWS, Attention, Combine, FewQueries
 from .builder import Frame, Size, Tensor, prim_func
 from .flash import ManyQueries
 from .knobs import tuned
@@ -49,7 +49,8 @@ def _attend(plan: Plan, shape: Attention) -> Plan:
         add(plan, ManyQueries(shape))
         return plan
     splits = SPLITS if isinstance(keys, str) else max(1, min(SPLITS, -(-keys // RANGE)))
-    few = tuned(FewQueries(shape, splits))
+    most = ROWS if isinstance(queries, str) else min(ROWS, queries * shape.group)
+    few = tuned(FewQueries(shape, splits, most))
     combine = Combine(shape, few.splits) if few.splits > 1 else None
     if isinstance(queries, int):
         add(plan, few)

@@ -203,7 +203,7 @@ def compile_module(
 ) -> CompiledCuda:
     """Compile a Relax module for one architecture, or several ("sm_80,sm_90a").
 
-    Raises InputError (unknown architecture) and ToolchainError (no nvcc) and UnsupportedError (an operator without
+    Raises InputError (unknown architecture) and ToolchainError (no compiler) and UnsupportedError (an operator without
     kernels).
     """
     say = progress or (lambda _: None)
@@ -223,7 +223,7 @@ def compile_cuda(
 ) -> dict[str, Any]:
     """Compile a program into `library` and write its tensors to `weights`. Returns facts for the report.
 
-    Raises InputError (unknown architecture) and ToolchainError (no nvcc) and UnsupportedError (an operator that is
+    Raises InputError (unknown architecture) and ToolchainError (no compiler) and UnsupportedError (an operator that is
     not lowered).
     """
     # Not at the top: lowering needs the whole backend, and this module is also read where only kernels are compiled.

@@ -13,7 +13,18 @@
 #pragma once
 #ifndef ISOFOLD_EMULATE
 #include <cuda_fp16.h>
+#ifdef __CUDACC_RTC__
+#include <cuda/std/cstdint>
+using cuda::std::int32_t;
+using cuda::std::int64_t;
+using cuda::std::int8_t;
+using cuda::std::uint16_t;
+using cuda::std::uint32_t;
+using cuda::std::uint64_t;
+using cuda::std::uint8_t;
+#else
 #include <stdint.h>
+#endif
 #define ISO_FN static __device__ __forceinline__
 #else
 #define ISO_FN static inline
@@ -470,17 +481,16 @@ ISO_FN void iso_byte_floats(float* d, uint32_t word) {
   for (int i = 0; i < 4; ++i)
     d[i] = __int_as_float((int)iso_permute(word, 0x4B000000u, 0x7440u + i)) - 8388608.0f;
 }
+// Four codes of a word, low nibbles after a shift or bytes, s (u - z)
+ISO_FN void iso_cache_decode(float* d, uint32_t word, int shift, int bits, float s, float z) {
+  iso_byte_floats(d, bits == 4 ? word >> shift & 0x0F0F0F0Fu : word);
+  for (int i = 0; i < 4; ++i) d[i] = s * (d[i] - z);
+}
 // Dimensions start .. start + 3 of a token, s (u - z); start is a multiple of 4.
 ISO_FN void iso_cache_floats4(float* d, const uint8_t* codes, const float* pair, int start, int bits) {
   uint32_t word;
-  if (bits == 8) {
-    iso_load4(&word, codes + start);
-  } else {
-    iso_load4(&word, codes + start / 32 * 16 + start % 16);
-    word = word >> (start / 16 % 2 * 4) & 0x0F0F0F0Fu;
-  }
-  iso_byte_floats(d, word);
-  for (int i = 0; i < 4; ++i) d[i] = pair[0] * (d[i] - pair[1]);
+  iso_load4(&word, codes + (bits == 8 ? start : start / 32 * 16 + start % 16));
+  iso_cache_decode(d, word, start / 16 % 2 * 4, bits, pair[0], pair[1]);
 }
 // Dimensions start .. start + 7 as halves in natural pairs; start is a multiple of 8.
 ISO_FN void iso_cache_halves8(uint32_t* d, const uint8_t* codes, const float* pair, int start, int bits) {
