@@ -394,7 +394,7 @@ def tune_command(
     target: Annotated[
         str,
         typer.Option(
-            help="What runs the model: cpu, or tvm-cpu, which also tunes what TVM generates for MODEL."
+            help="What runs the model: cpu, tvm-cpu (also what TVM generates for MODEL), or cuda:sm_80 and its like."
         ),
     ] = "cpu",
     as_json: JsonOption = False,

@@ -4,7 +4,7 @@ Identity: ``panels[b, k, j] = w[32 b + j, k]`` (zero where there is no such feat
 loads from consecutive memory, for any K. Bias, activation, residual and the ragged edge in N are the work of
 ``epilogue_g_*`` of linear.py, as for every linear on float activations.
 
-``dense_block`` multiplies any number of rows by one panel: tiles of :func:`tile_rows` rows, whose sums stay in
+``dense_block`` multiplies any number of rows by one panel: tiles of `dense_rows` rows (a knob), whose sums stay in
 registers (a step of K is 2 loads, R broadcasts and 2 R multiply-adds), then one smaller tile of exactly the rows
 that are left, so that 5 rows read the weights once. Tiles of few rows have more than one chain of sums for each
 output: a multiply-add waits 4 cycles for itself, and two start in each. ``ldw`` is the distance of two steps of K: 32
@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import Any
 
 from .codegen import Isa, Kernel, T, bind, for_range, load, registers, store, when
+from .knobs import knob
 from .linear import prefetch, prefetch_stream
 
 PANEL = 32
@@ -27,22 +28,17 @@ FEW = 2
 """Tiles of up to this many rows wait for memory: they prefetch far ahead in the weights' own stream."""
 
 
-def tile_rows(isa: Isa) -> int:
-    """Rows whose sums are kept in registers, with two vectors of weights and one of a broadcast activation."""
-    return 12 if isa.registers == 32 else 6
-
-
 def _unroll(count: int) -> int:
     """Steps of K in one round of the loop. One for large tiles: LLVM would collect the loads of several steps at
     its beginning, and spill them (half the speed for 12 rows in rounds of 2)."""
-    return 4 if count <= 4 else 1
+    return knob("dense_unroll") if count <= 4 else 1
 
 
 def _dense_block(
     isa: Isa, x: Any, ldx: Any, w: Any, ldw: Any, inputs: Any, ahead: Any, t: Any, rows: Any, accumulate: Any
 ) -> None:
     """t[r, 0:32] = (accumulate: +=) x[r, :] @ w for all rows; w is ``[inputs, 32]`` with rows ldw apart."""
-    most = tile_rows(isa)
+    most = knob("dense_rows")
 
     def tile(count: int, row0: Any, fetch: Any) -> None:
         wide = 2 if isa.registers == 32 or count <= 2 else 1

@@ -5,10 +5,7 @@
 
 #include "linear_float_driver.h"
 
-enum {
-  ISOFOLD_DENSE_PANEL = 32,   // features of a panel: PANEL in dense.py
-  ISOFOLD_DENSE_INPUTS = 256  // inputs multiplied at a time: 32 KB of weights stay near while all rows pass
-};
+enum { ISOFOLD_DENSE_PANEL = 32 };  // features of a panel: PANEL in dense.py
 
 // A dense linear is a struct isofold_linear whose weight is float32 [blocks, k, 32], kp is k (not padded), and whose bits,
 // scale, zero, wsum and group_size are unused. Gated: columns 0..15 of a block are the gate, 16..31 the factor.
@@ -32,8 +29,8 @@ static inline void isofold_dense_run(const struct isofold_kernels* k, const stru
     const float* weight = (const float*)l->weight + block * c->k * ISOFOLD_DENSE_PANEL;
     e.block.panel = block * 2;
     e.block.panels = isofold_min(2, all - e.block.panel);
-    for (int64_t from = 0; from < c->k; from += ISOFOLD_DENSE_INPUTS) {
-      int64_t inputs = isofold_min(ISOFOLD_DENSE_INPUTS, c->k - from);
+    for (int64_t from = 0; from < c->k; from += k->dense_inputs_linear_dense) {
+      int64_t inputs = isofold_min(k->dense_inputs_linear_dense, c->k - from);
       const float *x = c->x + m0 * c->k + from, *w = weight + from * ISOFOLD_DENSE_PANEL;
       if (from + inputs == c->k) isofold_linear_expect(&e.block, m0, m1 - m0);
       k->dense_block(x, c->k, w, ISOFOLD_DENSE_PANEL, inputs, w + inputs * ISOFOLD_DENSE_PANEL, t, m1 - m0, from != 0);

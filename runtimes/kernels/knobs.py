@@ -43,9 +43,10 @@ DRIVER = "linear_driver"
 """The group of knobs that only the C drivers read: nothing is compiled for them."""
 
 _HERE = Path(__file__).resolve().parent
-_MODULES = {"linear_float*": "linear_float", "linear_*": "linear"}
+_MODULES = {"linear_dense": "dense", "linear_float*": "linear_float", "linear_*": "linear"}
 """Module that emits the kernels of a group, by pattern, first match."""
 _HEADERS = ("linear_driver.h", "linear_float_driver.h", "outlier_driver.h")
+_MORE_HEADERS = {"dense": ("dense_driver.h",)}
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Knob:
 
 
 _TILES = ("linear_pc", "linear_g", "linear_gz")
-_STREAMS = ("linear_gemv*", "linear_float*", *_TILES)
+_STREAMS = ("linear_gemv*", "linear_float*", "linear_dense", *_TILES)
 
 KNOBS = (
     Knob(
@@ -153,6 +154,33 @@ KNOBS = (
         "last one of its sum: 4 rows of 2 vectors are 8 chains, too few where two start in a cycle and take 4 or 5 "
         "(Zen 5).",
         {"v4": 2},
+    ),
+    Knob(
+        "dense_rows",
+        ("linear_dense",),
+        (4, 6, 8, 10, 12, 14),
+        12,
+        "Rows of a tile of float32 products whose sums are kept in registers, beside two vectors of weights and one of "
+        "a broadcast activation.",
+        {"v3": 6},
+        exact=False,
+    ),
+    Knob(
+        "dense_unroll",
+        ("linear_dense",),
+        (1, 2, 4, 8),
+        4,
+        "Inputs in one round of the loop of tiles of up to 4 rows; as many chains of sums, up to 8 vectors of them.",
+        exact=False,
+    ),
+    Knob(
+        "dense_inputs",
+        ("linear_dense",),
+        (128, 256, 512, 1024),
+        256,
+        "Inputs that all rows of a task are multiplied with at a time: 128 bytes of weights each, which stay near.",
+        exact=False,
+        driver=True,
     ),
     Knob(
         "gemv_rows",
@@ -278,7 +306,9 @@ def sources(group: str) -> str:
     if module is None:
         raise ValueError(f"no kernels are tuned in a group {group!r}")
     digest = hashlib.sha256()
-    for path in sorted({*_closure(module), *(_HERE / name for name in _HEADERS)}):
+    for path in sorted(
+        {*_closure(module), *(_HERE / name for name in (*_HEADERS, *_MORE_HEADERS.get(module, ())))}
+    ):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 

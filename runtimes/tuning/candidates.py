@@ -48,6 +48,8 @@ _KEPT_DAYS = 30
 
 def needed_groups(workload: Workload) -> set[str]:
     """Groups of kernels that the drivers call for a workload."""
+    if workload.operator == "linear_dense":
+        return {"linear_dense", "linear_end"}
     if workload.operator == "linear_float":
         return {f"linear_float{workload.bits}", "linear_float8", "linear_end"}
     packed = {f"linear_gemv{workload.bits}"} if workload.bits < 8 else set()

@@ -113,7 +113,16 @@ def _record(line: bytes, path: Path, number: int) -> Record:
         values = json.loads(line)
     except ValueError as error:
         raise _damaged(path, number, expected, f"{error}: {line[:60]!r}") from None
-    if not isinstance(values, dict) or values.pop("v", None) != VERSION:
+    version = values.pop("v", None) if isinstance(values, dict) else None
+    if isinstance(version, int) and version != VERSION:
+        raise InputError(
+            "The tuning database is of another version of isofold",
+            where=f"{path}, line {number}",
+            expected=f"records of version {VERSION}",
+            got=f"version {version}",
+            hint="name another file with --database; this one is left as it is",
+        )
+    if version != VERSION:
         raise _damaged(path, number, expected, f"{line[:60]!r}")
     missing, unknown = _NEEDED - values.keys(), values.keys() - _FIELDS
     well_typed = isinstance(values.get("workload"), dict) and isinstance(values.get("knobs"), dict)

@@ -116,6 +116,7 @@ class Engine:
                 got="; ".join(dict.fromkeys(self.lost)),
                 hint="what was measured before is kept; look at the servers' own output",
             )
+        self.database.notes += self._strangers()
         return {
             "database": str(self.database.path),
             "processors": sorted(self.searches),
@@ -130,6 +131,28 @@ class Engine:
                 for row in summary(search, processor, self.database)
             ],
         }
+
+    def _strangers(self) -> list[str]:
+        """What the database has on the same kernels that does not count here: of other machines, or other versions."""
+        current = {
+            (search.group, search.isa): search.sources
+            for mine in self.searches.values()
+            for search in mine.values()
+        }
+        same = [r for r in self.database.records if (r.group, r.isa) in current]
+        others = [r for r in same if r.processor not in self.searches]
+        old = [r for r in same if r.processor in self.searches and r.sources != current[r.group, r.isa]]
+        notes = []
+        if others:
+            names = ", ".join(sorted({r.processor for r in others}))
+            notes.append(
+                f"{len(others)} results of other processors ({names}) are kept and do not count here"
+            )
+        if old:
+            notes.append(
+                f"{len(old)} results of another version of the kernels or of TVM are kept and do not count"
+            )
+        return notes
 
     def _wait(self, crew: Sequence[threading.Thread]) -> None:
         """Until all work is done, or the time is up and no machine has work: some may still wait in a tracker's

@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "kernels.h"
+#include "dense_driver.h"
 #include "linear_driver.h"
 #include "linear_float_driver.h"
 
@@ -19,7 +20,7 @@ extern "C" const struct isofold_kernels isofold_candidate;
 
 namespace {
 
-// The order of Workload.spec() in workloads.py.
+// The order of Workload.spec() in workloads.py; floats: 1 packed weights, 2 float32 ones.
 struct Spec {
   int64_t isa, floats, bits, group, zero, gated, k, n, m, threads, layers;
 };
@@ -35,6 +36,7 @@ struct Plan {
   explicit Plan(const Spec& s) {
     kp = round_up(s.k, s.group > 32 ? s.group : 32);
     panels = (s.gated ? 2 : 1) * ((s.n + 15) / 16);
+    if (s.floats == 2) panels = round_up(panels, 2);
     groups = s.group ? kp / s.group : 1;
     input = 0;
     params = round_up(s.m * (s.floats ? s.k * 4 : kp), 64);
@@ -94,6 +96,9 @@ void fill(const Spec& s, char* base) {
     char* at = base + p.layers + layer * p.layer;
     auto* words = reinterpret_cast<uint64_t*>(at);
     for (int64_t i = 0; i < p.layer / 8; ++i) words[i] = next(&state);
+    if (s.floats == 2)
+      for (int64_t i = 0; i < p.scale / 4; ++i)
+        reinterpret_cast<float*>(at)[i] = float(int64_t(next(&state) >> 40)) / (1 << 23) - 1;
     int64_t scales = p.panels * p.groups * 16;
     if (s.group)
       for (int64_t i = 0; i < scales; ++i)  // float16 from 2^-5 to 2^-4
@@ -155,6 +160,11 @@ void layer(Run* r, int64_t which, int64_t index) {
     c.y = r->y;
     c.m = s.m;
     c.k = s.k;
+    if (s.floats == 2) {
+      int64_t tasks = isofold_dense_tasks(&l, s.m);
+      isofold_dense_run(k, &l, &c, tasks * index / s.threads, tasks * (index + 1) / s.threads);
+      return;
+    }
     int64_t tasks = isofold_linear_float_tasks(&l, s.m);
     isofold_linear_float_run(k, &l, &c, tasks * index / s.threads, tasks * (index + 1) / s.threads);
     return;

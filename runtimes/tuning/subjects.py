@@ -19,8 +19,15 @@ _OPERATORS = {
     "linear_packed": "linear",
     "quantize_linear_packed": "linear",
     "linear_packed_float": "linear_float",
+    "linear_dense": "linear_dense",
 }
-_ONNX = {"PackedLinear": "linear", "QuantizePackedLinear": "linear", "PackedLinearFloat": "linear_float"}
+FACTS = ("k", "n", "bits", "group_size", "zero", "gated")
+_ONNX = {
+    "PackedLinear": "linear",
+    "QuantizePackedLinear": "linear",
+    "PackedLinearFloat": "linear_float",
+    "DenseLinear": "linear_dense",
+}
 
 
 def workloads_of_program(program: Program, threads: int) -> list[Workload]:
@@ -38,7 +45,8 @@ def packed_linears(program: Program, threads: int) -> list[Workload]:
         declared = operator_of(node.target) if node.op == "call_function" else None
         operator = None if declared is None else _OPERATORS.get(declared.name)
         if operator is not None:
-            facts = {name: argument(node, name) for name in ("k", "n", "bits", "group_size", "zero", "gated")}
+            names = {a.name for a in declared.overload._schema.arguments} if declared is not None else set()
+            facts = {name: argument(node, name) for name in FACTS if name in names}
             rows = int(value(node).numel()) // int(facts["n"])
             found.append(_workload(operator, facts, rows, threads))
     return found
@@ -74,13 +82,13 @@ def _inputs(model: Any, operator: str) -> list[str]:
 def _workload(operator: str, facts: dict[str, Any], rows: int, threads: int) -> Workload:
     return Workload(
         operator,
-        int(facts["bits"]),
-        int(facts["group_size"]),
+        int(facts.get("bits", 32)),
+        int(facts.get("group_size", 0)),
         int(facts["k"]),
         int(facts["n"]),
         max(rows, 1),
         threads,
-        facts["zero"] not in (None, ""),
+        facts.get("zero") not in (None, ""),
         gated=bool(facts["gated"]),
     )
 

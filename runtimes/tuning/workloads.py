@@ -12,7 +12,8 @@ from ..kernels.knobs import DEFAULTS, DRIVER
 
 __all__ = ["DEFAULT_SHAPES", "Workload", "default_workloads", "groups_of", "reduced"]
 
-OPERATORS = ("linear", "linear_float")
+OPERATORS = ("linear", "linear_float", "linear_dense")
+"""In the order of the harness's numbers."""
 COLD = 4
 """A cold workload's weights are this many times the last-level cache."""
 _LEAST, _MOST = 64 << 20, 1 << 30
@@ -21,8 +22,9 @@ _RAGGED = {"k": 5 * 32 - 3, "n": 75}
 
 @dataclass(frozen=True, order=True)
 class Workload:
-    """One linear. operator: `linear` (8-bit activations) or `linear_float`; zero: with zero points; k, n: inputs and
-    output features; m: rows; cold: weights come from memory, as in a model, else from the cache.
+    """One linear. operator: `linear` (8-bit activations), `linear_float` or `linear_dense` (32 bits); zero: with zero
+    points; k, n: inputs and output features; m: rows; cold: weights come from memory, as in a model, else from the
+    cache.
 
     Raises:
         InputError: a value that no kernel takes.
@@ -41,10 +43,11 @@ class Workload:
 
     def __post_init__(self) -> None:
         bad = [name for name in ("k", "n", "m", "threads") if getattr(self, name) < 1]
-        if self.operator not in OPERATORS or self.bits not in (2, 3, 4, 8) or self.group_size % 32 or bad:
+        widths = (32,) if self.operator == "linear_dense" else (2, 3, 4, 8)
+        if self.operator not in OPERATORS or self.bits not in widths or self.group_size % 32 or bad:
             raise InputError(
                 "No kernel takes this workload",
-                expected=f"operator one of {OPERATORS}, bits 2, 3, 4 or 8, group_size 0 or a multiple of 32, sizes > 0",
+                expected=f"operator one of {OPERATORS}, bits one of {widths}, group_size a multiple of 32, sizes > 0",
                 got=str(asdict(self)),
             )
 
@@ -89,7 +92,7 @@ class Workload:
             self.threads,
             layers,
         )
-        return [int(isa[1:]), int(self.operator == "linear_float"), *map(int, whole)]
+        return [int(isa[1:]), OPERATORS.index(self.operator), *map(int, whole)]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -106,6 +109,8 @@ class Workload:
 
 def groups_of(workload: Workload, isa: str) -> list[str]:
     """The groups of kernels (`Kernel.group`) whose knobs this workload can tune."""
+    if workload.operator == "linear_dense":
+        return ["linear_dense"]
     if workload.operator == "linear_float":
         return [f"linear_float{workload.bits}"]
     if workload.bits == 8:
@@ -115,7 +120,7 @@ def groups_of(workload: Workload, isa: str) -> list[str]:
     return groups + ([DRIVER] if workload.m >= 4 else [])
 
 
-_SHAPE = re.compile(r"(linear|linear_float) w(\d)(?:g(\d+))?(z?) (\d+)x(\d+) m(\d+)")
+_SHAPE = re.compile(r"(linear|linear_float|linear_dense) w(\d+)(?:g(\d+))?(z?) (\d+)x(\d+) m(\d+)")
 DEFAULT_SHAPES = (
     "linear w4g32 4096x4096 m1",
     "linear w4g128 1024x3072 m1",
@@ -127,6 +132,8 @@ DEFAULT_SHAPES = (
     "linear w8 768x3072 m128",
     "linear_float w4g32 4096x4096 m1",
     "linear_float w4g128 1024x3072 m1",
+    "linear_dense w32 2048x2048 m1",
+    "linear_dense w32 768x3072 m128",
 )
 """What is tuned where no model says otherwise: K x N, rows."""
 

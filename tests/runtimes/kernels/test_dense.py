@@ -12,7 +12,7 @@ import torch
 
 from isofold.compiler.dialect.dense_packing import pack_dense, unpack_dense
 from isofold.runtimes.kernels.codegen import ISAS as INSTRUCTION_SETS
-from isofold.runtimes.kernels.dense import tile_rows
+from isofold.runtimes.kernels.knobs import DEFAULTS
 from isofold.runtimes.kernels.math import ACTIVATIONS
 
 from .conftest import ISAS, FloatCall, Linear, address, guarded
@@ -21,7 +21,7 @@ from .reference import Case
 TOLERANCE = 3e-6
 """Sums of up to a few thousand float32 products, relative to the sum of their absolute values."""
 
-MOST = max(tile_rows(isa) for isa in INSTRUCTION_SETS)
+MOST = max(DEFAULTS.resolve("linear_dense", "dense_rows", isa.name) for isa in INSTRUCTION_SETS)
 SIZES = [(m, 33, 70) for m in range(1, 2 * MOST + 2)] + [
     (1, 16, 1), (3, 1, 3), (2, 48, 256), (5, 5, 257), (7, 64, 511), (130, 37, 129), (300, 100, 300), (1, 17, 4099),
 ]  # fmt: skip

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from isofold.runtimes.kernels import knobs, linear, linear_float
+from isofold.runtimes.kernels import dense, knobs, linear, linear_float
 from isofold.runtimes.kernels.codegen import ISAS, V4, Kernel, T, compile_object, header, store, table
 from isofold.runtimes.kernels.knobs import DEFAULTS, DRIVER, KNOBS, Settings, driver_values, knob, using
 
-GROUPS = {k.group for module in (linear, linear_float) for k in module.KERNELS}
+GROUPS = {k.group for module in (linear, linear_float, dense) for k in module.KERNELS}
 
 
 def test_every_knob_belongs_to_kernels_and_may_be_its_default() -> None:

@@ -52,7 +52,7 @@ def test_every_cut_of_the_last_line_loses_only_that_line(tmp_path: Path) -> None
     [
         ("not json", "Expecting value"),
         ('{"v":1}', "missing:"),
-        ('{"v":7}', '{"v":7}'),
+        ('{"v":"new"}', '{"v":"new"}'),
         ("[]", "[]"),
         (record().line().decode().strip().replace('"ok"', '"fine"'), "status: 'fine'"),
     ],
@@ -68,6 +68,16 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str, got: str) -> None:
     assert got in str(error.value)
     assert "move the file away" in str(error.value)
     assert path.read_text() == content
+
+
+def test_a_database_of_a_later_isofold_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "db.jsonl"
+    path.write_text('{"v":7,"chip":"new"}\n')
+    with pytest.raises(InputError, match="another version of isofold") as error:
+        Database(path)
+    assert "version 7" in str(error.value)
+    assert "--database" in str(error.value)
+    assert path.read_text() == '{"v":7,"chip":"new"}\n'
 
 
 def test_merging_takes_what_is_new(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,9 +59,13 @@ def test_two_values_are_measured_and_a_second_run_measures_nothing(tmp_path: Pat
     assert row["workload"] == "linear w4g32 256x96 m1 t1 cached"
     assert row["before"] > 0
     assert any("1 of" in text or "0 of" in text for text in said)
+    strange = [replace(r, processor="Other (3/4)") for r in records] + [replace(records[0], sources="0")]
+    Database(path).add(strange)
     again = tune([SMALL], seconds=60, database=path, values=FEW)
     assert again["measured"] == 0
-    assert read_records(path)[0] == records
+    assert read_records(path)[0] == [*records, *strange]
+    assert f"{len(records)} results of other processors (Other (3/4)) are kept" in again["notes"][0]
+    assert "1 results of another version of the kernels" in again["notes"][1]
 
 
 def test_kill_9_in_the_middle_loses_nothing_that_was_measured(tmp_path: Path) -> None:

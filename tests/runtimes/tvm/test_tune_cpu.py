@@ -187,6 +187,37 @@ def test_a_candidate_that_takes_its_process_with_it_is_recorded_and_the_search_g
     assert all(shape.rows != 2 for shape in tuned_shapes(database, target).values())
 
 
+def test_an_interrupted_run_goes_on_and_strange_records_are_kept(
+    tmp_path: Path, target: Any, short: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database, asked = tmp_path / "tuning.jsonl", []
+    old = record_of(target, product(), {"rows": 2, "columns": 16}, processor="An old CPU (1/2)")
+    stale = record_of(target, product(), {"rows": 2, "columns": 16}, sources="0" * 16)
+    Database(database).add([old, stale])
+    whole = Machine.ask
+
+    def ask(self: Machine, question: dict[str, Any], timeout: float) -> dict[str, Any]:
+        asked.append(question)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return whole(self, question, timeout)
+
+    module = tvm.IRModule({"one": product(32), "two": product()})
+    monkeypatch.setattr(Machine, "ask", ask)
+    with pytest.raises(KeyboardInterrupt):
+        tune_functions(module, target, 60, database, sizes={"m": 8})
+    before = read_records(database)[0]
+    assert len(before) >= 2 + 3
+    found = tune_functions(module, target, 60, database, sizes={"m": 8})
+    after = read_records(database)[0]
+    assert after[: len(before)] == before
+    assert len({r.key for r in after}) == len(after)
+    assert [row["tried"] for row in found["workloads"]] == [3, 3]
+    notes = "\n".join(found["notes"])
+    assert "1 results of other processors (An old CPU (1/2)) are kept and do not count here" in notes
+    assert "1 results of another version of the kernels or of TVM are kept and do not count" in notes
+
+
 def test_a_wrong_result_is_found(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tune_worker.compiled
     monkeypatch.setattr(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,13 @@ from isofold.runtimes.tvm.cuda.rows import Rows
 from isofold.runtimes.tvm.cuda.skinny import Skinny
 from isofold.runtimes.tvm.cuda.spaces import SHARED, demands, fits, space_of
 from isofold.runtimes.tvm.cuda.toolkit import Resources
-from isofold.runtimes.tvm.cuda.tune_worker import arrays_of, compare
+from isofold.runtimes.tvm.cuda.tune_worker import arrays_of, compare, difference
 from isofold.runtimes.tvm.cuda.tuned import tuned_values
 from isofold.runtimes.tvm.cuda.weights import Weights
 
 from ...lent_machines import server, tracker, wait_for_servers
-from .emulated import CACHE
+from .emulated import CACHE, emulate_operator, reference_of
+from .test_operators import CASES, ROWS, check, repeated, tolerance
 
 __all__ = ["tracker"]
 
@@ -300,6 +302,39 @@ def test_the_whole_loop_measures_chooses_resumes_and_is_used(tmp_path: Path, sma
     assert tuned_values(("sm_80", "sm_90a"), database)(small_space) == {"tokens": 32, "warps": 4}
 
 
+@pytest.mark.parametrize(
+    ("name", "which", "rows"),
+    [
+        ("linear_packed", "w4g64", 40),
+        ("linear_coded", "nf4", 9),
+        ("norm_quantize", "", 1),
+        ("attention", "causal", 1),
+    ],
+)
+def test_a_tuned_operator_computes_what_the_reference_does(name: str, which: str, rows: int) -> None:
+    what, arguments = next(c for c in CASES[name] if which in c[0])
+    arguments = repeated(arguments, rows) if rows > 1 else arguments
+    changed = []
+
+    def choose(kernel: Any) -> dict[str, int]:
+        changed.append(values_of(kernel))
+        return extremes(kernel)[-1]
+
+    axes = {"q": (0, 1), "k": (0, 1), "v": (0, 1)} if name == "attention" else dict.fromkeys(ROWS, (0,))
+    with choosing(choose):
+        (results,) = emulate_operator(name, [arguments], axes)
+    assert changed
+    check(name, what, results, reference_of(name, arguments), tolerance(name))
+
+
+def test_differences_of_codes_and_floats() -> None:
+    codes = np.array([3, 250], np.uint8)
+    assert difference(codes, codes + 1) == 0
+    assert difference(codes, codes + 3) == pytest.approx(2 / 250)
+    assert difference(np.array([1.0, 4.0]), np.array([1.0, 5.0])) == 0.25
+    assert difference(np.array([1.0]), np.array([np.nan])) == np.inf
+
+
 def test_records_that_do_not_count(tmp_path: Path, small_space: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     database = tmp_path / "tuning.jsonl"
     Bench(fast_with(tokens=32)).tune(database, [small_space])
@@ -315,6 +350,27 @@ def test_records_that_do_not_count(tmp_path: Path, small_space: Any, monkeypatch
     damaged = tmp_path / "damaged.jsonl"
     damaged.write_text("nonsense\n")
     assert tuned_values(ARCHS, damaged)(small_space) == {}
+    with pytest.raises(InputError, match="database is damaged"):
+        Bench(fast_with()).tune(damaged, [small_space])
+
+
+def test_a_database_of_another_machine_and_version_is_said_and_kept(tmp_path: Path, small_space: Any) -> None:
+    database = tmp_path / "tuning.jsonl"
+    Bench(fast_with(tokens=32)).tune(database, [small_space])
+    kept = read_records(database)[0]
+    strange = [replace(r, processor="NVIDIA A100") for r in kept] + [
+        replace(r, sources="0" * 16) for r in kept
+    ]
+    other = tmp_path / "other.jsonl"
+    Database(other).add(strange)
+    result = Bench(fast_with(tokens=16)).tune(other, [small_space])
+    notes = "\n".join(result["notes"])
+    assert f"{len(kept)} results of other processors (NVIDIA A100) are kept and do not count here" in notes
+    assert (
+        f"{len(kept)} results of another version of the kernels or of TVM are kept and do not count" in notes
+    )
+    assert result["workloads"][0]["knobs"]["tokens"] == 16
+    assert read_records(other)[0][: len(strange)] == strange
 
 
 def test_candidates_that_spill_or_do_not_fit_are_left_out_and_counted(
@@ -338,13 +394,13 @@ def test_a_gpu_without_memory_is_explained_and_nothing_is_lost(tmp_path: Path, s
     assert "MiB are free" in str(error.value)
     assert not database.exists()
     bench.free = 1 << 24
-    assert bench.tune(database, [small_space])["workloads"][0]["knobs"] == {"tokens": 32}
+    assert bench.tune(database, [small_space])["workloads"][0]["knobs"]["tokens"] == 32
 
     # One kernel that is too large does not keep the others from being measured.
     bench.free = 1 << 15
     large = DenseMany(linear(n=512, k=64))
     result = bench.tune(tmp_path / "other.jsonl", [large, small_space])
-    assert [row["knobs"] for row in result["workloads"]] == [None, {"tokens": 32}]
+    assert [(row["knobs"] or {}).get("tokens") for row in result["workloads"]] == [None, 32]
     assert any(large.name in note and "left out of this run" in note for note in result["notes"])
 
 
@@ -363,7 +419,7 @@ def test_a_lost_gpu_gives_its_work_back(tmp_path: Path, small_space: Any) -> Non
     records = read_records(database)[0]
     assert {r.status for r in records} == {"ok"}
     assert len({r.candidate for r in records if not r.confirmed}) == 11
-    assert result["workloads"][0]["knobs"] == {"tokens": 32}
+    assert result["workloads"][0]["knobs"]["tokens"] == 32
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, small_space: Any) -> None:
