@@ -212,8 +212,8 @@ class ConvolutionFormat(_Strict):
 class CacheFormat(_Strict):
     """How keys and values of attentions are stored: unsigned codes with a pair per token and head.
 
-    storage: `rounded` where attentions read them (what a cache of codes computes), or `codes`: caches that are inputs and
-    outputs of the model become codes, and the model is called with those.
+    storage: `rounded` where attentions read them (what a cache of codes computes), or `codes`: caches that are inputs
+    and outputs of the model become codes, and the model is called with those.
     """
 
     bits: Literal[4, 8] = 8

@@ -7,8 +7,9 @@ cache of such codes computes with: keys are rounded as they enter the attention,
 so that a cached key need never be touched again, and the pair belongs to the token and head, so that a new token
 leaves the old ones alone.
 
-Caches that are stored as codes are `quantize_past`'s. One node serves all attentions that read the same value in one format. Side conditions: float32, a dimension of heads
-(four dimensions or more), so that the last one is the head's; what is already quantized stays as it is.
+Caches that are stored as codes are `quantize_past`'s. One node serves all attentions that read the same value in one
+format. Side conditions: float32, a dimension of heads (four dimensions or more), so that the last one is the head's;
+what is already quantized stays as it is.
 """
 
 from __future__ import annotations

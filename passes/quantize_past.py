@@ -129,7 +129,7 @@ def _outputs(editor: Editor) -> list[Any]:
 
 
 def _drop_shared(editor: Editor, found: dict[fx.Node, list[Past]]) -> None:
-    """Leave out attentions whose caches have other readers, until no cache is left that only some of them could read."""
+    """Leave out attentions whose caches have other readers, until none is left that only some of them could read."""
     while True:
         refused = [(node, reason) for node in found if (reason := _against(found, node)) is not None]
         if not refused:

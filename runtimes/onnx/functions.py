@@ -597,6 +597,7 @@ def attention_cached(call: Call, body: Body) -> Results:
         decoded = _cached(body, call[name], call[f"{name}_params"], 4, size, bits)
         moved = body.transpose(decoded, 0, 2, 1, 3)
         moved.shape = ir.Shape([None, None, at["kv_heads"], size])
+        moved.type = ir.TensorType(ir.DataType.FLOAT)
         read[name] = moved
     inputs = {"q": call["q"], **read, "mask": call.get("mask")}
     return attention(Call(inputs, {**at, "k_start": 0, "v_start": 0}), body)

@@ -49,6 +49,13 @@ def test_open_with_onnxruntime(artefact: tuple[Path, str]) -> None:
     assert "output: float32 [32, 10]" in run("open_with_onnxruntime.py", str(artefact[0]))
 
 
+def test_decode_with_coded_caches(tmp_path: Path) -> None:
+    text = run("decode_with_coded_caches.py", str(tmp_path / "decoder"))
+    held, floats = map(int, re.findall(r"\d+", text.splitlines()[0])[1:])
+    assert held < 0.2 * floats
+    assert len(re.findall(r"\d+", text.splitlines()[1])) == 11
+
+
 def test_opening_needs_neither_torch_nor_isofold() -> None:
     source = (EXAMPLES / "open_with_onnxruntime.py").read_text()
     assert set(re.findall(r"^import (\w+)", source, re.M)) == {"sys", "numpy", "onnxruntime"}
