@@ -1,23 +1,24 @@
-"""The layout `panels` of sparse int4 matrices: a bitmask in the order in which dense kernels read, two panels at a time.
+"""The layout `panels` of sparse int4 matrices: a bitmask in the order in which dense kernels read, two panels at once.
 
-16 rows are a panel. A *word* is 64 bits, 16 rows by 4 inputs; words of two neighbouring panels stand side by side, and a
-byte of values holds a code of each. P = ceil(N / 16) panels, Q = ceil(P / 2) pairs, `C = 32 ceil(K / 128)`:
+16 rows are a panel. A *word* is 64 bits, 16 rows by 4 inputs; words of two neighbouring panels stand side by side, and
+a byte of values holds a code of each. P = ceil(N / 16) panels, Q = ceil(P / 2) pairs, `C = 32 ceil(K / 128)`:
 
     places   uint8  [Q, 16 C]    bit 4 r + j of word 2 c + h of pair q is 1 where w[32 q + 16 h + r, 4 c + j] != 0
     values   uint8  [V]          low nibbles: the codes of panel 2 q in the order of its words and their bits, from
                                  offsets[q] on; high nibbles: those of panel 2 q + 1, from the same byte on
     offsets  int32  [Q + 1]      bytes of values in front of each pair: of its two panels the one with more codes counts
 
-Codes are in two's complement. V is offsets[Q] + 64, rounded up to a multiple of 64; nibbles that hold no code are 0. Bits
-a weight: 1 + 4 * density, and what one panel of a pair has more codes than the other.
+Codes are in two's complement. V is offsets[Q] + 64, rounded up to a multiple of 64; nibbles that hold no code are 0.
+Bits a weight: 1 + 4 * density, and what one panel of a pair has more codes than the other.
 
 Why by panels: sums of 16 rows lie in the lanes of one register, so that a scale for each 32 inputs is one multiply-add
 for 512 weights (in a bitmask by rows: for 64), masks and values are read from front to back, and an expanded word is a
 word of the panel that dense int8 kernels take. Why pairs: codes come apart by a mask and a shift, without a shuffle,
 whose ports the expansion needs.
 
-Example (K = 5, one row, w = 0 7 0 0 -2): word 0 of pair 0 has bit 1, word 2 (c = 1) bit 0: bytes 0 and 16 of places are 2
-and 1, the rest 0; values 0x07 0x0E 0 ...; offsets 0 2. Were row 16 there too, with a 3, bytes 8 and 0 were 1 and 0x37.
+Example (K = 5, one row, w = 0 7 0 0 -2): word 0 of pair 0 has bit 1, word 2 (c = 1) bit 0: bytes 0 and 16 of places
+are 2 and 1, the rest 0; values 0x07 0x0E 0 ...; offsets 0 2. With a row 16 of 3 0 0 0 0, byte 8 of places would be 1
+and the first value 0x37.
 
 Exact both ways.
 """

@@ -1,11 +1,12 @@
-"""Linears on sparse int4 weights in panels: 16 rows by 4 inputs share a word of the bitmask, two panels the bytes of their
-codes (``compiler/dialect/sparse_panels.py``).
+"""Linears on sparse int4 weights in panels: 16 rows by 4 inputs share a word of the bitmask, two panels the bytes of
+their codes (``compiler/dialect/sparse_panels.py``).
 
-Identity: ``t[m, r] = sum_g scale[g, r] sum_(k in g) u[m, k] w[r, k]`` of a pair of panels, or without scales (one a row),
-which are then the epilogue's. Few rows of activations (``sparse_panel_gemv_*``, AVX512-VBMI2): the codes of a word become
-64 bytes of 16 w by a mask (and, low nibbles, a shift), are expanded and meet 4 activations, broadcast, as dense panels
-do. Of Zen 5's two shuffle ports an expansion takes both for a cycle and the mask's way to its register one of them, so a
-word takes 1.5 cycles at least; its loads (64 bytes that cross a line, the mask, half an activation) take 1.75.
+Identity: ``t[m, r] = sum_g scale[g, r] sum_(k in g) u[m, k] w[r, k]`` of a pair of panels, or without scales (one a
+row), which are then the epilogue's. Few rows of activations (``sparse_panel_gemv_*``, AVX512-VBMI2): the codes of a
+word become 64 bytes of 16 w by a mask (and, low nibbles, a shift), are expanded and meet 4 activations, broadcast, as
+dense panels do. Of Zen 5's two shuffle ports an expansion takes both for a cycle and the mask's way to its register
+one of them, so a word takes 1.5 cycles at least, and 2 for its loads (64 bytes that cross a line, the mask, half an
+activation, half a prefetch); 2.5 measured in the second-level cache.
 
 More rows (``sparse_panel_decode``): expanded words are the panels of dense int8 tiles, stored as they are.
 """
@@ -58,8 +59,9 @@ def _starts() -> Any:
 
 
 def _gemv(rows: int, mode: str, isa: Isa, *arguments: Any) -> None:
-    """``t[m, 0..31]`` of a pair of panels and R rows of activations; mode: ``pc``: int32 sums of one group, ``g``: float
-    sums with scales of ``groups`` groups of ``group`` inputs, a multiple of 32; ``lds`` lie between those of the panels."""
+    """``t[m, 0..31]`` of a pair of panels and R rows of activations; mode: ``pc``: int32 sums of one group, ``g``:
+    float sums with scales of ``groups`` groups of ``group`` inputs, a multiple of 32; those of the two panels are
+    ``lds`` apart."""
     x, ldx, mask, values, scale, lds, groups, group, t, ldt, zero = arguments
     if not isa.vnni:
         return  # never called: the driver decodes
@@ -100,8 +102,8 @@ def _gemv(rows: int, mode: str, isa: Isa, *arguments: Any) -> None:
 
 
 def _decode(isa: Isa, *arguments: Any) -> None:
-    """``out[h, c, r, j]``: the codes of inputs 4 c + j of ``words`` words of each of two panels, times 16 on v4 (dot.py);
-    ``at[h]``, their bytes in values, move on."""
+    """``out[h, c, r, j]``: the codes of inputs 4 c + j of ``words`` words of each of two panels, times 16 on v4
+    (dot.py); ``at[h]``, their bytes in values, move on."""
     mask, words, values, at, out, zero = arguments
     if not isa.vnni:
         _decode_plain(isa, *arguments)
