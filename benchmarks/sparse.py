@@ -301,7 +301,9 @@ def measure(results: Results, kinds: tuple[Kind, ...], m: int, threads: int, qui
     """One interleaved run of some kinds, and its rows; the first is the dense one."""
     from isofold.runtimes.onnx.oplib.build import library_path
 
-    folder = subject_folder("sparse", hashlib.sha256((HERE / "sparse.py").read_bytes()).hexdigest())
+    packers = sorted((HERE.parent / "compiler" / "dialect").glob("sparse_*.py"))
+    sources = b"".join(path.read_bytes() for path in (HERE / "sparse.py", *packers))
+    folder = subject_folder("sparse", hashlib.sha256(sources).hexdigest())
     x = np.random.default_rng(1).standard_normal((m, K)).astype(np.float32)
     inputs = folder / f"x-m{m}.npz"
     np.savez(inputs, x=x)

@@ -68,6 +68,7 @@ def _stored(matrix: Tensor) -> Iterator[tuple[str, int]]:
     there = matrix != 0
     total = int(there.sum())
     yield "bitmask", total
+    yield "panels", total
     if int(count_blocks(there, 1, WINDOW).amax()) <= MOST:
         yield "windows", total
     for layout, (some, of, _) in GROUPS.items():

@@ -54,7 +54,7 @@ class Pace:
     few_value: float = 0.0
 
 
-DENSE = {"float32": Dense(33.0, 0.605), "int8": Dense(49.0, 0.131), "int4": Dense(29.0, 0.150)}
+DENSE = {"float32": Dense(33.0, 0.605), "int8": Dense(49.0, 0.131), "int4": Dense(35.0, 0.150)}
 """By what the weights are."""
 
 DENSE_BYTES = {"float32": 4.0, "int8": 1.0, "int4": 0.5}
@@ -65,6 +65,7 @@ PACES = {
     ("bitmask", "bfloat16"): Pace(4, 1.65, 0.9, 3.2, 0.98),
     ("bitmask", "int8"): Pace(16, 0.55, 0.2, 1.8, 0.28),
     ("bitmask", "int4"): Pace(2, 0.95, 0.95, 8.6, 0.0),
+    ("panels", "int4"): Pace(4, 0.65, 0.09, 0.4, 0.0),
     ("windows", "int8"): Pace(4, 0.19, 0.19, 1.5, 0.30),
     ("1:4", "int8"): Pace(4, 0.52, 0.25, 1.0, 0.30),
     ("2:4", "int8"): Pace(4, 1.0, 0.42, 1.5, 0.30),
@@ -109,8 +110,8 @@ def size_of(layout: str, value: str, weights: int, stored: int) -> int:
     """Bytes of the encoding, about: what pads it and the scales, which the dense linear has too, are left out."""
     width = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}[value]
     places = {
-        "bitmask": weights / 8, "windows": stored + weights / 256, "1:4": stored / 4, "2:4": stored / 4,
-        "4:8": stored * 3 / 8, "1x4": weights / 32, "16x1": stored / 8, "16x4": stored / 32,
+        "bitmask": weights / 8, "panels": weights / 8, "windows": stored + weights / 256, "1:4": stored / 4,
+        "2:4": stored / 4, "4:8": stored * 3 / 8, "1x4": weights / 32, "16x1": stored / 8, "16x4": stored / 32,
     }[layout]  # fmt: skip
     return int(places + stored * width)
 

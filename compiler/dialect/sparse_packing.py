@@ -3,7 +3,7 @@
 A matrix `w [N, K]`, `Np = ceil(N, 16)`, becomes *places* (where values stand), *values* and *offsets*:
 
     bitmask          a bit for each input: any zeros                                       (here)
-    panels           the same for int4, 16 rows at a time                                  (`sparse_panels`)
+    panels           the same for int4, 32 rows at a time                                  (`sparse_panels`)
     windows          a byte for each value, its place in 256 inputs: few values            (`sparse_windows`)
     1:4, 2:4, 4:8    N values and N indices for every M inputs                             (`sparse_groups`)
     1x4, 16x1, 16x4  a bit, or a column number, for each block                             (`sparse_blocks`)
@@ -187,47 +187,38 @@ def _pack_bitmask(matrix: Tensor, bits: int) -> PackedSparse:
         return PackedSparse(
             "bitmask", bits, pack_bits(there), padded(values), row_offsets(counts, n), n, k, stored
         )
-    words = F.pad(matrix, (0, ceil_to(k, WORD) - k)).reshape(-1, WORD)
-    counts = (((words != 0).sum(-1) + 1) // 2).reshape(n, -1).sum(1)
-    values = padded(join_nibbles(words))
-    return PackedSparse("bitmask", 4, pack_bits(there), values, row_offsets(counts, n), n, k, stored)
+    words = F.pad(there, (0, ceil_to(k, WORD) - k)).unflatten(1, (-1, WORD)).sum(-1)
+    starts, total = _nibble_starts(words)
+    nibbles = torch.zeros(2 * total, dtype=torch.uint8)
+    nibbles[_nibble_index(there, starts)] = (matrix[there] & 15).to(torch.uint8)
+    values = nibbles[::2] | (nibbles[1::2] << 4)
+    counts = ((words + 1) // 2).sum(1)
+    return PackedSparse("bitmask", 4, pack_bits(there), padded(values), row_offsets(counts, n), n, k, stored)
 
 
 def _unpack_bitmask(places: Tensor, values: Tensor, n: int, k: int, bits: int) -> Tensor:
     there = unpack_bits(places)
     if bits == 4 and not values.is_floating_point():
-        return split_nibbles(values, there.reshape(-1, WORD)).reshape(there.shape)[:n, :k].contiguous()
-    found = values[: int(there.sum())]
+        starts, _ = _nibble_starts(there.unflatten(1, (-1, WORD)).sum(-1))
+        nibbles = torch.stack([values & 15, values >> 4], 1).flatten().to(torch.int8)
+        found = ((nibbles ^ 8) - 8)[_nibble_index(there, starts)]
+    else:
+        found = values[: int(there.sum())]
     matrix = torch.zeros(there.shape, dtype=found.dtype)
     matrix[there] = found
     return matrix[:n, :k].contiguous()
 
 
-def join_nibbles(words: Tensor) -> Tensor:
-    """Non-zero codes of `[W, 64]`, two to a byte, the low nibble first; every row begins a byte."""
-    there = words != 0
-    starts, total = _nibble_starts(there)
-    nibbles = torch.zeros(2 * total, dtype=torch.uint8)
-    nibbles[_nibble_index(there, starts)] = (words[there] & 15).to(torch.uint8)
-    return nibbles[::2] | (nibbles[1::2] << 4)
-
-
-def split_nibbles(values: Tensor, there: Tensor) -> Tensor:
-    """The inverse: int8 `[W, 64]` from where the codes stand."""
-    starts, _ = _nibble_starts(there)
-    nibbles = torch.stack([values & 15, values >> 4], 1).flatten().to(torch.int8)
-    words = torch.zeros(there.shape, dtype=torch.int8)
-    words[there] = ((nibbles ^ 8) - 8)[_nibble_index(there, starts)]
-    return words
-
-
-def _nibble_starts(there: Tensor) -> tuple[Tensor, int]:
-    """Byte at which the codes of each row begin, and how many bytes there are."""
-    taken = (there.sum(-1) + 1) // 2
+def _nibble_starts(words: Tensor) -> tuple[Tensor, int]:
+    """Byte at which the values of each word begin, and how many bytes there are, from how many values words have."""
+    taken = ((words + 1) // 2).flatten()
     ends = taken.cumsum(0)
-    return ends - taken, int(ends[-1]) if len(ends) else 0
+    return (ends - taken).reshape(words.shape), int(ends[-1]) if len(ends) else 0
 
 
 def _nibble_index(there: Tensor, starts: Tensor) -> Tensor:
-    """Index of the nibble of each code, in the order of `words[there]`."""
-    return (2 * starts.unsqueeze(-1) + there.cumsum(-1) - 1)[there]
+    """Index of the nibble of each value, in the order of `matrix[there]`."""
+    whole = F.pad(there, (0, -there.shape[1] % WORD)).unflatten(1, (-1, WORD))
+    inside = whole.cumsum(-1) - 1
+    index = (2 * starts.unsqueeze(-1) + inside).flatten(1)[:, : there.shape[1]]
+    return index[there]

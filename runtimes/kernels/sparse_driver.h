@@ -31,7 +31,7 @@ struct isofold_sparse {
   const int32_t* table;  // isofold_sparse_tables
   // From the others, by isofold_sparse_shape:
   int32_t quantized;
-  int64_t cells, words;  // of a row of weights (panels: of 16 rows); a word is 64 cells
+  int64_t cells, words;  // of a row of weights (panels: of each panel); a word is 64 cells
   int64_t padded;        // cells of a row of activations in scratch memory, a multiple of 64
   int64_t size;          // bytes of a cell of activations
   int64_t heads;         // windows: counts in front of the places
@@ -53,7 +53,7 @@ enum {
   ISOFOLD_SPARSE_GEMV_ROWS = 4,    // up to here rows of activations are few; where 8-bit weights are a bitmask:
   ISOFOLD_SPARSE_GEMV8_ROWS = 16,
   ISOFOLD_SPARSE_GEMV4_ROWS = 2,   // 4-bit ones; in panels:
-  ISOFOLD_SPARSE_PANEL_ROWS = 4,
+  ISOFOLD_SPARSE_PANEL_ROWS = 8,
   ISOFOLD_SPARSE_HALF = 22,        // values of an average word of 8 bits that hardly ever has more than 32
   ISOFOLD_SPARSE_LOW = 14,         // values of an average word up to which places are looked up instead
   ISOFOLD_SPARSE_CHUNK = 2,        // words of a chunk of K: its transposed activations stay in the first-level cache
@@ -451,44 +451,51 @@ static inline void isofold_sparse_few_int4(const struct isofold_linear_block* b,
   isofold_linear_finish(b, 0, c->m, t);
 }
 
-// The same of panels, against up to 4 rows.
+// The same of pairs of panels.
 static inline void isofold_sparse_few_panels(const struct isofold_linear_block* b, const struct isofold_sparse* s,
                                              const struct isofold_sparse_call* c, float* t) {
   const struct isofold_kernels* k = b->k;
-  int64_t group = b->l->group_size ? b->l->group_size : s->words * 4;
-  for (int64_t p = 0; p < b->panels; ++p) {
-    const int64_t* mask = (const int64_t*)s->places + (b->panel + p) * s->words;
-    const uint8_t* values = (const uint8_t*)s->values + s->offsets[b->panel + p];
-    const uint16_t* scale = (const uint16_t*)b->l->scale + (b->panel + p) * b->groups * 16;
-    for (int64_t m = 0, rows; m < c->m; m += rows) {
-      const int32_t* x = (const int32_t*)((const char*)c->scratch + m * s->padded);
-      float* sums = t + m * 32 + p * 16;
-      rows = c->m - m >= 4 ? 4 : c->m - m >= 2 ? 2 : 1;
-      if (b->l->group_size)
-        (rows == 4 ? k->sparse_panel_gemv_g_4 : rows == 2 ? k->sparse_panel_gemv_g_2 : k->sparse_panel_gemv_g_1)(
-            x, s->padded / 4, mask, values, scale, b->groups, group, sums, 32, 0);
-      else
-        (rows == 4 ? k->sparse_panel_gemv_pc_4 : rows == 2 ? k->sparse_panel_gemv_pc_2 : k->sparse_panel_gemv_pc_1)(
-            x, s->padded / 4, mask, values, scale, 1, group, (int32_t*)sums, 32, 0);
-    }
+  int64_t pair = b->panel / 2, grouped = b->l->group_size != 0, group = grouped ? b->l->group_size : s->words * 4;
+  const int64_t* mask = (const int64_t*)s->places + pair * 2 * s->words;
+  const uint8_t* values = (const uint8_t*)s->values + s->offsets[pair];
+  int64_t lds = b->panels == 2 ? b->groups * 16 : 0;  // one panel: its scales once more, for rows that are not there
+  const uint16_t* scale = (const uint16_t*)b->l->scale + b->panel * b->groups * 16;
+  for (int64_t m = 0, rows; m < c->m; m += rows) {
+    const int32_t* x = (const int32_t*)((const char*)c->scratch + m * s->padded);
+    rows = c->m - m >= 4 ? 4 : c->m - m >= 2 ? 2 : 1;
+    if (grouped)
+      (rows == 4 ? k->sparse_panel_gemv_g_4 : rows == 2 ? k->sparse_panel_gemv_g_2 : k->sparse_panel_gemv_g_1)(
+          x, s->padded / 4, mask, values, scale, lds, b->groups, group, t + m * 32, 32, 0);
+    else
+      (rows == 4 ? k->sparse_panel_gemv_pc_4 : rows == 2 ? k->sparse_panel_gemv_pc_2 : k->sparse_panel_gemv_pc_1)(
+          x, s->padded / 4, mask, values, scale, 0, 1, group, (int32_t*)t + m * 32, 32, 0);
   }
   isofold_linear_finish(b, 0, c->m, t);
 }
 
-// `words` words of each of 16 rows of int4 weights from input k0 on, decoded; `at`: as the kernels move it on.
-static inline void isofold_sparse_decode(const struct isofold_kernels* k, const struct isofold_sparse* s, int64_t panel,
-                                         int64_t k0, int64_t words, int64_t* at, int8_t* out) {
+// int4: inputs k0..k0+inputs of the block's panels decoded as the dense kernels unpack int4, 64 * `chunks` of each (what is
+// behind the matrix is zero); `at`: where the next ones stand in values, for 32 rows.
+static inline void isofold_sparse_decode(const struct isofold_linear_block* b, const struct isofold_sparse* s, int64_t k0,
+                                         int64_t chunks, int64_t* at, int8_t* out) {
+  const struct isofold_kernels* k = b->k;
   const int64_t* mask = (const int64_t*)s->places;
   const uint8_t* values = (const uint8_t*)s->values;
-  if (s->layout == ISOFOLD_PANELS)
-    (s->expands ? k->sparse_panel_decode : k->sparse_panel_decode_plain)(mask + panel * s->words + k0 / 4, words * 16,
+  if (s->layout == ISOFOLD_PANELS) {
+    if (k0 == 0) at[0] = at[1] = s->offsets[b->panel / 2];
+    (s->expands ? k->sparse_panel_decode : k->sparse_panel_decode_plain)(mask + b->panel * s->words + k0 / 2, chunks * 16,
                                                                        values, at, out, 0);
-  else
-    (s->expands ? k->sparse4_decode : k->sparse4_decode_plain)(mask + panel * 16 * s->words + k0 / 64, s->words, words,
-                                                             values, at, out, 0);
+    return;
+  }
+  int64_t words = isofold_min(chunks, s->words - k0 / 64);
+  for (int64_t r = 0; k0 == 0 && r < 16 * b->panels; ++r) at[r] = s->offsets[b->panel * 16 + r];
+  for (int64_t p = 0; p < b->panels; ++p, out += chunks * 1024) {
+    (s->expands ? k->sparse4_decode : k->sparse4_decode_plain)(mask + (b->panel + p) * 16 * s->words + k0 / 64, s->words,
+                                                             words, values, at + 16 * p, out, 0);
+    memset(out + words * 1024, 0, (size_t)(chunks - words) * 1024);
+  }
 }
 
-// int4: the block's panels decoded as the dense kernels unpack int4, and their tiles.
+// int4: the block's panels decoded, and the dense tiles.
 static inline void isofold_sparse_tiles_int4(struct isofold_linear_block* b, const struct isofold_sparse* s,
                                              const struct isofold_sparse_call* c) {
   ISOFOLD_ALIGNED int8_t codes[2 * ISOFOLD_UNPACK * 16];
@@ -497,16 +504,9 @@ static inline void isofold_sparse_tiles_int4(struct isofold_linear_block* b, con
   int64_t align = l->group_size > 32 ? l->group_size : 32, all = isofold_ceildiv(s->k, align) * align;
   for (int64_t m0 = 0; m0 < c->m; m0 += ISOFOLD_ROW_BLOCK) {
     int64_t m1 = isofold_min(m0 + ISOFOLD_ROW_BLOCK, c->m), at[32];
-    int64_t lists = s->layout == ISOFOLD_PANELS ? 1 : 16, words_of_row = s->layout == ISOFOLD_PANELS ? s->words / 16 : s->words;
-    for (int64_t r = 0; r < lists * b->panels; ++r) at[r] = s->offsets[b->panel * lists + r];
     for (int64_t k0 = 0; k0 < all; k0 += ISOFOLD_UNPACK) {
       int64_t inputs = isofold_min(ISOFOLD_UNPACK, all - k0), whole = isofold_ceildiv(inputs, 64) * 64;
-      int64_t words = isofold_min(whole / 64, words_of_row - k0 / 64);
-      for (int64_t p = 0; p < b->panels; ++p) {
-        int8_t* out = codes + p * whole * 16;
-        isofold_sparse_decode(b->k, s, b->panel + p, k0, words, at + lists * p, out);
-        memset(out + words * 1024, 0, (size_t)(whole - words * 64) * 16);
-      }
+      isofold_sparse_decode(b, s, k0, whole / 64, at, codes);
       for (int64_t m = m0, rows; m < m1; m += rows) {
         rows = isofold_tile_rows(m1 - m);
         if (k0 + inputs == all) isofold_linear_expect(b, m, rows);

@@ -35,7 +35,7 @@ def zeros(zero: Any) -> Any:
     return bind(T.reinterpret("int8x64", T.broadcast(zero, 16)))
 
 
-def codes_of(values: Any, at: Any) -> Any:
+def _codes(values: Any, at: Any) -> Any:
     """The next 64 values, times 16, as int8x64."""
     words = T.cast(T.reinterpret("uint32x8", load(values, at, 32)), "uint64x8")
     shifts = sum(((4 * i - 4) % 64) << (8 * i) for i in range(8))
@@ -43,6 +43,11 @@ def codes_of(values: Any, at: Any) -> Any:
     name = "llvm.x86.avx512.pmultishift.qb.512"
     moved = T.call_llvm_pure_intrin("int8x64", name, control, T.reinterpret("int8x64", words))
     return moved & splat(-16, "int8", 64)
+
+
+def pdep(source: Any, where: Any) -> Any:
+    """The lowest bits of an int64 at the places of the set bits of another."""
+    return T.call_llvm_pure_intrin("int64", "llvm.x86.bmi.pdep.64", source, where)
 
 
 def _gemv(mode: str, isa: Isa, *arguments: Any) -> None:
@@ -85,7 +90,7 @@ def _gemv(mode: str, isa: Isa, *arguments: Any) -> None:
                     word = bind(load(mask, (first + i) * words + w, 1))
                     offset = bind(load(at, i, 1))
                     bits = T.reinterpret("uint1x64", load(again, (first + i) * words + w, 1))
-                    weights = expand8(codes_of(values, offset), bits, nothing)
+                    weights = expand8(_codes(values, offset), bits, nothing)
                     store(at, i, offset + ((popcount(word) + T.int64(1)) >> T.int64(1)), 1)
                     if mode == "pc":
                         store(sums, i * 16, vpdpbusd(load(sums, i * 16), codes, weights))
@@ -113,7 +118,7 @@ def _decode(isa: Isa, *arguments: Any) -> None:
         for r in range(16):
             word = bind(load(mask, r * ldmask + w, 1))
             offset = bind(load(at, r, 1))
-            weights = expand8(codes_of(values, offset), T.reinterpret("uint1x64", word), nothing)
+            weights = expand8(_codes(values, offset), T.reinterpret("uint1x64", word), nothing)
             rows.append(bind(T.reinterpret("int32x16", weights)))
             store(at, r, offset + ((popcount(word) + T.int64(1)) >> T.int64(1)), 1)
         for c, vector in enumerate(transpose16(rows)):
@@ -123,36 +128,27 @@ def _decode(isa: Isa, *arguments: Any) -> None:
 def _decode_plain(isa: Isa, *arguments: Any) -> None:
     """The same by ``pdep``, 8 inputs at a time: nibbles to bytes, bytes to where their bits are set."""
     mask, ldmask, words, values, at, out = arguments
-
     with for_range(0, 16) as r, for_range(0, words) as w:
         word = bind(load(mask, r * ldmask + w, 1))
         nibbles = registers(1, "int64", 1)
         store(nibbles, 0, load(at, r, 1) * 2, 1)
         for part in range(8):
-            words_of = T.reinterpret("int8x8", spread_nibbles(isa, word, part, values, nibbles))
+            bits = bind((word >> T.int64(8 * part)) & T.int64(255))
+            start = bind(load(nibbles, 0, 1))
+            packed = bind(T.reinterpret("int64", load(values, start >> T.int64(1), 8)))
+            packed = packed >> ((start & T.int64(1)) * 4)
+            code = bind(pdep(packed, T.int64(0x0F0F0F0F0F0F0F0F)))
+            # Times 16 the sign is where it belongs; else it is copied upwards: 8 * 30 = 240.
+            code = code << T.int64(4) if isa.vnni else code | ((code & T.int64(0x0808080808080808)) * 30)
+            where = pdep(bits, T.int64(0x0101010101010101)) * 255
+            spread = bind(pdep(code, where))
+            words_of = T.reinterpret("int8x8", spread)
             for half in range(2):
                 to = ((w * 16 + 2 * part + half) * 16 + r) * 4
                 lanes = [tirx.const(4 * half + j, "int32") for j in range(4)]
                 store(out, to, tirx.Shuffle([words_of], lanes), 4)
+            store(nibbles, 0, start + popcount(bits), 1)
         store(at, r, (load(nibbles, 0, 1) + T.int64(1)) >> T.int64(1), 1)
-
-
-def spread_nibbles(isa: Isa, word: Any, part: int, values: Any, nibbles: Any) -> Any:
-    """The next codes at the places that byte ``part`` of a word of the bitmask has set, 8 bytes as int64;
-    ``nibbles[0]``, the nibble of values, moves on."""
-
-    def pdep(source: Any, where: Any) -> Any:
-        return T.call_llvm_pure_intrin("int64", "llvm.x86.bmi.pdep.64", source, where)
-
-    bits = bind((word >> T.int64(8 * part)) & T.int64(255))
-    start = bind(load(nibbles, 0, 1))
-    packed = bind(T.reinterpret("int64", load(values, start >> T.int64(1), 8)))
-    packed = packed >> ((start & T.int64(1)) * 4)
-    code = bind(pdep(packed, T.int64(0x0F0F0F0F0F0F0F0F)))
-    # Times 16 the sign is where it belongs; else it is copied upwards: 8 * 30 = 240.
-    code = code << T.int64(4) if isa.vnni else code | ((code & T.int64(0x0808080808080808)) * 30)
-    store(nibbles, 0, start + popcount(bits), 1)
-    return bind(pdep(code, pdep(bits, T.int64(0x0101010101010101)) * 255))
 
 
 def _decode_slowly(isa: Isa, *arguments: Any) -> None:

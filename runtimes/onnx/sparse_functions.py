@@ -131,10 +131,21 @@ def _nibbles(body: Body, call: Call, there: ir.Value) -> ir.Value:
 
 
 def _panels(body: Body, call: Call) -> ir.Value:
-    there, panels, words = _bits(body, call), call.size("places", 0), call.size("places", 1) // 8
-    codes = _where_set(body, there, _nibbles(body, call, there))
-    whole = body.reshape(codes, panels, words, LANES, 4)
-    return body.reshape(body.transpose(whole, 0, 2, 1, 3), panels * LANES, 4 * words)
+    pairs, words = call.size("places", 0), call.size("places", 1) // 16
+    split = body.transpose(body.reshape(_bits(body, call), pairs, words, 2, 4 * LANES), 2, 0, 1, 3)
+    there = body.reshape(split, 2, pairs, -1)
+    one, sixteen = (_whole(body, v, np.int32) for v in (1, 16))
+    rank = body("Sub", body("CumSum", there, _whole(body, 2)), one)
+    starts = body.reshape(body.slice(call["offsets"], 0, pairs, 0), 1, pairs, 1)
+    index = body("Max", body("Add", rank, starts), _whole(body, 0, np.int32))
+    packed = body.cast(body("Gather", call["values"], index, axis=0), INT32)
+    # Panel 0 of a pair: the low nibble; panel 1: the high one.
+    shifted = body("Div", packed, body.constant(np.array([1, 16], dtype=np.int32).reshape(2, 1, 1)))
+    code = body("Mod", shifted, sixteen)
+    signed = body("Where", body("Greater", code, _whole(body, 7, np.int32)), body("Sub", code, sixteen), code)
+    codes = _where_set(body, there, body.floats(signed))
+    whole = body.transpose(body.reshape(codes, 2, pairs, words, LANES, 4), 1, 0, 3, 2, 4)
+    return body.reshape(whole, pairs * 2 * LANES, 4 * words)
 
 
 def _fours(body: Body, call: Call) -> ir.Value:

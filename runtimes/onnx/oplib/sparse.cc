@@ -90,8 +90,8 @@ OrtStatus* read_sparse(const Context& c, size_t first, isofold_sparse* s) {
   s->places = places.data;
   s->values = values.data;
   s->offsets = offsets.as<int32_t>();
-  bool by_panels = s->layout == ISOFOLD_PANELS || s->layout == ISOFOLD_WINDOWS || s->layout >= ISOFOLD_16X1;
-  int64_t lists = by_panels ? s->rows / 16 : s->rows;
+  bool by_panels = s->layout == ISOFOLD_WINDOWS || s->layout >= ISOFOLD_16X1, pairs = s->layout == ISOFOLD_PANELS;
+  int64_t lists = pairs ? (s->rows + 31) / 32 : by_panels ? s->rows / 16 : s->rows;
   if (isofold_sparse_is_group(s)) {
     int64_t blocks = s->words * 64 / isofold_sparse_block_inputs(s), width = s->layout == ISOFOLD_4_OF_8 ? 3 : 2;
     ISOFOLD_TRY(c.expect(first, places, ORT_UINT8, shape_of(s->rows, blocks, 8 * width)));
@@ -122,7 +122,7 @@ OrtStatus* read_sparse(const Context& c, size_t first, isofold_sparse* s) {
       return c.bad_input(first, "expected uint8 [at least %lld], got %s", (long long)(s->heads + needed),
                          describe(places.type, places.shape).text);
   } else {
-    ISOFOLD_TRY(c.expect(first, places, ORT_UINT8, shape_of(lists, s->words * 8)));
+    ISOFOLD_TRY(c.expect(first, places, ORT_UINT8, shape_of(lists, s->words * (pairs ? 16 : 8))));
   }
   return check_places(c, first, *s, lists);
 }

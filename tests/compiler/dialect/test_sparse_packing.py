@@ -92,23 +92,21 @@ def test_a_bitmask_follows_its_index_formula(n: int, k: int, density: float, see
 def test_panels_follow_their_index_formula(n: int, k: int, density: float, seed: int) -> None:
     matrix = drawn(n, k, density, "panels", "int4", seed)
     packed = pack_sparse(matrix, "panels", 4)
-    panels, words = -(-n // 16), -(-k // 128) * 32
-    assert list(packed.places.shape) == [panels, 8 * words]
+    pairs, words = -(-n // 32), -(-k // 128) * 32
+    assert list(packed.places.shape) == [pairs, 16 * words]
     assert len(packed.values) % 64 == 0
     assert len(packed.values) >= int(packed.offsets[-1]) + 64
     row, column = seed % n, (7 * seed) % k
-    panel, word, bit = row // 16, column // 4, 4 * (row % 16) + column % 4
-    there = [
-        int.from_bytes(bytes(packed.places[panel, 8 * c : 8 * c + 8].tolist()), "little")
-        for c in range(words)
-    ]
-    assert there[word] >> bit & 1 == int(matrix[row, column] != 0)
+    pair, half, bit = row // 32, row // 16 % 2, 4 * (row % 16) + column % 4
+    stored = bytes(packed.places[pair].tolist())
+    there = [int.from_bytes(stored[8 * w : 8 * w + 8], "little") for w in range(half, 2 * words, 2)]
+    assert there[column // 4] >> bit & 1 == int(matrix[row, column] != 0)
     if matrix[row, column] == 0:
         return
-    inside = (there[word] & ((1 << bit) - 1)).bit_count()
-    in_front = sum((w.bit_count() + 1) // 2 for w in there[:word])
-    byte = int(packed.values[int(packed.offsets[panel]) + in_front + inside // 2])
-    assert ((byte >> 4 * (inside % 2) & 15) ^ 8) - 8 == int(matrix[row, column])
+    inside = (there[column // 4] & ((1 << bit) - 1)).bit_count()
+    in_front = sum(word.bit_count() for word in there[: column // 4])
+    byte = int(packed.values[int(packed.offsets[pair]) + in_front + inside])
+    assert ((byte >> 4 * half & 15) ^ 8) - 8 == int(matrix[row, column])
 
 
 def test_the_examples_of_the_documentation() -> None:
@@ -122,9 +120,13 @@ def test_the_examples_of_the_documentation() -> None:
     assert int4.values[0] == 0xE7
     assert int4.offsets.tolist() == [0] + [1] * 16
     panels = pack_sparse(row, "panels", 4)
-    assert panels.places[0].tolist() == [2] + [0] * 7 + [1] + [0] * 247
+    assert panels.places[0].tolist() == [2] + [0] * 15 + [1] + [0] * 495
     assert panels.values[:3].tolist() == [0x07, 0x0E, 0]
     assert panels.offsets.tolist() == [0, 2]
+    two = torch.cat([row, torch.zeros(15, 5, dtype=torch.int8), row.new_tensor([[3, 0, 0, 0, 0]])])
+    panels = pack_sparse(two, "panels", 4)
+    assert panels.places[0].tolist() == [2] + [0] * 7 + [1] + [0] * 7 + [1] + [0] * 495
+    assert panels.values[:3].tolist() == [0x37, 0x0E, 0]
     wide = torch.zeros(1, 300, dtype=torch.int8)
     wide[0, 3], wide[0, 260] = 7, -2
     windows = pack_sparse(wide, "windows")
