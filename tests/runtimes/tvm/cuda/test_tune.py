@@ -324,7 +324,7 @@ def test_a_tuned_operator_computes_what_the_reference_does(name: str, which: str
     with choosing(choose):
         (results,) = emulate_operator(name, [arguments], axes)
     assert changed
-    check(name, what, results, reference_of(name, arguments), tolerance(name))
+    check(name, what, results, reference_of(name, arguments), tolerance(name, arguments))
 
 
 def test_differences_of_codes_and_floats() -> None:
