@@ -12,8 +12,9 @@ from torch import Tensor
 from isofold.compiler.dialect import OPERATORS
 from isofold.runtimes.tvm.cuda.attention_operators import FEW_QUERIES
 from isofold.runtimes.tvm.cuda.operators import EMITTERS
+from isofold.runtimes.tvm.cuda.outliers import CHUNK, THREADS
 
-from ...onnx.operator_cases import cases
+from ...onnx.operator_cases import cases, linear, with_outliers
 from .emulated import emulate_operator, reference_of
 
 HALVES = {"linear_packed_float", "linear_outliers_float", "linear_coded", "linear_codebook"}
@@ -119,6 +120,46 @@ def test_cache_of_unknown_length(queries: int) -> None:
         check("attention_cached", what, got, expected, tolerance("attention_cached", arguments))
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_cache_with_heads_of_128(bits: int) -> None:
+    """The widest loads, keys split over blocks, queries that share a key head; few queries and many."""
+    quantize = OPERATORS["quantize_cache"].reference
+    k, v = (quantize(torch.randn(1, 2, 300, 128), None, bits) for _ in range(2))
+    shared = {
+        "k": k[0],
+        "k_params": k[1],
+        "v": v[0],
+        "v_params": v[1],
+        "mask": None,
+        "heads": 6,
+        "kv_heads": 2,
+    }
+    shared |= {
+        "depth": 128,
+        "value_depth": 128,
+        "bits": bits,
+        "q_start": 0,
+        "scale": 128**-0.5,
+        "causal": False,
+    }
+    uses = [{**shared, "q": torch.randn(1, s, 6, 128), "softcap": 0.0} for s in (1, 20)]
+    for arguments, got in zip(uses, emulate_operator("attention_cached", uses), strict=True):
+        limit = tolerance("attention_cached", arguments)
+        check("attention_cached", f"{bits}", got, reference_of("attention_cached", arguments), limit)
+
+
+def test_outliers_beyond_a_chunk_and_a_round_of_rows() -> None:
+    """More inputs than lie in shared memory at once, more rows than threads of a block; few tokens and many."""
+    case = linear(1, THREADS + 24, CHUNK + 76, 4, 32, True, True, False, "none", False, static=False)
+    floats = {k: v for k, v in case[2].items() if k not in ("u", "params", "wsum")}
+    floats["x"] = torch.randn(2, 3, CHUNK + 76)
+    for name, arguments in (("linear_packed", case[2]), ("linear_packed_float", floats)):
+        target, what, full = with_outliers((name, case[1], arguments), 11)
+        uses = [repeated(full, times) for times in (1, 6)]
+        for use, got in zip(uses, emulate_operator(target, uses), strict=True):
+            check(target, what, got, reference_of(target, use), tolerance(target, use))
+
+
 @pytest.mark.parametrize("symbolic", [False, True], ids=["static", "symbolic"])
 def test_sparse_tensor_cores(symbolic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """2:4 from 16 rows on: rows, tokens and inputs that fill no tile, all epilogues, gating."""
@@ -159,3 +200,14 @@ def test_activations_that_are_no_halves() -> None:
     assert not got[0].isnan().any(-1).flatten()[[0, 2, 3, 4, 5]].any()
     finite = torch.where(expected.isnan(), 0, expected)
     check("linear_packed_float", what, [torch.where(got[0].isnan(), 0, got[0])], [finite], 2e-3)
+
+
+def test_nothing_behind_a_row_is_read() -> None:
+    """96 inputs in a group of 128 with zero points, whose padding decodes to other numbers than zero."""
+    _, what, arguments = linear(5, 20, 96, 4, 128, True, False, False, "none", False, static=False)
+    kept = {k: v for k, v in arguments.items() if k not in ("u", "params", "wsum")}
+    x = torch.randn(2, 96)
+    x[1] = torch.nan
+    (got,) = emulate_operator("linear_packed_float", [{**kept, "x": x}])
+    (expected,) = reference_of("linear_packed_float", {**kept, "x": x[:1]})
+    check("linear_packed_float", what, [got[0][:1]], [expected], 2e-3)
