@@ -88,6 +88,12 @@ def repeated(arguments: dict[str, Any], times: int) -> dict[str, Any]:
     return {**arguments, **{n: torch.cat([arguments[n]] * times) for n in names}}
 
 
+def rows_of(arguments: dict[str, Any]) -> int:
+    """Rows of a linear's activations."""
+    x = arguments["u" if "u" in arguments else "x"]
+    return int(x.numel() // x.shape[-1])
+
+
 LINEARS = [name for name in sorted(EMITTERS) if "linear" in name]
 
 
@@ -95,7 +101,9 @@ LINEARS = [name for name in sorted(EMITTERS) if "linear" in name]
 @pytest.mark.parametrize("name", LINEARS)
 def test_products_of_many_rows(name: str, symbolic: bool) -> None:
     """Rows beyond a tile, and fewer than one, through the products in shared memory."""
-    chosen = [(what, repeated(a, 12 if symbolic else 9)) for what, a in spread(CASES[name], 10)[symbolic::2]]
+    rows = 72 if symbolic else 54
+    uses = spread(CASES[name], 10)[symbolic::2]
+    chosen = [(what, repeated(a, -(-rows // rows_of(a)))) for what, a in uses]
     axes = dict.fromkeys(ROWS, (0,)) if symbolic else None
     static = {what for what, a in chosen if a.get("params") is not None and a["params"].dim() == 1}
     chosen = [(what, a) for what, a in chosen if not (symbolic and what in static)]
