@@ -203,9 +203,10 @@ class FewQueries:
 
     @property
     def rows(self) -> int:
-        """Queries of a block."""
-        queries = self.shape.queries
-        return ROWS if isinstance(queries, str) else min(ROWS, queries * self.shape.group)
+        """Queries of a block: as many as registers hold, and no more than there are."""
+        shape = self.shape
+        most = max(1, ROWS * 4 // max(4, pieces_of(shape.depth), pieces_of(shape.width)))
+        return most if isinstance(shape.queries, str) else min(most, shape.queries * shape.group)
 
     @property
     def name(self) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from tvm.tirx.script.builder import ir as T
 
 from ....compiler.dialect.cache_packing import row_bytes
+from ....compiler.errors import UnsupportedError
 from .attention import Attention, Combine, FewQueries
 from .builder import Frame, Size, Tensor, prim_func
 from .flash import ManyQueries
@@ -27,6 +28,8 @@ RANGE = 256
 """Keys that are worth a block of their own."""
 SPLITS = 16
 """Most ranges of keys."""
+WIDEST = 352
+"""Widest head: what fits the static shared memory of a block of few queries."""
 
 
 def attention(call: Call) -> Plan:
@@ -42,6 +45,12 @@ def attention_cached(call: Call) -> Plan:
 
 
 def _attend(plan: Plan, shape: Attention) -> Plan:
+    if max(shape.depth, shape.width) > WIDEST:
+        raise UnsupportedError(
+            "Heads of an attention are too wide for one block",
+            expected=f"at most {WIDEST} dimensions",
+            got=f"{shape.depth} and {shape.width}",
+        )
     keys, queries = shape.keys, shape.queries
     plan.results = ("y",)
     if isinstance(queries, int) and queries > FEW_QUERIES:

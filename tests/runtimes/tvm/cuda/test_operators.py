@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from isofold.compiler.dialect import OPERATORS
-from isofold.runtimes.tvm.cuda.attention_operators import FEW_QUERIES
+from isofold.compiler.errors import UnsupportedError
+from isofold.runtimes.tvm.cuda.attention_operators import FEW_QUERIES, WIDEST
 from isofold.runtimes.tvm.cuda.operators import EMITTERS
 from isofold.runtimes.tvm.cuda.outliers import CHUNK, THREADS
 
 from ...onnx.operator_cases import cases, linear, with_outliers
-from .emulated import emulate_operator, reference_of
+from .emulated import arguments_of, call_of, emulate_operator, reference_of
 
 HALVES = {"linear_packed_float", "linear_outliers_float", "linear_coded", "linear_codebook"}
 """Operators whose float activations are rounded to float16 (2^-11 of each; sums of random signs)."""
@@ -208,6 +209,14 @@ def test_activations_that_are_no_halves() -> None:
     assert not got[0].isnan().any(-1).flatten()[[0, 2, 3, 4, 5]].any()
     finite = torch.where(expected.isnan(), 0, expected)
     check("linear_packed_float", what, [torch.where(got[0].isnan(), 0, got[0])], [finite], 2e-3)
+
+
+def test_heads_that_do_not_fit_a_block_are_refused() -> None:
+    _, arguments = CASES["attention"][0]
+    full = arguments_of("attention", {**arguments, "v": torch.zeros(2, 7, 4, WIDEST + 1)})
+    with pytest.raises(UnsupportedError, match="too wide for one block") as error:
+        EMITTERS["attention"](call_of("attention", full)[0])
+    assert f"at most {WIDEST}" in str(error.value)
 
 
 def test_nothing_behind_a_row_is_read() -> None:
