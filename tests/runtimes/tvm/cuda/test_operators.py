@@ -129,11 +129,11 @@ def test_cache_of_unknown_length(queries: int) -> None:
         check("attention_cached", what, got, expected, tolerance("attention_cached", arguments))
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_cache_with_heads_of_128(bits: int) -> None:
+@pytest.mark.parametrize(("bits", "depth"), [(8, 128), (4, 128), (8, 256)])
+def test_cache_with_usual_heads(bits: int, depth: int) -> None:
     """The widest loads, keys split over blocks, queries that share a key head; few queries and many."""
     quantize = OPERATORS["quantize_cache"].reference
-    k, v = (quantize(torch.randn(1, 2, 300, 128), None, bits) for _ in range(2))
+    k, v = (quantize(torch.randn(1, 2, 300, depth), None, bits) for _ in range(2))
     shared = {
         "k": k[0],
         "k_params": k[1],
@@ -143,15 +143,9 @@ def test_cache_with_heads_of_128(bits: int) -> None:
         "heads": 6,
         "kv_heads": 2,
     }
-    shared |= {
-        "depth": 128,
-        "value_depth": 128,
-        "bits": bits,
-        "q_start": 0,
-        "scale": 128**-0.5,
-        "causal": False,
-    }
-    uses = [{**shared, "q": torch.randn(1, s, 6, 128), "softcap": 0.0} for s in (1, 20)]
+    shared |= {"depth": depth, "value_depth": depth, "bits": bits, "q_start": 0, "scale": depth**-0.5}
+    shared |= {"causal": False, "softcap": 0.0}
+    uses = [{**shared, "q": torch.randn(1, s, 6, depth)} for s in (1, 20)]
     for arguments, got in zip(uses, emulate_operator("attention_cached", uses), strict=True):
         limit = tolerance("attention_cached", arguments)
         check("attention_cached", f"{bits}", got, reference_of("attention_cached", arguments), limit)
