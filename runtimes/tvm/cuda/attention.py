@@ -192,6 +192,12 @@ class Attention:
                 put(cell, 0, T.float32(float("-inf")))
 
 
+def few_rows(shape: Attention) -> int:
+    """Queries of a block, unless tuned: as many as registers hold, and no more than there are."""
+    most = max(1, ROWS * 4 // max(4, pieces_of(shape.depth), pieces_of(shape.width)))
+    return most if isinstance(shape.queries, str) else min(most, shape.queries * shape.group)
+
+
 @dataclass(frozen=True)
 class FewQueries:
     """The kernel over ranges of keys; with one range it writes the result itself."""

@@ -15,7 +15,8 @@ from typing import Any
 from tvm.tirx.script.builder import ir as T
 
 from ....compiler.dialect.cache_packing import row_bytes
-from .attention import ROWS, Attention, Combine, FewQueries
+from ....compiler.errors import UnsupportedError
+from .attention import Attention, Combine, FewQueries, few_rows
 from .builder import Frame, Size, Tensor, prim_func
 from .flash import ManyQueries
 from .knobs import tuned
@@ -28,6 +29,8 @@ RANGE = 256
 """Keys that are worth a block of their own."""
 SPLITS = 16
 """Most ranges of keys."""
+WIDEST = 352
+"""Widest head: what fits the static shared memory of a block of few queries."""
 
 
 def attention(call: Call) -> Plan:
@@ -43,14 +46,19 @@ def attention_cached(call: Call) -> Plan:
 
 
 def _attend(plan: Plan, shape: Attention) -> Plan:
+    if max(shape.depth, shape.width) > WIDEST:
+        raise UnsupportedError(
+            "Heads of an attention are too wide for one block",
+            expected=f"at most {WIDEST} dimensions",
+            got=f"{shape.depth} and {shape.width}",
+        )
     keys, queries = shape.keys, shape.queries
     plan.results = ("y",)
     if isinstance(queries, int) and queries > FEW_QUERIES:
         add(plan, ManyQueries(shape))
         return plan
     splits = SPLITS if isinstance(keys, str) else max(1, min(SPLITS, -(-keys // RANGE)))
-    most = ROWS if isinstance(queries, str) else min(ROWS, queries * shape.group)
-    few = tuned(FewQueries(shape, splits, most))
+    few = tuned(FewQueries(shape, splits, few_rows(shape)))
     combine = Combine(shape, few.splits) if few.splits > 1 else None
     if isinstance(queries, int):
         add(plan, few)

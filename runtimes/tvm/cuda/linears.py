@@ -40,7 +40,7 @@ FULL = 96
 
 
 def linear_packed(call: Call) -> Plan:
-    """`isofold.linear_packed`."""
+    """`isofold.linear_packed`, and `isofold.linear_outliers`."""
     plan = Plan()
     rows = plan.rows(call["u"])
     weights = _integer_weights(call)
@@ -48,16 +48,6 @@ def linear_packed(call: Call) -> Plan:
     static = len(call["params"].shape) == 1
     plan.view("params", *((2,) if static else (rows, 2)))
     return _product(plan, call, rows, weights, "codes", static)
-
-
-def linear_outliers(call: Call) -> Plan:
-    """`isofold.linear_outliers`."""
-    return linear_packed(call)
-
-
-def linear_outliers_float(call: Call) -> Plan:
-    """`isofold.linear_outliers_float`."""
-    return linear_packed_float(call)
 
 
 def quantize_linear_packed(call: Call) -> Plan:
@@ -71,7 +61,7 @@ def quantize_linear_packed(call: Call) -> Plan:
 
 
 def linear_packed_float(call: Call) -> Plan:
-    """`isofold.linear_packed_float`."""
+    """`isofold.linear_packed_float`, and `isofold.linear_outliers_float`."""
     return _float_linear(call, _integer_weights(call))
 
 

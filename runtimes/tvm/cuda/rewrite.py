@@ -128,7 +128,7 @@ class _Writer(PyExprMutator):
         try:
             plan = EMITTERS[operator.name](description)
         except UnsupportedError as error:
-            self.problems.append((node, str(error)))
+            self.problems.append((node, f"{error.what} ({error.expected}, got {error.got})"))
             return call
         names = [name for name, operand in description.operands.items() if operand is not None]
         results = emit_plan(self.builder_, plan, dict(zip(names, tensors, strict=True)), node)

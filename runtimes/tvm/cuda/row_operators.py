@@ -43,7 +43,7 @@ def quantize_activation(call: Call) -> Plan:
 def quantize_cache(call: Call) -> Plan:
     """`isofold.quantize_cache`."""
     plan, bits = Plan(), call.attributes["bits"]
-    quantize_into(plan, call, "x", call["x"], ALIGN, "", "shift", "", bits, pairs=bits == 4)
+    quantize_into(plan, call, "x", call["x"], ALIGN, "", "shift", "", bits, nibbles=bits == 4)
     plan.results = ("u", "params")
     return plan
 
@@ -58,7 +58,7 @@ def quantize_into(
     shift: str,
     scale: str,
     bits: int,
-    pairs: bool = False,
+    nibbles: bool = False,
 ) -> None:
     """Append a quantizer of argument `x` that writes `u`, and `params` where no static pair of this name is given."""
     k = int(operand.shape[-1])
@@ -67,7 +67,7 @@ def quantize_into(
     plan.flat(call, params, shift, scale)
     spec = Rows(
         rows, k, shift=call.has(shift), scale=call.has(scale), orders=tuple(call.attributes.get("hadamard") or ()),
-        codes="static" if call.has(params) else "dynamic", bits=bits, align=align, pairs=pairs,
+        codes="static" if call.has(params) else "dynamic", bits=bits, align=align, nibbles=nibbles,
     )  # fmt: skip
     add_rows(plan, spec, {"pair": params, "shift": shift, "scale": scale, "x": x})
 

@@ -53,8 +53,8 @@ class Rows:
     """One kernel of this family.
 
     norm: kind of norm or None. sum, y, transformed: which float results are written. codes: pairs of the quantizer,
-    or None. orders: of the Hadamard transform. pairs: two codes to a byte, of dimensions 16 apart. block: threads,
-    0: chosen for the row.
+    or None. orders: of the Hadamard transform. nibbles: two codes to a byte, of elements 16 apart. block:
+    threads, 0: chosen for the row.
     """
 
     rows: Size
@@ -74,7 +74,7 @@ class Rows:
     codes: Literal["dynamic", "static"] | None = None
     bits: int = 8
     align: int = 1
-    pairs: bool = False
+    nibbles: bool = False
     block: int = 0
 
     def __post_init__(self) -> None:
@@ -113,7 +113,7 @@ class Rows:
         if self.norm:
             parts.append(f"e{self.eps:g}")
         if self.codes:
-            parts.append(f"q{self.bits}{self.codes[0]}{self.kp}{'p' if self.pairs else ''}")
+            parts.append(f"q{self.bits}{self.codes[0]}{self.kp}{'n' if self.nibbles else ''}")
         return "_".join(p for p in parts if p).replace("-", "m").replace(".", "p").replace("+", "")
 
     @property
@@ -136,7 +136,7 @@ class Rows:
         found = [("sum", self.sum), ("y", self.y), ("transformed", self.transformed)]
         tensors = [Tensor(name, whole, "float32") for name, there in found if there]
         if self.codes:
-            tensors.append(Tensor("u", (self.rows, self.kp // 2 if self.pairs else self.kp), "uint8"))
+            tensors.append(Tensor("u", (self.rows, self.kp // 2 if self.nibbles else self.kp), "uint8"))
         if self.codes == "dynamic":
             tensors.append(Tensor("params", (self.rows, 2), "float32"))
         return tensors
@@ -295,8 +295,8 @@ class Rows:
             s, z = bind(get(frame["pair"], 0)), bind(get(frame["pair"], 1))
         inverse = bind(T.float32(1) / s)
         sync()  # a thread reads elements of other threads
-        if self.pairs:
-            self._write_pairs(frame, line, row, tx, inverse, z)
+        if self.nibbles:
+            self._write_nibbles(frame, line, row, tx, inverse, z)
         else:
             self._write_codes(frame, line, row, tx, inverse, z)
 
@@ -310,7 +310,7 @@ class Rows:
             put(code, 0, T.cast(T.cast(clamped, "int32"), "uint8"))
         return get(code, 0)
 
-    def _write_pairs(self, frame: Frame, line: Any, row: Any, tx: Any, inverse: Any, z: Any) -> None:
+    def _write_nibbles(self, frame: Frame, line: Any, row: Any, tx: Any, inverse: Any, z: Any) -> None:
         count = self.kp // 2
         start = bind(wide(row) * count)
         for byte, inside in strided(tx, self.threads, count):

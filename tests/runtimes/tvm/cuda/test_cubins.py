@@ -25,26 +25,28 @@ FEW_BYTES = 64
 """Spills that are let be: ptxas stores a few words once in some kernels with long epilogues or `tanhf`."""
 
 
+AXES = {"attention": {"q": (0, 1), "k": (0, 1), "v": (0, 1)}, "attention_cached": CACHED_AXES}
+
+
 def functions_of(name: str) -> dict[str, Any]:
-    """Kernels for few rows, many rows, and a number of rows that is not known; of sparse ones all layouts."""
+    """Kernels of three uses of an operator: of linears with few rows, with many, and with a number that is not known
+    (which has all that choose among each other); of sparse ones with all layouts."""
     every = CASES[name][:: max(1, len(CASES[name]) // 3)][:3]
     if "sparse" in name:
-        # "LAYOUT-VALUE-gGROUP-kK-...": the first of each, and with more rows the bitmask's only.
+        # "LAYOUT-VALUE-gGROUP-kK-...": the first of each.
         every = list({what.split("-k")[0]: (what, a) for what, a in reversed(CASES[name])}.values())
     plans = []
-    for _, arguments in every:
+    for i, (_, arguments) in enumerate(every):
         full = arguments_of(name, arguments)
-        plans.append(EMITTERS[name](call_of(name, full)[0]))
-        if "linear" in name and full.get("layout", "bitmask") in ("bitmask", "2:4"):
-            plans.append(EMITTERS[name](call_of(name, arguments_of(name, repeated(arguments, 40)))[0]))
-            plans.append(EMITTERS[name](call_of(name, full, dict.fromkeys(ROWS, (0,)))[0]))
-        if name == "attention":
-            axes = {"q": (0, 1), "k": (0, 1), "v": (0, 1)} | (
-                {"mask": (2, 3)} if full["mask"] is not None else {}
+        axes: dict[str, tuple[int, ...]] | None = None
+        if "linear" in name:
+            axes = (
+                dict.fromkeys(ROWS, (0,)) if i % 3 == 2 or full.get("layout") in ("bitmask", "2:4") else None
             )
-            plans.append(EMITTERS[name](call_of(name, full, axes)[0]))
-        if name == "attention_cached":
-            plans.append(EMITTERS[name](call_of(name, full, CACHED_AXES)[0]))
+            full = arguments_of(name, repeated(arguments, 40)) if i % 3 == 1 and axes is None else full
+        elif name in AXES and i:
+            axes = AXES[name] | ({"mask": (2, 3)} if full["mask"] is not None else {})
+        plans.append(EMITTERS[name](call_of(name, full, axes)[0]))
     return unique_functions(plans)[0]
 
 

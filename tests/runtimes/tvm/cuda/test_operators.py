@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from isofold.compiler.dialect import OPERATORS
-from isofold.runtimes.tvm.cuda.attention_operators import FEW_QUERIES
+from isofold.compiler.errors import UnsupportedError
+from isofold.runtimes.tvm.cuda.attention_operators import FEW_QUERIES, WIDEST
 from isofold.runtimes.tvm.cuda.operators import EMITTERS
+from isofold.runtimes.tvm.cuda.outliers import CHUNK, THREADS
 
-from ...onnx.operator_cases import cases
-from .emulated import emulate_operator, reference_of
+from ...onnx.operator_cases import cases, linear, with_outliers
+from .emulated import arguments_of, call_of, emulate_operator, reference_of
 
 HALVES = {"linear_packed_float", "linear_outliers_float", "linear_coded", "linear_codebook"}
 """Operators whose float activations are rounded to float16 (2^-11 of each; sums of random signs)."""
@@ -87,6 +89,12 @@ def repeated(arguments: dict[str, Any], times: int) -> dict[str, Any]:
     return {**arguments, **{n: torch.cat([arguments[n]] * times) for n in names}}
 
 
+def rows_of(arguments: dict[str, Any]) -> int:
+    """Rows of a linear's activations."""
+    x = arguments["u" if "u" in arguments else "x"]
+    return int(x.numel() // x.shape[-1])
+
+
 LINEARS = [name for name in sorted(EMITTERS) if "linear" in name]
 
 
@@ -94,7 +102,9 @@ LINEARS = [name for name in sorted(EMITTERS) if "linear" in name]
 @pytest.mark.parametrize("name", LINEARS)
 def test_products_of_many_rows(name: str, symbolic: bool) -> None:
     """Rows beyond a tile, and fewer than one, through the products in shared memory."""
-    chosen = [(what, repeated(a, 12 if symbolic else 9)) for what, a in spread(CASES[name], 10)[symbolic::2]]
+    rows = 72 if symbolic else 54
+    uses = spread(CASES[name], 10)[symbolic::2]
+    chosen = [(what, repeated(a, -(-rows // rows_of(a)))) for what, a in uses]
     axes = dict.fromkeys(ROWS, (0,)) if symbolic else None
     static = {what for what, a in chosen if a.get("params") is not None and a["params"].dim() == 1}
     chosen = [(what, a) for what, a in chosen if not (symbolic and what in static)]
@@ -117,6 +127,40 @@ def test_cache_of_unknown_length(queries: int) -> None:
     for (what, arguments), got in zip(chosen, results, strict=True):
         expected = reference_of("attention_cached", arguments)
         check("attention_cached", what, got, expected, tolerance("attention_cached", arguments))
+
+
+@pytest.mark.parametrize(("bits", "depth"), [(8, 128), (4, 128), (8, 256)])
+def test_cache_with_usual_heads(bits: int, depth: int) -> None:
+    """The widest loads, keys split over blocks, queries that share a key head; few queries and many."""
+    quantize = OPERATORS["quantize_cache"].reference
+    k, v = (quantize(torch.randn(1, 2, 300, depth), None, bits) for _ in range(2))
+    shared = {
+        "k": k[0],
+        "k_params": k[1],
+        "v": v[0],
+        "v_params": v[1],
+        "mask": None,
+        "heads": 6,
+        "kv_heads": 2,
+    }
+    shared |= {"depth": depth, "value_depth": depth, "bits": bits, "q_start": 0, "scale": depth**-0.5}
+    shared |= {"causal": False, "softcap": 0.0}
+    uses = [{**shared, "q": torch.randn(1, s, 6, depth)} for s in (1, 20)]
+    for arguments, got in zip(uses, emulate_operator("attention_cached", uses), strict=True):
+        limit = tolerance("attention_cached", arguments)
+        check("attention_cached", f"{bits}", got, reference_of("attention_cached", arguments), limit)
+
+
+def test_outliers_beyond_a_chunk_and_a_round_of_rows() -> None:
+    """More inputs than lie in shared memory at once, more rows than threads of a block; few tokens and many."""
+    case = linear(1, THREADS + 24, CHUNK + 76, 4, 32, True, True, False, "none", False, static=False)
+    floats = {k: v for k, v in case[2].items() if k not in ("u", "params", "wsum")}
+    floats["x"] = torch.randn(2, 3, CHUNK + 76)
+    for name, arguments in (("linear_packed", case[2]), ("linear_packed_float", floats)):
+        target, what, full = with_outliers((name, case[1], arguments), 11)
+        uses = [repeated(full, times) for times in (1, 6)]
+        for use, got in zip(uses, emulate_operator(target, uses), strict=True):
+            check(target, what, got, reference_of(target, use), tolerance(target, use))
 
 
 @pytest.mark.parametrize("symbolic", [False, True], ids=["static", "symbolic"])
@@ -159,3 +203,22 @@ def test_activations_that_are_no_halves() -> None:
     assert not got[0].isnan().any(-1).flatten()[[0, 2, 3, 4, 5]].any()
     finite = torch.where(expected.isnan(), 0, expected)
     check("linear_packed_float", what, [torch.where(got[0].isnan(), 0, got[0])], [finite], 2e-3)
+
+
+def test_heads_that_do_not_fit_a_block_are_refused() -> None:
+    _, arguments = CASES["attention"][0]
+    full = arguments_of("attention", {**arguments, "v": torch.zeros(2, 7, 4, WIDEST + 1)})
+    with pytest.raises(UnsupportedError, match="too wide for one block") as error:
+        EMITTERS["attention"](call_of("attention", full)[0])
+    assert f"at most {WIDEST}" in str(error.value)
+
+
+def test_nothing_behind_a_row_is_read() -> None:
+    """96 inputs in a group of 128 with zero points, whose padding decodes to other numbers than zero."""
+    _, what, arguments = linear(5, 20, 96, 4, 128, True, False, False, "none", False, static=False)
+    kept = {k: v for k, v in arguments.items() if k not in ("u", "params", "wsum")}
+    x = torch.randn(2, 96)
+    x[1] = torch.nan
+    (got,) = emulate_operator("linear_packed_float", [{**kept, "x": x}])
+    (expected,) = reference_of("linear_packed_float", {**kept, "x": x[:1]})
+    check("linear_packed_float", what, [got[0][:1]], [expected], 2e-3)
