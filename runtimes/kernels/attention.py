@@ -7,7 +7,7 @@ is a vector of queries. So K and V are never repacked, the softmax over t is ver
 across lanes anywhere), and both products are the same register tile. Only Q on the way in, O on the way out,
 and masks that differ between queries are transposed, 16 x 16 floats in registers.
 
-Keys are visited in blocks of `KEY_BLOCK` with a running maximum and sum (online softmax), so that scores
+Keys are visited in blocks (`attention_keys`, a knob) with a running maximum and sum (online softmax), so that scores
 never leave the first-level cache. A query that sees no key (all logits -inf) gives 0.
 
 `attention_row` is for single queries (decoding), where most lanes would idle: there the lanes run along the
@@ -24,9 +24,9 @@ from typing import Any
 from tvm import tirx
 
 from .codegen import Isa, Kernel, T, bind, for_range, load, registers, store, when
+from .knobs import knob
 from .math import exp, reduce_lanes, softmax_weight, tanh, transpose16
 
-KEY_BLOCK = 128
 LANES = 32
 NEG_INF = float("-inf")
 
@@ -154,7 +154,8 @@ class _Block:
          self.scale, self.softcap) = values  # fmt: skip
         self.vectors = vectors
         wide = isa.registers == 32
-        self.mr = 8 if wide else 6
+        self.mr = knob("attention_tile")
+        self.key_block = knob("attention_keys")
         # AVX2 has registers for the sums of 16 lanes only: walk the two halves one after the other.
         self.parts = [list(range(vectors))] if wide else [[j] for j in range(vectors)]
         self.width = len(self.parts[0])
@@ -162,8 +163,8 @@ class _Block:
         self.maxima, self.sums = registers(vectors, "float32"), registers(vectors, "float32")
         self.p = View(self.scratch, _i64(0))
         self.v_width = bind((self.dv + 15) // 16 * 16)
-        self.v_copy = View(self.scratch, tirx.const((KEY_BLOCK + 8) * LANES, "int64"))
-        self.states = bind(self.v_copy.base + KEY_BLOCK * self.v_width)
+        self.v_copy = View(self.scratch, tirx.const((self.key_block + 8) * LANES, "int64"))
+        self.states = bind(self.v_copy.base + self.key_block * self.v_width)
         self.state = bind((self.d + self.dv + 10) * LANES)
 
     def enter(self, sub: Any) -> None:
@@ -191,14 +192,14 @@ class _Block:
                 self.running_max.store(16 * j, _vector(NEG_INF))
                 self.running_sum.store(16 * j, _vector(0.0))
         # Keys outside, groups of queries inside: a block of K and V is read once for all of them.
-        with for_range(0, (self.keys + KEY_BLOCK - 1) // KEY_BLOCK) as block:
-            t0 = bind(block * KEY_BLOCK)
-            with when(self.keys > KEY_BLOCK):
+        with for_range(0, (self.keys + self.key_block - 1) // self.key_block) as block:
+            t0 = bind(block * self.key_block)
+            with when(self.keys > self.key_block):
                 self.copy_values(t0)
             with for_range(0, groups) as sub:
                 self.enter(sub)
                 with when(self.visible > t0):
-                    keys = bind(tirx.min(self.visible - t0, _i64(KEY_BLOCK)))
+                    keys = bind(tirx.min(self.visible - t0, _i64(self.key_block)))
                     self.scores(t0, keys)
                     self.hide(t0, keys)
                     self.values(t0, keys, self.softmax(keys))
@@ -221,7 +222,7 @@ class _Block:
         Pays for itself where keys and values of a head do not stay in the second-level cache: from the
         second block of keys on.
         """
-        with for_range(0, tirx.min(self.keys - t0, _i64(KEY_BLOCK))) as t:
+        with for_range(0, tirx.min(self.keys - t0, _i64(self.key_block))) as t:
             source, target = bind((t0 + t) * self.v_row), bind(t * self.v_width)
             with for_range(0, self.dv // 16) as i:
                 self.v_copy.store(target + i * 16, load(self.v, source + i * 16))
@@ -285,7 +286,7 @@ class _Block:
 
     def values(self, t0: Any, keys: Any, corrections: list[Any]) -> None:
         """o[d, s] = o[d, s] * correction[s] + sum_t v[t, d] p[t, s]."""
-        with T.If(self.keys > KEY_BLOCK):
+        with T.If(self.keys > self.key_block):
             with T.Then():
                 self._values(self.v_copy, self.v_width, t0, keys, corrections)
             with T.Else():
@@ -331,7 +332,7 @@ def _row(
     mask_kind: Any, mask_t: Any, scale: Any, softcap: Any,
 ) -> None:  # fmt: skip
     del isa
-    together = 4  # keys whose dot products are in flight at once
+    together = knob("attention_together")  # keys whose dot products are in flight at once
     acc = registers(together, "float32")
     parts = T.alloc_buffer((together,), "float32", scope="local", layout=None)
     highest = registers(1, "float32")
@@ -417,8 +418,8 @@ _ROW = (
 )
 
 KERNELS = [
-    # any number of queries; scratch 32 (ceil(nq / 32) (d + dv + 10) + KEY_BLOCK + 8) +
-    # KEY_BLOCK ceil(dv, 16) floats, 64-byte aligned
+    # any number of queries; scratch 32 (ceil(nq / 32) (d + dv + 10) + B + 8) + B ceil(dv, 16) floats, 64-byte aligned,
+    # where B is the knob `attention_keys`
     Kernel("attention_block32", _BLOCK, partial(_emit_block, vectors=2), "attention"),
     # nq <= 16 queries; the same scratch
     Kernel("attention_block16", _BLOCK, partial(_emit_block, vectors=1), "attention"),

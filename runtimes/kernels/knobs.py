@@ -43,7 +43,12 @@ DRIVER = "linear_driver"
 """The group of knobs that only the C drivers read: nothing is compiled for them."""
 
 _HERE = Path(__file__).resolve().parent
-_MODULES = {"linear_dense": "dense", "linear_float*": "linear_float", "linear_*": "linear"}
+_MODULES = {
+    "attention": "attention",
+    "linear_dense": "dense",
+    "linear_float*": "linear_float",
+    "linear_*": "linear",
+}
 """Module that emits the kernels of a group, by pattern, first match."""
 _HEADERS = ("linear_driver.h", "linear_float_driver.h", "outlier_driver.h")
 _MORE_HEADERS = {"dense": ("dense_driver.h",)}
@@ -181,6 +186,32 @@ KNOBS = (
         "Inputs that all rows of a task are multiplied with at a time: 128 bytes of weights each, which stay near.",
         exact=False,
         driver=True,
+    ),
+    Knob(
+        "attention_keys",
+        ("attention",),
+        (64, 128, 256),
+        128,
+        "Keys whose scores and values a block of queries works on at a time: 128 bytes of scores, and a row of values.",
+        exact=False,
+        driver=True,
+    ),
+    Knob(
+        "attention_tile",
+        ("attention",),
+        (4, 6, 8),
+        8,
+        "Rows of both products' tiles (keys, or dimensions of values) whose sums are kept in registers.",
+        {"v3": 6},
+        exact=False,
+    ),
+    Knob(
+        "attention_together",
+        ("attention",),
+        (2, 4, 8),
+        4,
+        "Keys whose dot products with a single query are in flight at once.",
+        exact=False,
     ),
     Knob(
         "gemv_rows",

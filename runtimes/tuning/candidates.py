@@ -48,6 +48,8 @@ _KEPT_DAYS = 30
 
 def needed_groups(workload: Workload) -> set[str]:
     """Groups of kernels that the drivers call for a workload."""
+    if workload.operator == "attention":
+        return {"attention"}
     if workload.operator == "linear_dense":
         return {"linear_dense", "linear_end"}
     if workload.operator == "linear_float":

@@ -7,12 +7,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from ..kernels import dense, linear, linear_float, outliers
+from ..kernels import attention, dense, linear, linear_float, outliers
 from ..kernels.codegen import ISAS, compile_object, header, table
 from ..kernels.knobs import Settings
 from .child import serve
 
-_TUNED = [*linear.KERNELS, *linear_float.KERNELS, *dense.KERNELS]
+_TUNED = [*linear.KERNELS, *linear_float.KERNELS, *dense.KERNELS, *attention.KERNELS]
 _KERNELS = [*_TUNED, *outliers.KERNELS]
 """What `struct isofold_kernels` has: the drivers name them all."""
 _ISAS = {isa.name: isa for isa in ISAS}

@@ -20,12 +20,21 @@ extern "C" const struct isofold_kernels isofold_candidate;
 
 namespace {
 
-// The order of Workload.spec() in workloads.py; floats: 1 packed weights, 2 float32 ones.
+// The order of Workload.spec() in workloads.py; floats: 1 packed weights, 2 float32 ones, 3
+// attention (k: width of a head, n: keys, m: queries).
 struct Spec {
-  int64_t isa, floats, bits, group, zero, gated, k, n, m, threads, layers;
+  int64_t isa, floats, bits, group, zero, gated, k, n, m, threads, layers, heads;
 };
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+enum { ATTENTION_BLOCK = 32, ATTENTION_FEW = 4, ATTENTION_MOST_KEYS = 256 };  // as in attention.cc; the knob's largest
+
+// Bytes of a thread's scratch: the same for all candidates, as the arena is.
+int64_t attention_scratch(const Spec& s) {
+  int64_t keys = ATTENTION_MOST_KEYS;
+  return 4 * round_up(ATTENTION_BLOCK * (2 * s.k + keys + 18) + keys * round_up(s.k, 16) + s.n + 32, 16);
+}
 
 // Where the parts of a workload lie, in bytes from the start: what all layers share, then the layers.
 struct Plan {
@@ -37,6 +46,14 @@ struct Plan {
     kp = round_up(s.k, s.group > 32 ? s.group : 32);
     panels = (s.gated ? 2 : 1) * ((s.n + 15) / 16);
     if (s.floats == 2) panels = round_up(panels, 2);
+    if (s.floats == 3) {  // queries, a scratch for each thread, then keys and values
+      kp = panels = groups = input = params = zero = wsum = 0;
+      scratch = round_up(s.m * s.heads * s.k * 4, 64);
+      layers = round_up(scratch + attention_scratch(s) * s.threads, 4096);
+      scale = s.n * s.heads * s.k * 8;
+      layer = round_up(scale, 4096);
+      return;
+    }
     groups = s.group ? kp / s.group : 1;
     input = 0;
     params = round_up(s.m * (s.floats ? s.k * 4 : kp), 64);
@@ -86,17 +103,17 @@ void fill(const Spec& s, char* base) {
   uint64_t state = 0x9e3779b97f4a7c15u;
   if (s.floats) {
     auto* x = reinterpret_cast<float*>(base + p.input);
-    for (int64_t i = 0; i < s.m * s.k; ++i) x[i] = float(int64_t(next(&state) >> 40)) / (1 << 23) - 1;
+    for (int64_t i = 0; i < s.m * s.k * (s.floats == 3 ? s.heads : 1); ++i) x[i] = float(int64_t(next(&state) >> 40)) / (1 << 23) - 1;
   } else {
     for (int64_t i = 0; i < s.m * p.kp; ++i) base[p.input + i] = char(next(&state) >> 32);
   }
   auto* params = reinterpret_cast<float*>(base + p.params);
-  for (int64_t i = 0; i < s.m; ++i) params[2 * i] = 0.01f + 0.001f * float(i % 7), params[2 * i + 1] = float(i % 200);
+  for (int64_t i = 0; i < (s.floats == 3 ? 0 : s.m); ++i) params[2 * i] = 0.01f + 0.001f * float(i % 7), params[2 * i + 1] = float(i % 200);
   for (int64_t layer = 0; layer < s.layers; ++layer) {
     char* at = base + p.layers + layer * p.layer;
     auto* words = reinterpret_cast<uint64_t*>(at);
     for (int64_t i = 0; i < p.layer / 8; ++i) words[i] = next(&state);
-    if (s.floats == 2)
+    if (s.floats >= 2)
       for (int64_t i = 0; i < p.scale / 4; ++i)
         reinterpret_cast<float*>(at)[i] = float(int64_t(next(&state) >> 40)) / (1 << 23) - 1;
     int64_t scales = p.panels * p.groups * 16;
@@ -138,10 +155,35 @@ void meet(Run* r) {
     if (spins > 20000) sched_yield();  // more threads than free cores
 }
 
+// Heads one after another, 32 queries at a time (few queries: one).
+void attention(Run* r, const float* keys, int64_t index) {
+  const Spec& s = *r->s;
+  const float *values = keys + s.n * s.heads * s.k, *q = reinterpret_cast<float*>(r->base + r->p.input);
+  auto* scratch = reinterpret_cast<float*>(r->base + r->p.scratch + attention_scratch(s) * index);
+  const struct isofold_kernels* k = &isofold_candidate;
+  int64_t row = s.heads * s.k, block = s.m < ATTENTION_FEW ? 1 : ATTENTION_BLOCK;
+  int64_t blocks = (s.m + block - 1) / block, tasks = s.heads * blocks;
+  for (int64_t task = tasks * index / s.threads; task < tasks * (index + 1) / s.threads; ++task) {
+    int64_t head = task / blocks * s.k, first = task % blocks * block;
+    int64_t count = s.m - first < block ? s.m - first : block;
+    const float* q_at = q + first * row + head;
+    float* y_at = r->y + first * row + head;
+    if (block == 1) {
+      k->attention_row(q_at, keys + head, values + head, nullptr, nullptr, y_at, scratch, row, row, s.n, s.k, s.k, 0, 0,
+                       0.1f, 0);
+      continue;
+    }
+    auto run = count <= 16 ? k->attention_block16 : k->attention_block32;
+    run(q_at, keys + head, values + head, nullptr, nullptr, y_at, scratch, count, row, row, row, row, s.n, s.k, s.k, first,
+        0, 0, 0, 0, 0.1f, 0);
+  }
+}
+
 void layer(Run* r, int64_t which, int64_t index) {
   const Spec& s = *r->s;
   const Plan& p = r->p;
   char* at = r->base + p.layers + which % s.layers * p.layer;
+  if (s.floats == 3) return attention(r, reinterpret_cast<float*>(at), index);
   struct isofold_linear l = {};
   l.weight = at;
   l.scale = at + p.scale;
@@ -208,7 +250,7 @@ double run(const Spec& s, char* base, float* y, int64_t first, int64_t count) {
   Run r = {&s, Plan(s), base, y, first, count, 0, 0};
   Part parts[MOST_THREADS];
   pthread_t others[MOST_THREADS];
-  if (s.threads > MOST_THREADS) return -1;
+  if (s.threads > MOST_THREADS || isofold_candidate.attention_keys_attention > ATTENTION_MOST_KEYS) return -1;
   for (int64_t i = 1; i < s.threads; ++i) {
     parts[i] = {&r, i};
     if (pthread_create(&others[i], nullptr, part, &parts[i])) return -1;

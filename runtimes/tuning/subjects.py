@@ -36,16 +36,20 @@ def workloads_of_program(program: Program, threads: int) -> list[Workload]:
 
 
 def packed_linears(program: Program, threads: int) -> list[Workload]:
-    """The workloads of a program, or none."""
+    """The workloads of a program: its linears and attentions that the op library runs; none where it has none."""
     from ...compiler.dialect.operator import operator_of
     from ...compiler.graph import argument, value
 
     found = []
     for node in program.graph.nodes:
         declared = operator_of(node.target) if node.op == "call_function" else None
+        if declared is not None and declared.name == "attention":
+            (_, m, _, k), keys = value(argument(node, "q")).shape, value(argument(node, "k")).shape[1]
+            heads = int(argument(node, "heads"))
+            found.append(Workload("attention", 32, 0, int(k), int(keys), int(m), threads, heads=heads))
         operator = None if declared is None else _OPERATORS.get(declared.name)
-        if operator is not None:
-            names = {a.name for a in declared.overload._schema.arguments} if declared is not None else set()
+        if declared is not None and operator is not None:
+            names = {a.name for a in declared.overload._schema.arguments}
             facts = {name: argument(node, name) for name in FACTS if name in names}
             rows = int(value(node).numel()) // int(facts["n"])
             found.append(_workload(operator, facts, rows, threads))

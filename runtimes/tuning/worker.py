@@ -128,7 +128,7 @@ class Memory:
         self.spec = device.put(np.array(workload.spec(isa, self.layers), np.int64))
         self.arena = device.empty(int(fill("bytes")(self.spec)))
         fill("fill")(self.spec, self.arena)
-        self.y = device.empty(workload.m * workload.n * 4)
+        self.y = device.empty(workload.outputs * 4)
 
     def run(self, library: Callable[[str], Function], first: int, count: int) -> float:
         """Seconds of a layer. Raises RuntimeError where threads cannot be started."""
@@ -139,7 +139,7 @@ class Memory:
 
     def outputs(self, library: Callable[[str], Function]) -> NDArray[np.float32]:
         """What the first layer gives; the buffer is cleared before."""
-        self.y = self.device.put(np.full(self.workload.m * self.workload.n * 4, 0xFF, np.uint8))
+        self.y = self.device.put(np.full(self.workload.outputs * 4, 0xFF, np.uint8))
         self.run(library, 0, 1)
         return self.device.get(self.y, "float32").copy()
 

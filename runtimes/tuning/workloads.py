@@ -12,7 +12,7 @@ from ..kernels.knobs import DEFAULTS, DRIVER
 
 __all__ = ["DEFAULT_SHAPES", "Workload", "default_workloads", "groups_of", "reduced"]
 
-OPERATORS = ("linear", "linear_float", "linear_dense")
+OPERATORS = ("linear", "linear_float", "linear_dense", "attention")
 """In the order of the harness's numbers."""
 COLD = 4
 """A cold workload's weights are this many times the last-level cache."""
@@ -22,9 +22,12 @@ _RAGGED = {"k": 5 * 32 - 3, "n": 75}
 
 @dataclass(frozen=True, order=True)
 class Workload:
-    """One linear. operator: `linear` (8-bit activations), `linear_float` or `linear_dense` (32 bits); zero: with zero
-    points; k, n: inputs and output features; m: rows; cold: weights come from memory, as in a model, else from the
-    cache.
+    """One linear, or the attention of one sample.
+
+    operator: `linear` (8-bit activations), `linear_float` or `linear_dense` (32 bits); zero: with zero points; k, n:
+    inputs and output features; m: rows; cold: weights come from memory, as in a model, else from the cache. `attention`
+    (32 bits): k is the width of a head, n the number of keys, m that of queries, and there are `heads`, each with keys
+    and values of its own.
 
     Raises:
         InputError: a value that no kernel takes.
@@ -40,10 +43,11 @@ class Workload:
     zero: bool = False
     cold: bool = True
     gated: bool = False
+    heads: int = 1
 
     def __post_init__(self) -> None:
-        bad = [name for name in ("k", "n", "m", "threads") if getattr(self, name) < 1]
-        widths = (32,) if self.operator == "linear_dense" else (2, 3, 4, 8)
+        bad = [name for name in ("k", "n", "m", "threads", "heads") if getattr(self, name) < 1]
+        widths = (32,) if self.operator in ("linear_dense", "attention") else (2, 3, 4, 8)
         if self.operator not in OPERATORS or self.bits not in widths or self.group_size % 32 or bad:
             raise InputError(
                 "No kernel takes this workload",
@@ -54,6 +58,9 @@ class Workload:
     @property
     def name(self) -> str:
         """Short and unique, such as `linear w4g32 4096x4096 m1 t2`."""
+        if self.operator == "attention":
+            sizes = f"{self.heads}x{self.k} keys{self.n} m{self.m} t{self.threads}"
+            return f"attention {sizes}{'' if self.cold else ' cached'}"
         scheme = f"w{self.bits}{f'g{self.group_size}' if self.group_size else ''}{'z' if self.zero else ''}"
         more = f"{' gated' if self.gated else ''}{'' if self.cold else ' cached'}"
         return f"{self.operator} {scheme} {self.k}x{self.n} m{self.m} t{self.threads}{more}"
@@ -66,6 +73,8 @@ class Workload:
     @property
     def layer_bytes(self) -> int:
         """About the bytes of weights and scales of one layer."""
+        if self.operator == "attention":
+            return 2 * 4 * self.k * self.n * self.heads
         weights = self.k * self.n * self.bits // 8 * (2 if self.gated else 1)
         return weights + (weights * 16 // (self.bits * self.group_size) if self.group_size else 0)
 
@@ -76,6 +85,8 @@ class Workload:
 
     def ragged(self) -> Workload:
         """A small relative whose sizes divide nothing: candidates must be right on it too."""
+        if self.operator == "attention":
+            return replace(self, k=37, n=301, m=min(self.m, 45), heads=3, cold=False)
         k = _RAGGED["k"] if self.group_size <= 32 else 5 * self.group_size - 3
         return replace(self, k=k, n=_RAGGED["n"], cold=False)
 
@@ -91,12 +102,18 @@ class Workload:
             self.m,
             self.threads,
             layers,
+            self.heads,
         )
         return [int(isa[1:]), OPERATORS.index(self.operator), *map(int, whole)]
 
+    @property
+    def outputs(self) -> int:
+        """Floats that it writes."""
+        return self.m * (self.heads * self.k if self.operator == "attention" else self.n)
+
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
+        """Plain data; one head is left out, as in records from before there were any."""
+        return {name: value for name, value in asdict(self).items() if name != "heads" or value > 1}
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Workload:
@@ -109,8 +126,8 @@ class Workload:
 
 def groups_of(workload: Workload, isa: str) -> list[str]:
     """The groups of kernels (`Kernel.group`) whose knobs this workload can tune."""
-    if workload.operator == "linear_dense":
-        return ["linear_dense"]
+    if workload.operator in ("linear_dense", "attention"):
+        return [workload.operator]
     if workload.operator == "linear_float":
         return [f"linear_float{workload.bits}"]
     if workload.bits == 8:
@@ -140,7 +157,10 @@ DEFAULT_SHAPES = (
 
 def default_workloads(threads: int) -> list[Workload]:
     """The default shape classes with a number of threads."""
-    return [_parsed(text, threads) for text in DEFAULT_SHAPES]
+    attention = [
+        Workload("attention", 32, 0, 64, n, m, threads, heads=12) for m, n in ((1, 1024), (128, 128))
+    ]
+    return [*(_parsed(text, threads) for text in DEFAULT_SHAPES), *attention]
 
 
 def _parsed(text: str, threads: int) -> Workload:

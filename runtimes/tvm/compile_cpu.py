@@ -21,7 +21,7 @@ from tvm.support import cc
 from ...compiler.errors import ToolchainError
 from ..onnx.oplib.build import require_tools
 from .library import LINK_FLAGS, host_objects
-from .schedule_cpu import schedule_cpu, schedule_report
+from .schedule_cpu import TUNED, schedule_cpu, schedule_report
 from .virtual_machine import executable_pipeline
 
 Progress = Callable[[str], None]
@@ -95,7 +95,12 @@ def compile_library(
         executable = relax.build(module, target=target, relax_pipeline=executable_pipeline())
     say("link")
     link(executable, path, objects)
-    return {"kernels": len(kernels), "features": features_of(target), "schedules": schedule_report(module)}
+    return {
+        "kernels": len(kernels),
+        "tuned": sum(TUNED in (module[name].attrs or {}) for name in kernels),
+        "features": features_of(target),
+        "schedules": schedule_report(module),
+    }
 
 
 def link(executable: Any, path: Path, objects: list[Path]) -> None:

@@ -22,6 +22,8 @@ from .schedule_nests import Nest, nests
 from .schedule_rules import NEST_RULES, Rows, Shape, inline
 
 ATTRIBUTE = "isofold.schedule"
+TUNED = "isofold.tuned"
+"""Attribute of functions whose shape tuning found."""
 SCHEDULED = "tirx.is_scheduled"
 
 
@@ -35,6 +37,8 @@ def schedule_cpu(mod: IRModule, target: Any, database: Mapping[str, Shape] | Non
         if schedulable(function):
             shape = database.get(function_key(function)) if database else None
             function = schedule_function(function, target, shape)
+            if shape is not None:
+                function = function.with_attr(TUNED, True)
         made[name] = function
     return IRModule(made, attrs=mod.attrs, global_infos=mod.global_infos)
 

@@ -4,7 +4,7 @@
 namespace isofold {
 namespace {
 
-enum { KEY_BLOCK = 128, LANES = 32, FEW_QUERIES = 4, MOST_GROUPS = 4 };  // the first two as in attention.py
+enum { LANES = 32, FEW_QUERIES = 4, MOST_GROUPS = 4 };  // the first as in attention.py
 
 struct AttentionKernel : KernelBase {
   int64_t heads, kv_heads, q_start, k_start, v_start;
@@ -111,8 +111,9 @@ OrtStatus* run(Context& c, const AttentionKernel& a, const Sizes& n, const float
     groups *= 2;
   int64_t block = single_rows ? 1 : LANES * groups;
   int64_t blocks = (rows + block - 1) / block, tasks = batch * columns * blocks;
+  int64_t together = kernels->attention_keys_attention;
   size_t floats = single_rows ? size_t(keys + 32)
-                              : size_t(LANES * (groups * (d + dv + 10) + KEY_BLOCK + 8) + KEY_BLOCK * ceil_to(dv, 16));
+                              : size_t(LANES * (groups * (d + dv + 10) + together + 8) + together * ceil_to(dv, 16));
   double flops = 2.0 * double((rows < block ? rows : block) * keys * (d + dv));
   bool failed = false;
   ISOFOLD_TRY(c.parallel(tasks, flops / 60 + 100, [&](int64_t begin, int64_t end) {

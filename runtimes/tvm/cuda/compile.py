@@ -31,7 +31,7 @@ from .driver import cubin_module, prepare
 from .knobs import choosing
 from .rewrite import rewrite_dialect
 from .toolkit import ARCHS, Cubin, Resources, architectures, compile_cubin
-from .tuned import tuned_values
+from .tuned import TunedValues
 
 Progress = Callable[[str], None]
 
@@ -50,6 +50,8 @@ class CompiledCuda:
     arch: str
     resources: tuple[Resources, ...]
     cubin_bytes: int
+    tuned: int = 0
+    """Kernels with values that were measured."""
 
     @property
     def spilled(self) -> tuple[Resources, ...]:
@@ -72,6 +74,7 @@ class CompiledCuda:
             "arch": self.arch,
             "kernels": len({r.kernel for r in self.resources}),
             "cubin_bytes": self.cubin_bytes,
+            "tuned": self.tuned,
             "resources": rows,
         }
 
@@ -211,11 +214,12 @@ def compile_module(
     made: list[Cubin] = []
     with making_cubins(arch, made, say, cache_folder() / "cubins"):
         say("schedule")
-        with choosing(tuned_values(architectures(arch))):
+        choice = TunedValues(architectures(arch))
+        with choosing(choice):
             module = scheduled(module, target)
         executable = build(module, target, cuda_graphs)
     resources = sorted((r for cubin in made for r in cubin.resources), key=lambda r: r.kernel)
-    return CompiledCuda(executable, arch, tuple(resources), sum(len(c.data) for c in made))
+    return CompiledCuda(executable, arch, tuple(resources), sum(len(c.data) for c in made), len(choice.used))
 
 
 def compile_cuda(

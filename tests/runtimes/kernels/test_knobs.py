@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from isofold.runtimes.kernels import dense, knobs, linear, linear_float
+from isofold.runtimes.kernels import attention, dense, knobs, linear, linear_float
 from isofold.runtimes.kernels.codegen import ISAS, V4, Kernel, T, compile_object, header, store, table
 from isofold.runtimes.kernels.knobs import DEFAULTS, DRIVER, KNOBS, Settings, driver_values, knob, using
 
-GROUPS = {k.group for module in (linear, linear_float, dense) for k in module.KERNELS}
+GROUPS = {k.group for module in (linear, linear_float, dense, attention) for k in module.KERNELS}
 
 
 def test_every_knob_belongs_to_kernels_and_may_be_its_default() -> None:
@@ -109,6 +109,6 @@ def test_the_hash_of_sources_covers_what_is_imported(monkeypatch: pytest.MonkeyP
         (tmp_path / "codec.py").write_text((tmp_path / "codec.py").read_text() + "\n")
         assert knobs.sources("linear_gemv4") != before
         with pytest.raises(ValueError, match="no kernels are tuned"):
-            knobs.sources("attention")
+            knobs.sources("norm")
     finally:
         knobs.sources.cache_clear()

@@ -24,7 +24,7 @@ from isofold.runtimes.tuning.search import Space
 from isofold.runtimes.tuning.worker import Here
 from isofold.runtimes.tvm import tune_cpu, tune_worker
 from isofold.runtimes.tvm.compile_cpu import cpu_target
-from isofold.runtimes.tvm.schedule_cpu import function_key, schedule_cpu, schedule_report
+from isofold.runtimes.tvm.schedule_cpu import TUNED, function_key, schedule_cpu, schedule_report
 from isofold.runtimes.tvm.schedule_rules import Shape
 from isofold.runtimes.tvm.tune_cpu import tune_functions, tuned_shapes
 
@@ -127,6 +127,7 @@ def test_what_is_chosen_computes_the_same(tmp_path: Path, target: Any) -> None:
     default, tuned = schedule_cpu(module, target), schedule_cpu(module, target, shapes)
     assert "16 neighbouring results, 3 rows" in schedule_report(tuned)["product"]
     assert schedule_report(default) != schedule_report(tuned)
+    assert [TUNED in module["product"].attrs for module in (default, tuned)] == [False, True]
     rng = np.random.default_rng(0)
     for rows in (1, 7, 40):
         x, y = (rng.standard_normal(s).astype(np.float32) for s in ((rows, 48), (48, 64)))

@@ -16,27 +16,38 @@ from tvm import tirx
 
 from isofold.compiler.errors import InputError
 from isofold.runtimes.tuning.child import LostError
-from isofold.runtimes.tuning.database import Database, read_records
+from isofold.runtimes.tuning.database import Database, Record, read_records
 from isofold.runtimes.tvm.cuda import builder, tune
 from isofold.runtimes.tvm.cuda.attention import Attention, FewQueries
 from isofold.runtimes.tvm.cuda.candidates import Library, Toolchain, Unit, unit_of
 from isofold.runtimes.tvm.cuda.dense import DenseFew, DenseMany
+from isofold.runtimes.tvm.cuda.device_module import target_for
 from isofold.runtimes.tvm.cuda.emulate import emulated
 from isofold.runtimes.tvm.cuda.epilogue import Linear
 from isofold.runtimes.tvm.cuda.flash import ManyQueries
 from isofold.runtimes.tvm.cuda.gemm import GROUPED, LARGE, SMALL, Gemm
-from isofold.runtimes.tvm.cuda.knobs import KNOBS, choosing, group_of, knobs_of, tuned, values_of, with_values
+from isofold.runtimes.tvm.cuda.knobs import (
+    KNOBS,
+    choosing,
+    group_of,
+    knobs_of,
+    sources_of,
+    tuned,
+    values_of,
+    with_values,
+)
 from isofold.runtimes.tvm.cuda.layouts import coded_layout, integer_layout
 from isofold.runtimes.tvm.cuda.rows import Rows
 from isofold.runtimes.tvm.cuda.skinny import Skinny
 from isofold.runtimes.tvm.cuda.spaces import SHARED, demands, fits, space_of
 from isofold.runtimes.tvm.cuda.toolkit import Resources
 from isofold.runtimes.tvm.cuda.tune_worker import arrays_of, compare, difference
-from isofold.runtimes.tvm.cuda.tuned import tuned_values
+from isofold.runtimes.tvm.cuda.tuned import TunedValues
 from isofold.runtimes.tvm.cuda.weights import Weights
 
 from ...lent_machines import server, tracker, wait_for_servers
 from .emulated import CACHE, emulate_operator, reference_of
+from .test_compile import module_of
 from .test_operators import CASES, ROWS, check, repeated, tolerance
 
 __all__ = ["tracker"]
@@ -294,12 +305,13 @@ def test_the_whole_loop_measures_chooses_resumes_and_is_used(tmp_path: Path, sma
     assert bench.machines[-1].asked == 0
     assert again["workloads"][0]["knobs"] == row["knobs"]
 
-    choose = tuned_values(ARCHS, database)
+    choose = TunedValues(ARCHS, database)
     assert choose(small_space) == {"tokens": 32, "warps": 4}
     with choosing(choose):
         assert tuned(small_space) == with_values(small_space, row["knobs"])
-    assert tuned_values(("sm_90a",), database)(small_space) == {}, "another architecture"
-    assert tuned_values(("sm_80", "sm_90a"), database)(small_space) == {"tokens": 32, "warps": 4}
+    assert choose.used == {row["group"]}
+    assert TunedValues(("sm_90a",), database)(small_space) == {}, "another architecture"
+    assert TunedValues(("sm_80", "sm_90a"), database)(small_space) == {"tokens": 32, "warps": 4}
 
 
 @pytest.mark.parametrize(
@@ -338,18 +350,18 @@ def test_differences_of_codes_and_floats() -> None:
 def test_records_that_do_not_count(tmp_path: Path, small_space: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     database = tmp_path / "tuning.jsonl"
     Bench(fast_with(tokens=32)).tune(database, [small_space])
-    assert tuned_values(ARCHS, database)(small_space)
+    assert TunedValues(ARCHS, database)(small_space)
     other = DenseMany(linear(n=48, k=64))
-    assert tuned_values(ARCHS, database)(other) == {}, "another kernel"
+    assert TunedValues(ARCHS, database)(other) == {}, "another kernel"
     with monkeypatch.context() as patch:
         patch.setattr("isofold.runtimes.tvm.cuda.tuned.sources_of", lambda _: "0" * 16)
-        assert tuned_values(ARCHS, database)(small_space) == {}, "another version"
+        assert TunedValues(ARCHS, database)(small_space) == {}, "another version"
     with monkeypatch.context() as patch:
         patch.setitem(KNOBS, "DenseMany", KNOBS["DenseMany"][:1])
-        assert tuned_values(ARCHS, database)(small_space) == {}, "other knobs"
+        assert TunedValues(ARCHS, database)(small_space) == {}, "other knobs"
     damaged = tmp_path / "damaged.jsonl"
     damaged.write_text("nonsense\n")
-    assert tuned_values(ARCHS, damaged)(small_space) == {}
+    assert TunedValues(ARCHS, damaged)(small_space) == {}
     with pytest.raises(InputError, match="database is damaged"):
         Bench(fast_with()).tune(damaged, [small_space])
 
@@ -498,7 +510,7 @@ def test_a_server_without_a_gpu_is_explained(tracker: int, tmp_path: Path, small
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
-def test_compiling_takes_the_tuned_values(tmp_path: Path) -> None:
+def test_libraries_of_candidates(tmp_path: Path) -> None:
     kernel = KERNELS["dense many"]
     units = [unit_of(kernel), unit_of(with_values(kernel, {"tokens": 32, "warps": 4}))]
     default, other = Toolchain(tmp_path, "sm_80").libraries(units)
@@ -506,3 +518,30 @@ def test_compiling_takes_the_tuned_values(tmp_path: Path) -> None:
     assert default.path.exists()
     assert default.resources[0].shared - other.resources[0].shared == 4 * 32 * 32
     assert other.worse_than(default) is None
+    spilling = Library(tmp_path, (Resources("k", "sm_80", 255, 0, 128, 128, 0),))
+    assert "128 bytes" in str(spilling.worse_than(default))
+    assert spilling.worse_than(spilling) is None, "no more than the default"
+
+
+def test_compiling_takes_the_tuned_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from isofold.runtimes.tvm.cuda import compile as cuda
+
+    monkeypatch.setenv("ISOFOLD_CACHE", str(tmp_path))
+    kernels: list[Any] = []
+    with choosing(lambda kernel: kernels.append(kernel) or {}):
+        cuda.planned(module_of(True), target_for("sm_80"))
+    kernel = next(k for k in kernels if isinstance(k, Gemm))
+    values = {**values_of(kernel), "tile.columns": 8}
+    record = Record(
+        "Some GPU", "sm_80", group_of(kernel), sources_of(kernel), {}, values, "ok", "here", "2026-11-28",
+        seconds=0.5, baseline=1.0, ratio=0.5, noise=0.01, rounds=9, confirmed=True,
+    )  # fmt: skip
+    Database(tmp_path / "tuning.jsonl").add([record])
+    built: list[Any] = []
+    monkeypatch.setattr(cuda, "build", lambda module, *_: built.append(module))
+    assert cuda.compile_module(module_of(True), "sm_80").facts()["tuned"] == 1
+    assert cuda.compile_module(module_of(True), "sm_90a").facts()["tuned"] == 0
+    names = [{str(variable.name_hint) for variable in module.functions} for module in built]
+    tile = with_values(kernel, values).tile
+    assert any(f"{tile.features}x{tile.tokens}" in name for name in names[0])
+    assert not any(f"{tile.features}x{tile.tokens}" in name for name in names[1])
