@@ -116,8 +116,8 @@ def cache_facts(program: Program) -> list[dict[str, Any]]:
 
     `{kind, was, inputs, outputs, heads, head_size, bits, group, token_bytes, float_bytes, hadamard, scale}`: names of
     the inputs and of the outputs of codes and of pairs; was: the input of floats; group: dimensions of a head that
-    share a pair, 0: all; token_bytes: of all heads of one token, codes and pairs, float_bytes: what it was; hadamard and
-    scale: what the floats go through first.
+    share a pair, 0: all; token_bytes: of all heads of one token, codes and pairs, float_bytes: what it was; hadamard
+    and scale: what the floats go through first.
     """
     names = output_names(program)
     inputs = {node.name: value(node) for node in program.placeholders}
