@@ -66,7 +66,7 @@ def drop_inputs(editor: Editor, parts: Mapping[fx.Node, Mapping[str, Tensor]]) -
 def split_outputs(editor: Editor, parts: Mapping[int, Sequence[fx.Node]]) -> None:
     """The outputs with these numbers become tuples of nodes."""
     output = next(node for node in reversed(editor.graph.nodes) if node.op == "output")
-    old = list(output.args[0])  # type: ignore[arg-type]  # exported programs return a flat sequence
+    old: list[Any] = list(output.args[0])  # exported programs return a flat sequence
     counts = [len(parts.get(i, ())) for i in range(len(old))]
     new = [node for i, leaf in enumerate(old) for node in parts.get(i, (leaf,))]
     codegen = editor.graph._codegen

@@ -1,6 +1,6 @@
 """A cache of keys or values that a program takes and returns as codes instead of floats.
 
-    floats x [B, H, T, D]  →  codes uint8 [B, H, T, ...] and pairs float32 [B, H, T, 2]    (`dialect.cache_packing`)
+    floats x [B, H, T, D]  →  codes uint8 [B, H, T, ...] and pairs float32 [B, H, T, 2 G]    (`dialect.cache_packing`)
 
 of `(x * scale) H`: a rotation or scale of cached keys, whose partner is on the queries, is taken in when a token is
 quantized, so that what is stored need never be touched again. The program's record of it is what lets a result with
@@ -23,8 +23,8 @@ from .hadamard import apply_hadamard
 @dataclass(frozen=True)
 class CodedCache:
     """One cache. name: of the input of floats that it was; kind: keys or values; inputs: names of the inputs of codes
-    and of pairs; output: number of the output of codes, that of pairs is the next; depth: dimensions of a head;
-    hadamard, scale: what floats go through first."""
+    and of pairs; output: number of the output of codes, that of pairs is the next; depth: dimensions of a head; group:
+    those that share a pair, 0: all; hadamard, scale: what floats go through first."""
 
     name: str
     kind: str
@@ -32,18 +32,20 @@ class CodedCache:
     output: int
     depth: int
     bits: int
+    group: int = 0
     hadamard: tuple[int, ...] = ()
     scale: tuple[float, ...] = ()
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and pairs of floats `[..., D]`."""
         scaled = x * torch.tensor(self.scale, dtype=x.dtype) if self.scale else x
-        codes, pairs = quantize_cache.reference(scaled, None, self.bits, self.hadamard)
+        turned = apply_hadamard(scaled, self.hadamard)
+        codes, pairs = quantize_cache.reference(turned, None, self.bits, (), self.group)
         return codes, pairs
 
     def decode(self, codes: Tensor, pairs: Tensor) -> Tensor:
         """The floats `[..., D]` that codes stand for, without what they went through."""
-        x = dequantize_cache.reference(codes, pairs, self.depth, self.bits)
+        x = dequantize_cache.reference(codes, pairs, self.depth, self.bits, self.group)
         x = apply_hadamard(x, self.hadamard, transpose=True)
         return x / torch.tensor(self.scale, dtype=x.dtype) if self.scale else x
 

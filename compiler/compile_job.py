@@ -156,6 +156,8 @@ def _predicted(model: Mapping[str, Any]) -> str:
     text = f"{format_microseconds(model['predicted_microseconds'])} in packed layers"
     if not model["measured_here"]:
         text += f", on {model['machine']}: `isofold machine` measures this one"
+    if model.get("unmeasured"):
+        text += f"; no rates for {', '.join(model['unmeasured'])}"
     if model["slower"]:
         worst = max(model["slower"], key=lambda row: row["microseconds"] / row["faster_microseconds"])
         text += (

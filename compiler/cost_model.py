@@ -39,6 +39,15 @@ _SAME = {
 }
 """Operators that share their paces: a quantizer inside, or a percent of outliers, costs little beside the linear."""
 
+_LIKE = {
+    "table4": "nf4",
+    "nvfp4": "mxfp4",
+    "e5m2": "e4m3",
+    "mxfp8_e4m3": "e4m3",
+    "mxfp8_e5m2": "e4m3",
+}
+"""Formats of codes → one that kernels decode alike, whose pace serves where their own was not measured."""
+
 Curve = Sequence[tuple[float, float]]
 
 
@@ -75,8 +84,8 @@ class Machine:
     paces: Mapping[str, Curve]
 
     def predict(self, work: Work, working_set: float) -> Prediction | None:
-        """None where the kind was not measured."""
-        curve = self.paces.get(work.kind)
+        """None where neither the kind nor one that is computed alike was measured."""
+        curve = self.pace_of(work.kind)
         if curve is None or work.rows < 1:
             return None
         memory = work.weight_bytes / _at(self.bandwidth, max(working_set, work.weight_bytes))
@@ -87,6 +96,16 @@ class Machine:
         parts = {"memory": memory, "arithmetic": work.elements * pace, "overhead": self.overhead}
         limit = max(parts, key=lambda name: parts[name])
         return Prediction(self.overhead + max(memory, parts["arithmetic"]), limit)
+
+    def pace_of(self, kind: str) -> Curve | None:
+        """The pace of a kind, or of the nearest that was measured: of the same codes with scales by rows or groups, or
+        of codes that are decoded alike."""
+        grouped = kind.endswith(" in groups")
+        name = kind.removesuffix(" in groups")
+        operator, _, codes = name.partition(" ")
+        names = [name, f"{operator} {_LIKE[codes]}"] if codes in _LIKE else [name]
+        spelled = [f"{n}{' in groups' if g else ''}" for n in names for g in (grouped, not grouped)]
+        return next((self.paces[s] for s in spelled if s in self.paces), None)
 
     def to_json(self) -> dict[str, Any]:
         """A mapping that `from_json` reads."""
@@ -153,6 +172,25 @@ def work_of(node: fx.Node) -> Work | None:
     cost = declared.cost(*(_fake(argument(node, name)) for name in _arguments(declared)))
     rows = int(made.numel()) // int(argument(node, "n"))
     return Work(kind, rows, cost.operations // max(2 * rows, 1), cost.weight_bytes)
+
+
+def thin_works(node: fx.Node) -> list[Work]:
+    """The two products of a part of low rank, `(x A^T) B^T`, that a linear takes as its residual."""
+    declared = operator_of(node.target) if node.op == "call_function" else None
+    if declared is None or "residual" not in _arguments(declared):
+        return []
+    found: list[Work] = []
+    product = argument(node, "residual")
+    while len(found) < 2 and isinstance(product, fx.Node) and product.target is torch.ops.aten.matmul.default:
+        x, matrix = product.args
+        made = value(product)
+        if not isinstance(matrix, fx.Node) or matrix.op != "get_attr" or not isinstance(made, Tensor):
+            return []
+        held = value(matrix)
+        rows = int(made.numel()) // max(int(held.shape[-1]), 1)
+        found.append(Work(FLOAT_LINEAR, rows, int(held.numel()), int(held.numel()) * held.element_size()))
+        product = x
+    return found if len(found) == 2 else []
 
 
 def _arguments(declared: Operator) -> list[str]:

@@ -18,10 +18,18 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from .dialect import linear_packed, operator_of, packing, quantize_activation, quantize_linear_packed
+from .dialect import (
+    linear_packed,
+    operator_of,
+    packing,
+    quantize_activation,
+    quantize_cache,
+    quantize_linear_packed,
+)
+from .dialect.cache_packing import cut, pair_count, unpack_cache_codes
 from .dialect.quantization import levels
 from .errors import VerificationError
-from .graph import argument
+from .graph import argument, value
 from .interface import input_names
 from .program import Program
 
@@ -176,6 +184,23 @@ def step_of(node: fx.Node, values: Mapping[fx.Node, Any]) -> float:
     moved = (u.int() + signs).clamp(0, int(levels(given["input_bits"]))).to(torch.uint8)
     rest = [given[name] for name in declared[declared.index("weight") : declared.index("input_bits")]]
     return _relative(array_of(linear_packed.reference(moved, pair, *rest)), array_of(values[node]))
+
+
+def plain_codes(
+    node: fx.Node, pairs: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> Sequence[tuple[np.ndarray, np.ndarray]]:
+    """Results of an operator (got, expected), codes of a cache a byte each and by groups, for `compare_results`."""
+    if node.target != quantize_cache.overload or any(a.shape != b.shape for a, b in pairs):
+        return pairs
+    depth, bits = int(value(argument(node, "x")).shape[-1]), int(argument(node, "bits"))
+    count = pair_count(depth, int(argument(node, "group")))
+
+    def codes_of(packed: np.ndarray) -> np.ndarray:
+        return array_of(unpack_cache_codes(cut(torch.from_numpy(packed), count), depth // count, bits))
+
+    codes, params = pairs
+    by_group = [p.reshape(*p.shape[:-1], count, 2) for p in params]
+    return [(codes_of(codes[0]), codes_of(codes[1])), (by_group[0], by_group[1])]
 
 
 def share_of_codes(differences: Sequence[Difference]) -> float:

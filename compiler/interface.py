@@ -114,9 +114,10 @@ def _aligned(given: Any, dims: Any) -> list[Any]:
 def cache_facts(program: Program) -> list[dict[str, Any]]:
     """What a caller needs to know of the caches that are codes (`Program.caches`), for artefacts and reports.
 
-    `{kind, was, inputs, outputs, heads, head_size, bits, token_bytes, float_bytes, hadamard, scale}`: names of the
-    inputs and of the outputs of codes and of pairs; was: the input of floats; token_bytes: of all heads of one token,
-    codes and pairs, float_bytes: what it was; hadamard and scale: what the floats go through first.
+    `{kind, was, inputs, outputs, heads, head_size, bits, group, token_bytes, float_bytes, hadamard, scale}`: names of
+    the inputs and of the outputs of codes and of pairs; was: the input of floats; group: dimensions of a head that
+    share a pair, 0: all; token_bytes: of all heads of one token, codes and pairs, float_bytes: what it was; hadamard
+    and scale: what the floats go through first.
     """
     names = output_names(program)
     inputs = {node.name: value(node) for node in program.placeholders}
@@ -129,6 +130,7 @@ def cache_facts(program: Program) -> list[dict[str, Any]]:
             "heads": int(inputs[cache.inputs[0]].shape[1]),
             "head_size": cache.depth,
             "bits": cache.bits,
+            "group": cache.group,
             "token_bytes": sum(_token_bytes(inputs[name]) for name in cache.inputs),
             "float_bytes": 4 * int(inputs[cache.inputs[0]].shape[1]) * cache.depth,
             "hadamard": list(cache.hadamard),

@@ -2,33 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
 
-from .cost_model import MARGIN, Machine, Prediction, Work, dense_alternatives, work_of, working_set
+from .cost_model import (
+    MARGIN,
+    Machine,
+    Prediction,
+    Work,
+    dense_alternatives,
+    kind_of,
+    thin_works,
+    work_of,
+    working_set,
+)
 from .program import Program
 
 
 def predict_layers(
-    program: Program, rows: Sequence[dict[str, Any]], machine: Machine, *, measured_here: bool
+    program: Program,
+    rows: Sequence[dict[str, Any]],
+    machine: Machine,
+    *,
+    measured_here: bool,
+    sparsity: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Put `predicted_microseconds` and `limit` into each row of `report.layer_rows`, None where nothing is known.
 
-    Returns `{machine, threads, measured_here, working_set, predicted_microseconds, slower}`; slower has
+    sparsity: rows of `report.sparsity_rows`, whose times depend on their zeros and are those of `extract_sparsity`.
+    Returns `{machine, threads, measured_here, working_set, predicted_microseconds, slower, unmeasured}`; slower has
     `{module, format, microseconds, faster, faster_microseconds}` for every layer whose format is predicted to be
-    slower than the same matrix as dense int8, or as dense int4 where it needs no more bytes than that.
+    slower than the same matrix as dense int8, or as dense int4 where it needs no more bytes than that (with zeros that
+    are skipped: than as dense codes or floats of its own type). A part of low rank beside a weight is counted with it.
+    unmeasured: kinds for which the machine has no rates.
     """
     nodes = {node.name: node for node in program.graph.nodes}
     size = working_set(program.graph)
-    slower: list[dict[str, Any]] = []
+    slower = [_slow_zeros(row) for row in sparsity if row["predicted_speedup"] * MARGIN < 1]
+    skipping = {row["node"]: row for row in sparsity}
+    unmeasured: set[str] = set()
     total = 0.0
     for row in rows:
         node = nodes.get(row["packed"] or "")
         found = None if node is None else _predicted(machine, node, size)
         row["predicted_microseconds"] = row["limit"] = None
+        if node is not None and node.name in skipping:
+            row["predicted_microseconds"] = _chosen(skipping[node.name]) * row["share"]
+            total += row["predicted_microseconds"]
+            continue
         if found is None:
+            kind = None if node is None else kind_of(node)
+            unmeasured |= set() if kind is None else {kind}
             continue
         work, prediction = found
         row["predicted_microseconds"] = 1e6 * prediction.seconds * row["share"]
@@ -52,13 +79,35 @@ def predict_layers(
         "working_set": size,
         "predicted_microseconds": total,
         "slower": slower,
+        "unmeasured": sorted(unmeasured),
+    }
+
+
+def _chosen(row: Mapping[str, Any]) -> float:
+    """Microseconds that `extract_sparsity` predicted for what it stored."""
+    return float(row["candidates"][f"{row['layout']} {row['values']}"])
+
+
+def _slow_zeros(row: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of `slower` for zeros that are skipped though dense would be faster (a recipe can ask for that)."""
+    time = _chosen(row)
+    return {
+        "module": row["module"],
+        "format": f"zeros skipped, {row['layout']} of {row['values']}",
+        "microseconds": time,
+        "faster": "dense",
+        "faster_microseconds": time * row["predicted_speedup"],
     }
 
 
 def _predicted(machine: Machine, node: fx.Node, size: int) -> tuple[Work, Prediction] | None:
     work = work_of(node)
     prediction = None if work is None else machine.predict(work, size)
-    return None if work is None or prediction is None else (work, prediction)
+    if work is None or prediction is None:
+        return None
+    beside = [machine.predict(thin, size) for thin in thin_works(node)]
+    seconds = prediction.seconds + sum(thin.seconds for thin in beside if thin is not None)
+    return work, replace(prediction, seconds=seconds)
 
 
 def _faster(machine: Machine, work: Work, prediction: Prediction, size: int) -> tuple[str, Prediction] | None:

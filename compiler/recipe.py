@@ -213,11 +213,19 @@ class CacheFormat(_Strict):
     """How keys and values of attentions are stored: unsigned codes with a pair per token and head.
 
     storage: `rounded` where attentions read them (what a cache of codes computes), or `codes`: caches that are inputs
-    and outputs of the model become codes, and the model is called with those.
+    and outputs of the model become codes, and the model is called with those. group: of `codes`: dimensions of a head
+    that share a pair, 0: all of them.
     """
 
     bits: Literal[4, 8] = 8
     storage: Literal["rounded", "codes"] = "rounded"
+    group: Literal[0, 32, 64, 128] = 0
+
+    @model_validator(mode="after")
+    def _groups_are_stored(self) -> CacheFormat:
+        if self.group and self.storage != "codes":
+            raise ValueError("group is of caches that are stored: storage must be codes")
+        return self
 
 
 class Sparsity(_Strict):

@@ -64,8 +64,11 @@ def build_report(
     """
     records = [report.to_json() for report in passes]
     layers = layer_rows(captured, program, records)
+    sparsity = sparsity_rows(records)
     predicted = (
-        None if machine is None else predict_layers(program, layers, machine, measured_here=measured_here)
+        None
+        if machine is None
+        else predict_layers(program, layers, machine, measured_here=measured_here, sparsity=sparsity)
     )
     return {
         "isofold": environment.get("isofold"),
@@ -82,7 +85,7 @@ def build_report(
         "histograms": worst_histograms(captured, program, layers, WORST),
         "spaces": None if spaces is None else dict(spaces),
         "folds": fold_rows(records),
-        "sparsity": sparsity_rows(records),
+        "sparsity": sparsity,
         "hadamards": online_hadamards(program),
         "caches": cache_facts(program),
         "cost_model": predicted,

@@ -4,9 +4,10 @@
 
 The prediction is the cost model's (`compiler/cost_model.py`, with the rates of `isofold machine`); Q is the rounding
 that the format's own pass will do. Linears of one module path get one format. Where no format keeps the error, the one
-with the least error is taken, and the record says so. Candidates: integers of 8 bits a row and of 4, 3 and 2 bits in
-groups of 32; with float activations also FP8, MXFP4 and NF4. Times within a tenth of each other count as equal: then
-fewer bytes win.
+with the least error is taken, and the record says so. Candidates: integers of 8 bits a row, of 4, 3 and 2 bits in
+groups of 32, and of 4 bits in groups of 128 with 1 % of outliers; with float activations also FP8, MXFP4 and NF4. Times
+within a tenth of each other count as equal: then fewer bytes win. Where the recipe skips zeros (`sparsity`), integers
+that have sparse kernels take the time that `sparse_speed` predicts for the weight's zeros, where that is less.
 
 The choice is made on the canonical program, before transforms are folded in, which change errors a little and times not
 at all. The result is a recipe with one rule for each module path; later passes never see `auto`.
@@ -22,15 +23,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..compiler.cost_model import MARGIN, Machine, Work, work_of
 from ..compiler.editor import Editor
 from ..compiler.graph import module_path
 from ..compiler.passes import Guarantee, define_pass
 from ..compiler.program import Program
-from ..compiler.recipe import LayerRule, Recipe, WeightFormat
+from ..compiler.recipe import LayerRule, Recipe, Sparsity, WeightFormat
+from .extract_sparsity import FEWEST_ZEROS
 from .layers import Layer, check_finite, packed_bytes, selected
 from .rounded_weight import rounded_weight
+from .sparse_mixtures import ways_to_store
+from .sparse_speed import dense_time
 
 INTEGERS = (
     WeightFormat(bits=8),
@@ -38,6 +43,9 @@ INTEGERS = (
     WeightFormat(bits=3, group_size=32, symmetric=False),
     WeightFormat(bits=2, group_size=32, symmetric=False),
 )
+OUTLIERS = WeightFormat(bits=4, group_size=128, outliers=0.01)
+OUTLIER_TIME = 1.1
+"""Time of a linear with `OUTLIERS`, to that without them (measured: 1.02 to 1.14, `benchmarks/formats.py`)."""
 CODES = (WeightFormat(format="e4m3"), WeightFormat(format="mxfp4"), WeightFormat(format="nf4", group_size=64))
 
 
@@ -54,7 +62,10 @@ class Candidate:
     def name(self) -> str:
         """In words."""
         per = f"groups of {self.form.group_size}" if self.form.group_size else "one scale a row"
-        return f"{'int' + str(self.form.bits) if self.form.format == 'int' else self.form.format}, {per}"
+        beside = f", {self.form.outliers:.0%} outliers" if self.form.outliers else ""
+        return (
+            f"{'int' + str(self.form.bits) if self.form.format == 'int' else self.form.format}, {per}{beside}"
+        )
 
 
 @dataclass(frozen=True)
@@ -78,13 +89,17 @@ def resolve_formats(program: Program, recipe: Recipe, machine: Machine) -> tuple
     check_finite(editor, everything)
     sizes = [tuple(int(size) for size in layer.weight.meta["val"].shape) for layer in everything]
     working_sets = {
-        form: sum(packed_bytes("weights", shape, form) for shape in sizes) for form in (*INTEGERS, *CODES)
+        form: sum(packed_bytes("weights", shape, form) for shape in sizes)
+        for form in (*INTEGERS, OUTLIERS, *CODES)
     }
     choices = []
     for path, group in groups.items():
         integer = recipe.format_for(path, "activations").mode != "float"
-        forms = INTEGERS if integer else (*INTEGERS, *CODES)
-        candidates = [_candidate(editor, group, form, integer, machine, working_sets[form]) for form in forms]
+        forms = (*INTEGERS, OUTLIERS) if integer else (*INTEGERS, OUTLIERS, *CODES)
+        zeros = recipe.format_for(path, "sparsity") if integer else None
+        candidates = [
+            _candidate(editor, group, form, integer, machine, working_sets[form], zeros) for form in forms
+        ]
         choices.append(_choose(path, candidates, recipe.format_for(path, "weights").max_error))
     # A path is a glob here: what it has of a glob's characters is meant literally.
     rules = [LayerRule(match=glob.escape(c.path), weights=c.chosen.form) for c in choices]
@@ -117,7 +132,8 @@ def _choose(path: str, candidates: Sequence[Candidate], max_error: float) -> Cho
 
 
 def _candidate(
-    editor: Editor, group: Sequence[Layer], form: WeightFormat, integer: bool, machine: Machine, working_set: int
+    editor: Editor, group: Sequence[Layer], form: WeightFormat, integer: bool, machine: Machine, working_set: int,
+    zeros: Sparsity | None,
 ) -> Candidate:  # fmt: skip
     errors, size, seconds = [0.0], 0, 0.0
     for layer in group:
@@ -130,10 +146,28 @@ def _candidate(
         work = Work(_kind(form, integer), float_work.rows, weight.numel(), bytes_)
         prediction = machine.predict(work, working_set)
         size += bytes_
-        seconds += float("inf") if prediction is None else prediction.seconds
+        share = OUTLIER_TIME if form.outliers else _share_with_zeros(weight, form, work, zeros)
+        seconds += float("inf") if prediction is None else share * prediction.seconds
         norm = float(weight.norm())
         errors.append(float((weight - rounded_weight(weight, form)).norm()) / norm if norm else 0.0)
     return Candidate(form, max(errors), size, seconds)
+
+
+def _share_with_zeros(weight: Tensor, form: WeightFormat, work: Work, zeros: Sparsity | None) -> float:
+    """Time of a linear that skips its weight's zeros, to that of the dense one; 1 where it would stay dense."""
+    sparse = (
+        form.format == "int"
+        and form.symmetric
+        and (form.bits == 4 or (form.bits == 8 and not form.group_size))
+    )
+    if zeros is None or zeros.mode == "off" or not sparse:
+        return 1.0
+    there = weight != 0
+    if float(there.float().mean()) > 1 - FEWEST_ZEROS:
+        return 1.0
+    found = ways_to_store(there.to(torch.int8), f"int{form.bits}", work.rows, zeros.layout)
+    dense = dense_time(f"int{form.bits}", work.rows, weight.numel(), work.weight_bytes)
+    return found[0].nanoseconds / dense if found and found[0].nanoseconds * zeros.gain <= dense else 1.0
 
 
 def _kind(form: WeightFormat, integer: bool) -> str:

@@ -101,9 +101,10 @@ def _fuse(editor: Editor, node: fx.Node, forms: ClosedForms, tables: dict[fx.Nod
         reads.append(_exchanged(editor, x, node, tables))
     mask, causal = _split_causal(forms, argument(node, "attn_mask"), argument(node, "is_causal"))
     if codes:
+        *coded, group = codes
         new = editor.call(
-            attention_cached.overload, *reads, *codes[:4], mask, heads, kv_heads, *codes[4:], 0, scale, causal, 0.0,
-            like=node,
+            attention_cached.overload, *reads, *coded[:4], mask, heads, kv_heads, *coded[4:], 0, scale, causal, 0.0,
+            group, like=node,
         )  # fmt: skip
     else:
         new = editor.call(
@@ -113,18 +114,19 @@ def _fuse(editor: Editor, node: fx.Node, forms: ClosedForms, tables: dict[fx.Nod
     editor.replace(node, back)
     _cancel(editor, back, new)
     inserted = sum(is_exchange(x) for x in reads) + (not back._erased)
-    what = f"attention on codes of {codes[-1]} bits" if codes else "attention without transposes"
+    what = f"attention on codes of {codes[6]} bits" if codes else "attention without transposes"
     editor.applied(new, what, transposes_left=inserted, heads=heads, kv_heads=kv_heads)
 
 
 def _codes(node: fx.Node) -> tuple[Any, ...] | None:
-    """Codes and pairs of keys and of values, their depths and bits, where an attention reads nothing else of them."""
+    """Codes and pairs of keys and of values, their depths, bits and group, where an attention reads nothing else."""
     keys, values = node.args[1:3]
     if not (is_call(keys, dequantize_cache.overload) and is_call(values, dequantize_cache.overload)):
         return None
-    parts = [[argument(x, name) for name in ("codes", "params", "depth", "bits")] for x in (keys, values)]
-    (k, k_params, depth, bits), (v, v_params, value_depth, other) = parts
-    return (k, k_params, v, v_params, depth, value_depth, bits) if bits == other else None
+    names = ("codes", "params", "depth", "bits", "group")
+    parts = [[argument(x, name) for name in names] for x in (keys, values)]
+    (k, k_params, depth, *form), (v, v_params, value_depth, *other) = parts
+    return (k, k_params, v, v_params, depth, value_depth, *form) if form == other else None
 
 
 def _split_causal(forms: ClosedForms, mask: Any, causal: bool) -> tuple[Any, bool]:

@@ -91,9 +91,9 @@ def _past(editor: Editor, attention: fx.Node, name: str, form: CacheFormat) -> P
     orders: tuple[int, ...] = ()
     if is_call(x, hadamard.overload) and not argument(x, "transpose"):
         orders, x = tuple(argument(x, "orders")), argument(x, "x")
-    depth, scale = (shape(x) or (None,))[-1], None
-    if is_call(x, aten.mul.Tensor) and vector(editor, x.args[1], depth) is not None:
-        scale, x = x.args[1], x.args[0]
+    scale: fx.Node | None = None
+    if is_call(x, aten.mul.Tensor) and _undone(vector(editor, x.args[1], (shape(x) or (None,))[-1])):
+        scale, x = argument(x, "other"), argument(x, "self")
     if isinstance(x, fx.Node) and x.op == "placeholder":
         return f"the input {x.name} is read as it is, and no new tokens are joined to it"
     if not is_call(x, aten.cat.default):
@@ -117,15 +117,22 @@ def _past(editor: Editor, attention: fx.Node, name: str, form: CacheFormat) -> P
         )
     if not isinstance(sizes[1], int) or not isinstance(sizes[3], int):
         return "the number or the size of the heads is not static"
+    if form.group and sizes[3] > form.group and sizes[3] % form.group:
+        return f"groups of {form.group} do not divide heads of {sizes[3]} dimensions"
     outputs = [i for i, leaf in enumerate(_outputs(editor)) if leaf is x]
     if len(outputs) != 1:
         return f"the joined tokens are returned {len(outputs)} times, not once"
     return Past(held, x, parts[1], outputs[0], name, scale, orders, form)
 
 
+def _undone(factors: Tensor | None) -> bool:
+    """Whether a product with these can be undone."""
+    return factors is not None and bool((torch.isfinite(factors) & (factors != 0)).all())
+
+
 def _outputs(editor: Editor) -> list[Any]:
     output = next(node for node in reversed(editor.graph.nodes) if node.op == "output")
-    return list(output.args[0])  # type: ignore[arg-type]  # exported programs return a flat sequence
+    return list(output.args[0])  # exported programs return a flat sequence
 
 
 def _drop_shared(editor: Editor, found: dict[fx.Node, list[Past]]) -> None:
@@ -190,10 +197,11 @@ def _rewrite(editor: Editor, found: Mapping[fx.Node, list[Past]]) -> None:
     made: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
     floats: dict[fx.Node, fx.Node] = {}
     for past in pasts:
-        made[past.joined] = _join(editor, past, inputs[past.input])
-        form, depth = past.form, past.depth
+        cache = caches[past.joined]
+        made[past.joined] = _join(editor, past, cache, inputs[past.input])
+        decoded = (cache.depth, cache.bits, cache.group)
         floats[past.joined] = editor.call(
-            dequantize_cache.overload, *made[past.joined], depth, form.bits, like=past.joined
+            dequantize_cache.overload, *made[past.joined], *decoded, like=past.joined
         )
     for node, sides in found.items():
         for name, past in zip(_READ, sides, strict=True):
@@ -218,18 +226,22 @@ def _cache(editor: Editor, past: Past) -> CodedCache:
     scale = None if past.scale is None else editor.tensor(past.scale)
     factors = () if scale is None else tuple(scale.flatten().tolist())
     name = past.input.name
-    inputs = (f"{name}_codes", f"{name}_pairs")
+    inputs, form = (f"{name}_codes", f"{name}_pairs"), past.form
+    group = 0 if form.group and past.depth % form.group else form.group
     return CodedCache(
-        name, f"{past.kind}s", inputs, past.output, past.depth, past.form.bits, past.orders, factors
+        name, f"{past.kind}s", inputs, past.output, past.depth, form.bits, group, past.orders, factors
     )
 
 
-def _join(editor: Editor, past: Past, inputs: list[fx.Node]) -> tuple[fx.Node, fx.Node]:
+def _join(editor: Editor, past: Past, cache: CodedCache, inputs: list[fx.Node]) -> tuple[fx.Node, fx.Node]:
     """Codes and pairs of all tokens."""
     at, new = past.joined, past.new
     if past.scale is not None:
         new = editor.call(aten.mul.Tensor, new, past.scale, like=at)
-    both = editor.call(quantize.overload, new, None, past.form.bits, list(past.orders), like=at)
+    orders = list(past.orders)
+    if cache.group and orders:  # groups are of what the whole head was turned into
+        new, orders = editor.call(hadamard.overload, new, orders, False, like=at), []
+    both = editor.call(quantize.overload, new, None, cache.bits, orders, cache.group, like=at)
     parts = [editor.call(operator.getitem, both, i, like=at) for i in range(2)]
     codes, pairs = (
         editor.call(aten.cat.default, [old, part], 2, like=at)
@@ -258,9 +270,11 @@ def _report(editor: Editor, node: fx.Node, sides: list[Past]) -> None:
     sizes = [value(past.new) for past in sides]
     facts: dict[str, Any] = {
         "bits": form.bits,
+        "group": form.group,
         "inputs": names,
         "head_size": [past.depth for past in sides],
         "heads": [int(size.shape[1]) for size in sizes],
     }
-    what = f"its caches {' and '.join(names)} are uint{form.bits} codes with pairs per token and head, in and out"
+    per = f"group of {form.group} dimensions" if form.group else "head"
+    what = f"its caches {' and '.join(names)} are uint{form.bits} codes with pairs per token and {per}, in and out"
     editor.applied(node, ", ".join([what, *turned]), **facts)

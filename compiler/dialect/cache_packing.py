@@ -7,7 +7,10 @@ Unsigned codes u of 8 or 4 bits with one pair (scale, zero point) for each token
     4 bits  uint8 [..., Dp / 2]   P[16 c + j]: low nibble u[32 c + j], high nibble u[32 c + 16 + j]
 
 so that 16 bytes are two vectors of 16 consecutive dimensions (a mask and a shift). The pairs are float32 `[..., 2]`.
-Bits for each element with D = 128: 8.5 and 4.5 (of float32's 32).
+
+With groups inside a head (of a multiple of 32 dimensions that divides D) each has a pair of its own, one after the
+other: `[..., 2 G]`, G = D / group. The bytes are those of the head cut into G short ones, so that every rule for heads
+holds for groups. Bits for each element with D = 128: 8.5 and 4.5 (of float32's 32); in groups of 32, 10 and 6.
 
 Example (D = 3, 4 bits, u = 5 15 2): bytes 0x05 0x0F 0x02 0x00 ... Both directions are exact (BITWISE).
 """
@@ -29,6 +32,26 @@ def check_width(bits: int) -> None:
     """Raises InputError for other widths than 4 and 8."""
     if bits not in (4, 8):
         raise InputError("Keys and values have no codes of this width", expected="bits 4 | 8", got=str(bits))
+
+
+def check_group(group: int, *depths: int) -> None:
+    """Raises InputError where groups do not cut heads of these sizes into whole blocks."""
+    if group and (group % ALIGN or any(depth % group for depth in depths)):
+        raise InputError(
+            "Heads cannot be cut into these groups",
+            expected=f"a multiple of {ALIGN} that divides {' and '.join(map(str, depths))}",
+            got=str(group),
+        )
+
+
+def pair_count(depth: int, group: int) -> int:
+    """Pairs of one token and head; group 0: the whole head."""
+    return depth // group if group else 1
+
+
+def cut(x: Tensor, parts: int) -> Tensor:
+    """The last dimension in that many parts, `[..., parts, -1]`."""
+    return x.unflatten(-1, (parts, -1))
 
 
 def row_bytes(depth: int, bits: int) -> int:

@@ -559,42 +559,56 @@ def quantize_cache(call: Call, body: Body) -> Results:
     bits = call.attributes["bits"]
     rounding = {"align": 32, "bits": bits, "hadamard": call.attributes["hadamard"]}
     given = {"x": call["x"], "params": None, "shift": call.get("shift"), "scale": None}
+    lead, group = [0] * (call.rank("x") - 1), call.attributes["group"]
+    depth = call.size("x", -1)
+    if group:  # a group is a row of its own
+        rows = body.reshape(call["x"], *lead, depth // group, group)
+        rows.shape = ir.Shape([*[None] * (len(lead) + 1), group])
+        rows.type = ir.TensorType(ir.DataType.FLOAT)
+        given["x"] = rows
     u, params = quantize_activation(Call(given, rounding), body)
+    if group:
+        u, params = body.reshape(u, *lead, depth), body.reshape(params, *lead, 2 * (depth // group))
     if bits == 8:
         return u, params
-    lead = [0] * (call.rank("x") - 1)
     blocks = body.reshape(u, *lead, -1, 2, 16)
     low, high = (
         body("Gather", blocks, body.constant(np.array(i, dtype=np.int64)), axis=len(lead) + 1) for i in (0, 1)
     )
     both = body("BitwiseOr", low, body("BitShift", high, _byte(body, 4), direction="LEFT"))
-    return body.reshape(both, *lead, ceil_to(call.size("x", -1), 32) // 2), params
+    return body.reshape(both, *lead, ceil_to(depth, 32) // 2), params
 
 
 def dequantize_cache(call: Call, body: Body) -> Results:
     """`dequantize_cache`."""
-    depth, bits = call.attributes["depth"], call.attributes["bits"]
-    return (_cached(body, call["codes"], call["params"], call.rank("codes"), depth, bits),)
+    depth, bits, group = (call.attributes[name] for name in ("depth", "bits", "group"))
+    return (_cached(body, call["codes"], call["params"], call.rank("codes"), depth, bits, group),)
 
 
-def _cached(body: Body, codes: ir.Value, params: ir.Value, rank: int, depth: int, bits: int) -> ir.Value:
+def _cached(
+    body: Body, codes: ir.Value, params: ir.Value, rank: int, depth: int, bits: int, group: int
+) -> ir.Value:
     if bits == 4:
         lead = [0] * (rank - 1)
         blocks = body.reshape(codes, *lead, -1, 16)
         both = body.stack([_field(body, blocks, low, 4) for low in (0, 4)], rank)
         codes = body.reshape(both, *lead, ceil_to(depth, 32))
     u = body.floats(body.slice(codes, 0, depth, -1))
+    lead = [0] * (rank - 1)
+    if group:
+        u, params = (body.reshape(y, *lead, depth // group, n) for y, n in ((u, group), (params, 2)))
     scale, zero = (body.slice(params, i, i + 1, -1) for i in (0, 1))
-    return body("Mul", body("Sub", u, zero), scale)
+    x = body("Mul", body("Sub", u, zero), scale)
+    return body.reshape(x, *lead, depth) if group else x
 
 
 def attention_cached(call: Call, body: Body) -> Results:
     """`attention_cached`: the body of `attention` on decoded keys and values."""
     at = dict(call.attributes)
-    depth, width, bits = at.pop("depth"), at.pop("value_depth"), at.pop("bits")
+    depth, width, bits, group = (at.pop(name) for name in ("depth", "value_depth", "bits", "group"))
     read = {}
     for name, size in (("k", depth), ("v", width)):
-        decoded = _cached(body, call[name], call[f"{name}_params"], 4, size, bits)
+        decoded = _cached(body, call[name], call[f"{name}_params"], 4, size, bits, group)
         moved = body.transpose(decoded, 0, 2, 1, 3)
         moved.shape = ir.Shape([None, None, at["kv_heads"], size])
         moved.type = ir.TensorType(ir.DataType.FLOAT)

@@ -22,7 +22,7 @@ from onnx import helper
 from torch import fx
 
 from ...compiler.dialect import ONNX_DOMAIN, operator_of
-from ...compiler.differences import Difference, array_of, compare_results, hides_codes, step_of
+from ...compiler.differences import Difference, array_of, compare_results, hides_codes, plain_codes, step_of
 from ...compiler.errors import VerificationError
 from ...compiler.graph import argument
 from ...compiler.program import Program
@@ -61,8 +61,12 @@ def operator_differences(
     ops = {node.name: node.op_type for node in cut.graph.node}
     for name, (node, expected) in wanted.items():
         by_node.setdefault(node, []).append((got[name], expected))
-    found = [d for node, results in by_node.items() for d in compare_results(node, ops[node], results)]
     own = {node.name: node for node in values}
+    found = [
+        d
+        for node, results in by_node.items()
+        for d in compare_results(node, ops[node], plain_codes(own[node], results))
+    ]
     return [replace(d, step=step_of(own[d.node], values)) if hides_codes(own[d.node]) else d for d in found]
 
 

@@ -12,7 +12,7 @@ from torch import fx
 
 from ...compiler import differences
 from ...compiler.dialect import OPERATORS, operator_of
-from ...compiler.differences import Difference, array_of, compare_results, hides_codes, step_of
+from ...compiler.differences import Difference, array_of, compare_results, hides_codes, plain_codes, step_of
 from ...compiler.graph import argument
 from ...compiler.interface import input_names
 from ...compiler.program import Program
@@ -45,7 +45,7 @@ def operator_differences(program: Program, executor: Executor) -> list[Differenc
         declared = operator.overload._schema.arguments
         given = {d.name: _value(argument(node, d.name), values) for d in declared}
         got = run_operator(executor, operator.name, given, list(expected))
-        pairs = list(zip(got, map(array_of, expected), strict=True))
+        pairs = plain_codes(node, list(zip(got, map(array_of, expected), strict=True)))
         differences_ = compare_results(node.name, operator.onnx_name, pairs)
         if hides_codes(node):
             differences_ = [replace(d, step=step_of(node, values)) for d in differences_]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,12 +24,13 @@ from isofold.compiler.cost_model import (
     Work,
     dense_alternatives,
     kind_of,
+    thin_works,
     work_of,
     working_set,
 )
 from isofold.compiler.errors import InputError
 from isofold.compiler.frontend import prepare
-from isofold.compiler.recipe import PRESETS
+from isofold.compiler.recipe import GROUP_SIZES, PRESETS
 
 INT8, INT4 = "linear_packed 8 bits", "linear_packed 4 bits in groups"
 
@@ -145,6 +147,93 @@ def test_the_report_predicts_every_layer_and_names_slow_formats(monkeypatch: pyt
     assert [(row["module"], row["faster"]) for row in model["slower"]] == [("0", "int8"), ("2", "int8")]
     fast = Machine("made up", 1, 0.0, [(1.0, 1e12)], {INT4: [(1.0, 1e-9)], INT8: [(1.0, 1e-9)]})
     assert _report(monkeypatch, fast, True)["cost_model"]["slower"] == []  # type: ignore[index]
+
+
+def _compiled(
+    monkeypatch: pytest.MonkeyPatch, machine: Machine, recipe: object, model: nn.Module
+) -> dict[str, Any]:
+    monkeypatch.setattr("isofold.compiler.frontend.known_machine", lambda: (machine, True))
+    report = isofold.compile(model, (torch.randn(1, 256),), recipe=recipe, measure=False).report
+    return {"layers": report["layers"], **report["cost_model"]}
+
+
+def test_a_format_without_rates_takes_those_of_one_that_is_decoded_alike() -> None:
+    machine = Machine("made up", 1, 0.0, [(1.0, 1e12)], {"linear_coded nf4 in groups": [(1.0, 7e-9)]})
+    for kind in ("linear_coded nf4 in groups", "linear_coded nf4", "linear_coded table4 in groups"):
+        assert machine.pace_of(kind) == [(1.0, 7e-9)]
+    for kind in ("linear_coded mxfp4 in groups", "linear_packed 4 bits", "linear_codebook 1x8"):
+        assert machine.pace_of(kind) is None
+    both = Machine("made up", 1, 0.0, [], {INT8: [(1.0, 1.0)], f"{INT8} in groups": [(1.0, 2.0)]})
+    assert both.pace_of(f"{INT8} in groups") == [(1.0, 2.0)]
+
+
+def test_the_shipped_machine_predicts_every_format_but_six_bits() -> None:
+    machine = Machine.from_json(json.loads(machine_module._SHIPPED.read_text()))
+    unknown = set()
+    for form in GROUP_SIZES:
+        recipe = {"weights": {"format": form}}
+        program = prepare(nn.Linear(256, 64), (torch.randn(3, 256),), recipe=recipe, verify=False).program
+        (work,) = [work for node in program.graph.nodes if (work := work_of(node)) is not None]
+        unknown |= {form} if machine.predict(work, 1e6) is None else set()
+    assert unknown == {"mxfp6_e3m2", "mxfp6_e2m3"}
+
+
+def test_the_report_names_formats_without_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = _compiled(monkeypatch, made(k=1.0), {"weights": {"format": "mxfp6_e2m3"}}, nn.Linear(256, 64))
+    assert found["unmeasured"] == ["linear_coded mxfp6_e2m3 in groups"]
+    assert found["layers"][0]["predicted_microseconds"] is None
+    assert found["slower"] == []
+
+
+def test_a_part_of_low_rank_is_counted_with_its_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Rounding is cheap here and float products are not, so that the thin part is what makes int4 slower than int8.
+    paces = {INT4: [(1.0, 1e-12)], INT8: [(1.0, 2e-12)], FLOAT_LINEAR: [(1.0, 1e-9)]}
+    machine = Machine("made up", 1, 0.0, [(1.0, 1e15)], paces)
+    torch.manual_seed(0)
+    model = nn.Linear(256, 128)
+    plain = {"bits": 4, "group_size": 32}
+    activations = {"activations": {"mode": "dynamic"}}
+    without = _compiled(monkeypatch, machine, {"weights": plain, **activations}, model)
+    beside = _compiled(monkeypatch, machine, {"weights": {**plain, "low_rank": 8}, **activations}, model)
+    extra = 1e6 * 1e-9 * 8 * (256 + 128)
+    times = [found["layers"][0]["predicted_microseconds"] for found in (without, beside)]
+    assert times[1] - times[0] == pytest.approx(extra, rel=1e-6)
+    assert without["slower"] == []
+    assert [row["faster"] for row in beside["slower"]] == ["int8"]
+
+
+def test_a_residual_that_is_no_thin_part_costs_nothing() -> None:
+    class Added(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.linear(x)
+
+    program = prepare(Added(), (torch.randn(2, 64),), recipe="w8a8").program
+    assert all(thin_works(node) == [] for node in program.graph.nodes)
+
+
+def test_zeros_that_are_skipped_have_the_times_of_their_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(256, 256)
+    with torch.no_grad():
+        model.weight *= torch.rand(256, 256, generator=torch.Generator().manual_seed(0)) < 0.9
+    recipe = {
+        "weights": {"bits": 8},
+        "activations": {"mode": "dynamic"},
+        "sparsity": {"gain": 1e-3, "layout": "windows"},
+    }
+    found = _compiled(monkeypatch, made(k=1.0), recipe, model)
+    assert not found["unmeasured"]
+    (row,) = found["slower"]
+    assert row["format"] == "zeros skipped, windows of int8"
+    assert row["faster"] == "dense"
+    assert row["microseconds"] > 1.1 * row["faster_microseconds"]
+    assert found["layers"][0]["predicted_microseconds"] == row["microseconds"]
+    with torch.no_grad():
+        model.weight *= torch.rand(256, 256, generator=torch.Generator().manual_seed(1)) < 0.05
+    assert _compiled(monkeypatch, made(k=1.0), recipe, model)["slower"] == []
 
 
 def test_the_shipped_machine_knows_every_format_of_the_presets() -> None:

@@ -15,7 +15,7 @@ from isofold.compiler.frontend import prepare
 from isofold.compiler.recipe import PRESETS, Recipe
 from isofold.passes import choose_formats as module
 from isofold.passes import pipeline
-from isofold.passes.choose_formats import CODES, INTEGERS, _kind
+from isofold.passes.choose_formats import CODES, INTEGERS, OUTLIERS, _kind
 
 AUTO: dict[str, Any] = {"format": "auto", "max_error": 0.1}
 
@@ -51,7 +51,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch, rates: Machine, recipe: dict[str, An
 
 
 def test_kinds_are_those_of_the_compiled_programs() -> None:
-    for form in (*INTEGERS, *CODES):
+    for form in (*INTEGERS, OUTLIERS, *CODES):
         for integer in (True, False) if form.format == "int" else (False,):
             recipe = {
                 "weights": form.model_dump(),
@@ -83,6 +83,9 @@ def test_a_format_that_is_slow_here_is_not_taken(monkeypatch: pytest.MonkeyPatch
 def test_layers_that_round_badly_keep_more_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = {"weights": {**AUTO, "max_error": 0.065}, "activations": {"mode": "dynamic"}}
     found = chosen(monkeypatch, machine(**KINDS), recipe)  # int4 leaves 0.060 and 0.073
+    assert found == {"0": "int4, groups of 32", "2": "int4, groups of 128, 1% outliers"}
+    monkeypatch.setattr(module, "OUTLIERS", INTEGERS[1])
+    found = chosen(monkeypatch, machine(**KINDS), recipe)
     assert found == {"0": "int4, groups of 32", "2": "int8, one scale a row"}
 
 
@@ -131,3 +134,22 @@ def test_what_means_nothing_is_refused() -> None:
 
 def test_a_module_path_with_a_globs_characters_is_meant_literally(monkeypatch: pytest.MonkeyPatch) -> None:
     assert module.glob.escape("layers[0].*") == "layers[[]0].[*]"
+
+
+def test_zeros_make_integers_faster_where_the_recipe_skips_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(1024, 1024).eval()
+    with torch.no_grad():
+        layer.weight *= torch.rand(1024, 1024) < 0.1
+    rates = machine(**{**KINDS, "linear_packed__4__bits__in__groups": 3e-9, "linear_packed__8__bits": 1e-8})
+    monkeypatch.setattr(pipeline, "known_machine", lambda: (rates, True))
+    names = []
+    for more in ({}, {"sparsity": {}}, {"sparsity": {"mode": "off"}}):
+        recipe = {"weights": {**AUTO, "max_error": 0.2}, "activations": {"mode": "dynamic"}, **more}
+        done = prepare(layer, (torch.randn(1, 1024),), recipe=recipe, verify=False)
+        (report,) = [r for r in done.passes if r.name == "choose_formats"]
+        times = {c["format"]: c["predicted_microseconds"] for c in report.applied[0].facts["candidates"]}
+        names.append((times["int8, one scale a row"], times["int2, groups of 32"]))
+    assert names[1][0] < 0.5 * names[0][0]
+    assert names[1][1] == names[0][1]  # no sparse kernel has int2
+    assert names[2] == names[0]

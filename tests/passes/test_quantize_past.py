@@ -23,22 +23,23 @@ from isofold.compiler.capture import capture
 from isofold.compiler.cli import app
 from isofold.compiler.coded_cache import CodedCache, decoded, renumbered
 from isofold.compiler.driver import Step, run_steps
+from isofold.compiler.errors import RecipeError
 from isofold.compiler.graph import argument
 from isofold.compiler.html_report import render_html
 from isofold.compiler.interface import cache_facts
 from isofold.compiler.passes import PassReport
 from isofold.compiler.program import Program
-from isofold.compiler.recipe import Recipe
+from isofold.compiler.recipe import Recipe, resolve
 from isofold.passes.pipeline import plan
 from isofold.passes.quantize_past import quantize_past
 
 OPS: Any = torch.ops.isofold
 Pairs = tuple[tuple[Tensor, Tensor], ...]
-DEPTH, HEADS, GROUPS, WIDTH = 32, 4, 2, 48
+DEPTH, HEADS, GROUPS, WIDTH = 64, 4, 2, 48
 
 
-def recipe(bits: int = 8, **more: Any) -> Recipe:
-    return Recipe.model_validate({"kv": {"bits": bits, "storage": "codes"}, **more})
+def recipe(bits: int = 8, group: int = 0, **more: Any) -> Recipe:
+    return Recipe.model_validate({"kv": {"bits": bits, "storage": "codes", "group": group}, **more})
 
 
 class Layer(nn.Module):
@@ -143,16 +144,17 @@ def test_inputs_and_outputs_become_codes_and_pairs_in_their_places() -> None:
 
 @pytest.mark.parametrize(("bits", "bound"), [(8, 0.01), (4, 0.15)])
 @pytest.mark.parametrize("fold", [None, {"rotation": "hadamard"}])
-def test_a_decode_loop_is_near_to_floats(bits: int, bound: float, fold: Any) -> None:
+@pytest.mark.parametrize("group", [0, 32])
+def test_a_decode_loop_is_near_to_floats(bits: int, bound: float, fold: Any, group: int) -> None:
     model = Decoder().eval()
     program = capture(model, (token(), floats(6)), None, SIZES)
-    after, _ = run_steps(program, plan(program, recipe(bits, fold=fold)))
+    after, _ = run_steps(program, plan(program, recipe(bits, group, fold=fold)))
+    assert after.example_args[1]["first"][0][1].shape == (1, GROUPS, 6, 4 if group else 2)
     kinds = Counter(str(n.target) for n in after.graph.nodes if n.op == "call_function")
     assert kinds["isofold.attention_cached.default"] == 2
     assert not kinds["isofold.dequantize_cache.default"]
-    assert kinds["isofold.hadamard.default"] == (
-        2 if fold else 0
-    )  # of queries: those of keys are in the quantizers
+    # Of queries; those of keys are in the quantizers, but for groups of what was turned.
+    assert kinds["isofold.hadamard.default"] == (0 if not fold else 4 if group else 2)
     state, exact = empty(after), floats(0)
     for step in range(5):
         x = token(step)
@@ -170,8 +172,9 @@ def test_codes_are_those_of_the_quantizer_and_decode_undoes_what_stands_before()
     signs = tuple(float(s) for s in torch.randint(0, 2, (DEPTH,)) * 2 - 1)
     plain = CodedCache("k", "keys", ("a", "b"), 0, DEPTH, 8)
     assert all(map(torch.equal, plain.encode(x), OPS.quantize_cache(x, None, 8, [])))
-    turned = CodedCache("k", "keys", ("a", "b"), 0, DEPTH, 8, (32,), signs)
-    for cache in (plain, turned):
+    turned = CodedCache("k", "keys", ("a", "b"), 0, DEPTH, 8, 0, (32,), signs)
+    grouped = CodedCache("k", "keys", ("a", "b"), 0, DEPTH, 8, 32, (32,), signs)
+    for cache in (plain, turned, grouped):
         assert CodedCache.from_json(json.loads(json.dumps(cache.to_json()))) == cache
         assert float((cache.decode(*cache.encode(x)) - x).abs().max()) < 0.03
     assert not torch.equal(turned.encode(x)[0], plain.encode(x)[0])
@@ -267,6 +270,34 @@ def test_refusals(case: tuple[nn.Module, tuple[Any, ...]], reason: str) -> None:
     assert torch.equal(torch.utils._pytree.tree_leaves(found)[0], torch.utils._pytree.tree_leaves(wanted)[0])
 
 
+def decoder_of(depth: int) -> nn.Module:
+    """One layer with heads of another size."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(WIDTH, GROUPS * depth) for _ in range(3))
+
+        def forward(self, x: Tensor, past: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+            q, k, v = (f(x).unflatten(-1, (-1, depth)).transpose(1, 2) for f in (self.q, self.k, self.v))
+            k, v = (torch.cat([old, new], 2) for old, new in zip(past, (k, v), strict=True))
+            return F.scaled_dot_product_attention(q, k, v), k, v
+
+    return Heads().eval()
+
+
+def test_groups_must_divide_heads_and_be_stored() -> None:
+    after, _ = passed(Decoder(), (token(), floats(6)), recipe(8, 64))
+    assert {cache.group for cache in after.caches} == {64}
+    past = tuple(torch.randn(1, GROUPS, 3, 96) for _ in range(2))
+    _, report = passed(decoder_of(96), (token(), past), recipe(8, 64))
+    assert "groups of 64 do not divide heads of 96 dimensions" in report.refused[0].reason
+    small, _ = passed(decoder_of(48), (token(), tuple(t[..., :48] for t in past)), recipe(8, 64))
+    assert {cache.group for cache in small.caches} == {0}  # a head is less than a group
+    with pytest.raises(RecipeError, match="storage must be codes"):
+        resolve({"kv": {"bits": 8, "group": 32}})
+
+
 def test_a_cache_that_one_attention_cannot_read_as_codes_stays_float_for_all() -> None:
     class Shared(nn.Module):
         def forward(self, q: Tensor, k: Tensor, past: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -359,6 +390,7 @@ def test_a_transformers_decoder_feeds_its_codes_back(kind: str, bits: int, fold:
         assert (codes.dtype, codes.shape[1], codes.shape[3]) == ("uint8", 2, 32 * bits // 8)
         assert (pairs.dtype, pairs.shape[3]) == ("float32", 2)
         assert set(facts["outputs"]) <= {p.name for p in compiled.outputs}
+        assert facts["group"] == 0
         assert facts["token_bytes"] == 2 * (32 * bits // 8 + 8)
         assert facts["float_bytes"] == 2 * 16 * 4
     state = own_state = tuple(

@@ -155,7 +155,7 @@ OrtStatus* run(Context& c, const AttentionKernel& a, const Sizes& n, const float
 // ---- CachedAttention
 
 struct CachedKernel : AttentionKernel {
-  int64_t depth, value_depth, bits;
+  int64_t depth, value_depth, bits, group;
 };
 
 OrtStatus* create_cached(void* memory, const Attributes& a) {
@@ -165,6 +165,7 @@ OrtStatus* create_cached(void* memory, const Attributes& a) {
   ISOFOLD_TRY(a.at_least("depth", 1, &kernel.depth));
   ISOFOLD_TRY(a.at_least("value_depth", 1, &kernel.value_depth));
   ISOFOLD_TRY(a.at_least("bits", 1, &kernel.bits));
+  ISOFOLD_TRY(a.at_least("group", 0, &kernel.group));
   ISOFOLD_TRY(a.at_least("q_start", 0, &kernel.q_start));
   ISOFOLD_TRY(a.get("scale", &kernel.scale));
   ISOFOLD_TRY(a.get("softcap", &kernel.softcap));
@@ -173,6 +174,10 @@ OrtStatus* create_cached(void* memory, const Attributes& a) {
   if (kernel.bits != 4 && kernel.bits != 8)
     return fail(a.api, ORT_INVALID_ARGUMENT, "%s: attribute 'bits' is %lld; expected 4 or 8", a.op->name,
                 (long long)kernel.bits);
+  if (kernel.group && (kernel.group % 32 || kernel.depth % kernel.group || kernel.value_depth % kernel.group))
+    return fail(a.api, ORT_INVALID_ARGUMENT,
+                "%s: attribute 'group' (%lld) is not a multiple of 32 that divides the sizes of heads (%lld, %lld)",
+                a.op->name, (long long)kernel.group, (long long)kernel.depth, (long long)kernel.value_depth);
   if (kernel.heads % kernel.kv_heads != 0)
     return fail(a.api, ORT_INVALID_ARGUMENT,
                 "%s: attribute 'heads' (%lld) is not a multiple of attribute 'kv_heads' (%lld)", a.op->name,
@@ -185,7 +190,8 @@ OrtStatus* run_on_codes(Context& c, const CachedKernel& a, const Sizes& n, const
   int64_t group = a.heads / a.kv_heads, some = group >= 4 ? 4 : group >= 2 ? 2 : 1, parts = (group + some - 1) / some;
   int64_t dp = ceil_to(n.d, 32), dvp = ceil_to(n.dv, 32), k_row = dp * a.bits / 8, v_row = dvp * a.bits / 8;
   int64_t q_row = t[0].shape[2] * n.d, tasks = n.batch * n.queries * a.kv_heads * parts;
-  size_t floats = size_t(some * (ceil_to(n.keys, 16) + dp + dvp + 256));
+  int64_t k_group = a.group ? a.group : dp, v_group = a.group ? a.group : dvp, k_pairs = dp / k_group, v_pairs = dvp / v_group;
+  size_t floats = size_t(some * (ceil_to(n.keys, 16) + dp + dvp + 256 + 128 + 16 * v_pairs + k_pairs));
   double nanoseconds = double(n.keys) * double(n.d + n.dv) * (1 + double(some)) / 60 + 100;
   bool failed = false;
   ISOFOLD_TRY(c.parallel(tasks, nanoseconds, [&](int64_t begin, int64_t end) {
@@ -208,9 +214,9 @@ OrtStatus* run_on_codes(Context& c, const CachedKernel& a, const Sizes& n, const
                                                                                   : kernels->attention_cache8_1)
                                : (rows == 4 ? kernels->attention_cache4_4 : rows == 2 ? kernels->attention_cache4_2
                                                                                   : kernels->attention_cache4_1);
-        run(q, t[1].as<uint8_t>() + stream * n.keys * k_row, t[2].f32() + stream * n.keys * 2,
-            t[3].as<uint8_t>() + stream * n.keys * v_row, t[4].f32() + stream * n.keys * 2, mask_f, mask_b,
-            out + (row * a.heads + h) * n.dv, scratch, n.d, n.dv, keys, n.d, n.dv, mask.kind, mask.strides[1],
+        run(q, t[1].as<uint8_t>() + stream * n.keys * k_row, t[2].f32() + stream * n.keys * 2 * k_pairs,
+            t[3].as<uint8_t>() + stream * n.keys * v_row, t[4].f32() + stream * n.keys * 2 * v_pairs, mask_f, mask_b,
+            out + (row * a.heads + h) * n.dv, scratch, n.d, n.dv, keys, n.d, n.dv, k_group, v_group, mask.kind, mask.strides[1],
             mask.strides[3], a.scale, a.softcap);
         i += rows;
       }
@@ -231,10 +237,11 @@ OrtStatus* compute_cached(void* memory, Context& c) {
     return c.bad_input(1, "expected [batch, heads, tokens, bytes], got %s", describe(t[1].type, t[1].shape).text);
   Sizes n = {q[0], q[1], t[1].shape[2], a.depth, a.value_depth};
   int64_t dp = ceil_to(n.d, 32), dvp = ceil_to(n.dv, 32);
+  int64_t k_pairs = a.group ? n.d / a.group : 1, v_pairs = a.group ? n.dv / a.group : 1;
   ISOFOLD_TRY(c.expect(1, t[1], ORT_UINT8, shape_of(n.batch, a.kv_heads, n.keys, dp * a.bits / 8)));
-  ISOFOLD_TRY(c.expect(2, t[2], ORT_FLOAT, shape_of(n.batch, a.kv_heads, n.keys, 2)));
+  ISOFOLD_TRY(c.expect(2, t[2], ORT_FLOAT, shape_of(n.batch, a.kv_heads, n.keys, 2 * k_pairs)));
   ISOFOLD_TRY(c.expect(3, t[3], ORT_UINT8, shape_of(n.batch, a.kv_heads, n.keys, dvp * a.bits / 8)));
-  ISOFOLD_TRY(c.expect(4, t[4], ORT_FLOAT, shape_of(n.batch, a.kv_heads, n.keys, 2)));
+  ISOFOLD_TRY(c.expect(4, t[4], ORT_FLOAT, shape_of(n.batch, a.kv_heads, n.keys, 2 * v_pairs)));
   Mask mask;
   ISOFOLD_TRY(read_mask(c, t[5], shape_of(n.batch, a.heads, n.queries, n.keys), &mask, 5));
   float* out = nullptr;
@@ -248,8 +255,11 @@ OrtStatus* compute_cached(void* memory, Context& c) {
   float *k = static_cast<float*>(scratch.data), *v = k + tokens * dp;
   auto expand = a.bits == 8 ? kernels->cache_expand8 : kernels->cache_expand4;
   ISOFOLD_TRY(c.parallel(tokens, double(dp + dvp) / 10, [&](int64_t begin, int64_t end) {
-    expand(t[1].as<uint8_t>() + begin * (dp * a.bits / 8), t[2].f32() + 2 * begin, k + begin * dp, end - begin, n.d);
-    expand(t[3].as<uint8_t>() + begin * (dvp * a.bits / 8), t[4].f32() + 2 * begin, v + begin * dvp, end - begin, n.dv);
+    // A group is a token of its own to this kernel: its codes and its pair follow each other just so.
+    expand(t[1].as<uint8_t>() + begin * (dp * a.bits / 8), t[2].f32() + 2 * k_pairs * begin, k + begin * dp,
+           (end - begin) * k_pairs, n.d / k_pairs);
+    expand(t[3].as<uint8_t>() + begin * (dvp * a.bits / 8), t[4].f32() + 2 * v_pairs * begin, v + begin * dvp,
+           (end - begin) * v_pairs, n.dv / v_pairs);
   }));
   Stream keys_at = {k, a.kv_heads * n.keys * dp, n.keys * dp, dp};
   Stream values_at = {v, a.kv_heads * n.keys * dvp, n.keys * dvp, dvp};

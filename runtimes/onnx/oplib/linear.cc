@@ -119,14 +119,20 @@ OrtStatus* infer_quantize(Inference& f) {
 // ---- QuantizeCache: the same codes with a pair for each row, packed
 
 struct CacheKernel : KernelBase {
-  int64_t bits;
+  int64_t bits, group;
   Quantizer quantizer;
 };
 
 OrtStatus* create_cache(void* memory, const Attributes& a) {
   auto& kernel = *static_cast<CacheKernel*>(memory);
   ISOFOLD_TRY(a.at_least("bits", 1, &kernel.bits));
-  return create_quantizer(a, "bits", &kernel.quantizer);
+  ISOFOLD_TRY(a.at_least("group", 0, &kernel.group));
+  ISOFOLD_TRY(create_quantizer(a, "bits", &kernel.quantizer));
+  if (kernel.group && (kernel.group % 32 || kernel.quantizer.hadamard.size > 1))
+    return fail(a.api, ORT_INVALID_ARGUMENT,
+                "%s: attribute 'group' is %lld; expected a multiple of 32, and no Hadamard transform", a.op->name,
+                (long long)kernel.group);
+  return nullptr;
 }
 
 OrtStatus* compute_cache(void* memory, Context& c) {
@@ -138,11 +144,19 @@ OrtStatus* compute_cache(void* memory, Context& c) {
   if (shape.rank < 1) return c.bad_input(0, "expected at least one dimension, got a scalar");
   ISOFOLD_TRY(c.expect(1, rows.shift, ORT_FLOAT, shape_of(shape[-1])));
   ISOFOLD_TRY(hadamard_expect(c, 0, rows.x, kernel.quantizer.hadamard));
-  int64_t dp = ceil_to(shape[-1], 32), bytes = dp * kernel.bits / 8, m = shape.rows();
+  int64_t pairs = 1;
+  if (kernel.group) {
+    if (shape[-1] % kernel.group || rows.shift.present)
+      return c.bad_input(0, "expected groups of %lld and no shift, got %s", (long long)kernel.group,
+                         describe(ORT_FLOAT, shape).text);
+    pairs = shape[-1] / kernel.group;
+  }
   uint8_t* codes = nullptr;
   float* params = nullptr;
-  ISOFOLD_TRY(c.output(0, with_last(shape, bytes), &codes));
-  ISOFOLD_TRY(c.output(1, with_last(shape, 2), &params));
+  ISOFOLD_TRY(c.output(0, with_last(shape, ceil_to(shape[-1], 32) * kernel.bits / 8), &codes));
+  ISOFOLD_TRY(c.output(1, with_last(shape, 2 * pairs), &params));
+  if (kernel.group) rows.x.shape = shape_of(shape.rows() * pairs, kernel.group);  // a group is a row of its own
+  int64_t dp = ceil_to(rows.x.shape[-1], 32), bytes = dp * kernel.bits / 8, m = rows.x.shape.rows();
   if (kernel.bits == 8) return quantize_rows(c, kernel.quantizer, rows, dp, codes, params);
   RunScratch scratch(size_t(m * dp));
   if (m && !scratch.data) return out_of_memory(c.api, c.op->name, size_t(m * dp));
@@ -163,7 +177,9 @@ OrtStatus* infer_cache(Inference& f) {
     shape.set(last, ceil_to(shape.dims[last], 32) * bits / 8);
     ISOFOLD_TRY(f.output(0, shape));
   }
-  pairs.set(last, 2);
+  int64_t group = f.integer("group", 0), size = f.input(0).dims[last];
+  if (group > 0 && size < 0) return nullptr;
+  pairs.set(last, group > 0 ? 2 * (size / group) : 2);
   return f.output(1, pairs);
 }
 

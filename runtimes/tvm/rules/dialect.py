@@ -258,7 +258,8 @@ def _dequantize_cache(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
                 block, inside = tirx.floordiv(d, 32), tirx.floormod(d, 32)
                 byte = codes(*lead, block * 16 + tirx.floormod(inside, 16)).astype("int32")
                 u = tirx.Select(inside < 16, byte & 15, byte >> 4)
-            return params(*lead, 0) * (u.astype(dtype) - params(*lead, 1))
+            pair = 2 * tirx.floordiv(d, a["group"]) if a["group"] else tirx.IntImm("int64", 0)
+            return params(*lead, pair) * (u.astype(dtype) - params(*lead, pair + 1))
 
         return te.compute(k.shape(node), element, name="y")
 

@@ -83,6 +83,11 @@ def dequantize_outliers_arguments() -> tuple[Any, ...]:
     return codes, scale, zero, places, randn(5, 3).half(), 0.5, group_size
 
 
+def grouped_cache_arguments(bits: int) -> tuple[Any, ...]:
+    k, v = (OPS.quantize_cache(randn(2, 2, 6, depth), None, bits, [], 32) for depth in (64, 96))
+    return (randn(2, 3, 5, 64), *k, *v, None, 4, 2, 64, 96, bits, 1, 0.3, False, 0.0, 32)
+
+
 def cached_arguments(bits: int) -> tuple[Any, ...]:
     k, v = (OPS.quantize_cache(randn(2, 2, 6, depth), None, bits) for depth in (8, 40))
     mask = randn(2, 1, 3, 6)
@@ -216,9 +221,17 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
             20.0,
         ),
     ],
-    "attention_cached": [lambda: cached_arguments(8), lambda: cached_arguments(4)],
+    "attention_cached": [
+        lambda: cached_arguments(8),
+        lambda: cached_arguments(4),
+        lambda: grouped_cache_arguments(8),
+        lambda: grouped_cache_arguments(4),
+    ],
     "conv_packed": [conv_arguments],
-    "dequantize_cache": [lambda: (*OPS.quantize_cache(randn(2, 3, 40), None, 4), 40, 4)],
+    "dequantize_cache": [
+        lambda: (*OPS.quantize_cache(randn(2, 3, 40), None, 4), 40, 4),
+        lambda: (*OPS.quantize_cache(randn(2, 3, 128), None, 4, [], 64), 128, 4, 64),
+    ],
     "dequantize_codebook": [
         lambda: dequantize_codebook_arguments(2, 8),
         lambda: dequantize_codebook_arguments(1, 16),
@@ -275,6 +288,8 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
     "quantize_cache": [
         lambda: (randn(2, 3, 40), None, 8),
         lambda: (randn(2, 3, 40), randn(40), 4, [8]),
+        lambda: (randn(2, 3, 128), None, 4, [], 32),
+        lambda: (randn(2, 3, 128), None, 8, [], 64),
     ],
     "quantize_dequantize": [
         lambda: (randn(2, 3, 40), None, "token"),

@@ -508,11 +508,19 @@ def _caches() -> Iterator[Case]:
         yield (
             "quantize_cache",
             f"a{bits}-d{depth}-h{orders}",
-            {"x": x, "shift": shift, "bits": bits, "hadamard": orders},
+            {"x": x, "shift": shift, "bits": bits, "hadamard": orders, "group": 0},
         )
         codes, params = torch.ops.isofold.quantize_cache(x, None, bits)
-        held = {"codes": codes, "params": params, "depth": depth, "bits": bits}
+        held = {"codes": codes, "params": params, "depth": depth, "bits": bits, "group": 0}
         yield "dequantize_cache", f"a{bits}-d{depth}", held
+    for index, (bits, (depth, group)) in enumerate(product((8, 4), ((64, 32), (192, 64), (128, 128)))):
+        x = _Random(720 + index).normal(2, 3, 5, depth)
+        x[0, 0, 0, :group] = 0.0  # an empty range
+        given = {"x": x, "shift": None, "bits": bits, "hadamard": [], "group": group}
+        yield "quantize_cache", f"a{bits}-d{depth}-g{group}", given
+        codes, params = torch.ops.isofold.quantize_cache(x, None, bits, [], group)
+        held = {"codes": codes, "params": params, "depth": depth, "bits": bits, "group": group}
+        yield "dequantize_cache", f"a{bits}-d{depth}-g{group}", held
     # Heads by kernels of 4, 2 and 1; one query, a few and many; masks of both kinds; caps.
     sizes = [
         (8, 1, 1, 300),
@@ -525,9 +533,16 @@ def _caches() -> Iterator[Case]:
     ]
     for index, ((heads, kv_heads, queries, keys), bits) in enumerate(product(sizes, (8, 4))):
         random = _Random(800 + index)
-        depth, width = ((64, 64), (40, 24), (16, 128))[index % 3]
-        k, k_params = torch.ops.isofold.quantize_cache(random.normal(2, kv_heads, keys, depth), None, bits)
-        v, v_params = torch.ops.isofold.quantize_cache(random.normal(2, kv_heads, keys, width), None, bits)
+        depth, width, group = ((64, 64, 0), (40, 24, 0), (16, 128, 0), (96, 64, 32), (128, 192, 64))[
+            index % 5
+        ]
+        k, k_params, v, v_params = (
+            part
+            for size in (depth, width)
+            for part in torch.ops.isofold.quantize_cache(
+                random.normal(2, kv_heads, keys, size), None, bits, [], group
+            )
+        )
         mask = None
         if index % 4 == 1:
             mask = random.normal(2, 1, queries, keys)
@@ -550,8 +565,9 @@ def _caches() -> Iterator[Case]:
             "scale": depth**-0.5,
             "causal": index % 5 == 3,
             "softcap": 20.0 if index % 3 == 1 else 0.0,
+            "group": group,
         }
-        yield "attention_cached", f"a{bits}-{heads}x{kv_heads}-s{queries}-t{keys}", arguments
+        yield "attention_cached", f"a{bits}-g{group}-{heads}x{kv_heads}-s{queries}-t{keys}", arguments
 
 
 def _elementwise() -> Iterator[Case]:
