@@ -91,7 +91,8 @@ def _list(dtype: str, compressed: bool, isa: Isa, *arguments: Any) -> None:
         store(position, 0, T.int64(0), 1)
         prefetch(mask, r * ldmask + words, 3)
         start = bind(load(at, r, 1))
-        with for_range(0, words) as w:
+
+        def step(w: Any, r: Any = r, position: Any = position, left: Any = left) -> None:
             word = bind(load(mask, r * ldmask + w, 1))
             base = bind(load(position, 0, 1))
             count = bind(popcount(word))
@@ -115,6 +116,12 @@ def _list(dtype: str, compressed: bool, isa: Isa, *arguments: Any) -> None:
                     store(out, to + i, T.cast((w * WORD + first_bit(rest)) * PLACE, "uint16"), 1)
                     store(left, 0, rest & (rest - T.int64(1)), 1)
             store(position, 0, base + count, 1)
+
+        with for_range(0, words // 4) as block:
+            for i in range(4):
+                step(bind(block * 4 + i))
+        with for_range(words // 4 * 4, words) as w:
+            step(w)
         finish_list(dtype, values, start, load(position, 0, 1), out, copy, r * ldout, counts, r)
         store(at, r, start + load(position, 0, 1), 1)
 
@@ -127,11 +134,19 @@ def finish_list(
     lanes = 64 if dtype == "int8" else 16
     for line in range(3):  # the row's next chunk: rows of a chunk lie too far apart for the hardware
         prefetch(values, start + end + lanes * line, 3)
-    with for_range(0, (end + T.int64(lanes - 1)) // lanes) as i:
+
+    def take(i: Any) -> None:
         found = load(values, start + i * lanes, lanes)
         if dtype == "uint16":
             found = widen_bfloat16(found)
         store(copy, to + i * lanes, found, lanes)
+
+    # Of a loop LLVM makes a call of memcpy, which takes longer than most lists.
+    most = 1 if dtype.startswith("int") else 2  # no more than may be read behind the last value
+    for i in range(most):
+        take(i)
+    with when(end > T.int64(most * lanes)), for_range(most, (end + T.int64(lanes - 1)) // lanes) as i:
+        take(i)
     kept = {"uint16": "float32"}.get(dtype, dtype)
     store(copy, to + end, splat(0, kept, STEP), STEP)
     store(out, to + end, splat(0, "uint16", STEP), STEP)
