@@ -20,7 +20,7 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
-from ....compiler.dialect.cache_packing import row_bytes
+from ....compiler.dialect.cache_packing import pair_count, row_bytes
 from .builder import (
     Frame,
     Size,
@@ -57,7 +57,7 @@ class Attention:
 
     mask: sizes of the mask's dimensions (1: broadcast), or None. q_heads, k_heads, v_heads: of the tensors, of which
     the operator uses `heads` and `kv_heads` from its starts on. bits: of keys and values that are codes, head by head
-    with a pair for each token (`cache_packing`); 0: they are floats.
+    with pairs for each token (`cache_packing`); 0: they are floats. pair_group: dimensions that share a pair, 0: all.
     """
 
     batch: Size
@@ -79,6 +79,7 @@ class Attention:
     mask: tuple[Size, ...] | None = None
     mask_dtype: str = "bool"
     bits: int = 0
+    pair_group: int = 0
 
     @property
     def group(self) -> int:
@@ -101,7 +102,7 @@ class Attention:
             self.v_heads,
         )
         starts = (self.q_start, self.k_start, self.v_start)
-        codes = f"a{self.bits}" if self.bits else ""
+        codes = f"a{self.bits}g{self.pair_group}" if self.bits else ""
         options = f"{self.scale:.8g}_{self.softcap:g}{'c' if self.causal else ''}{mask}{codes}"
         text = "_".join(map(str, (*numbers, *starts, options)))
         return text.replace(".", "p").replace("-", "m").replace("+", "")
@@ -113,12 +114,16 @@ class Attention:
         for name, heads, size in (("k", self.k_heads, self.depth), ("v", self.v_heads, self.width)):
             if self.bits:
                 found.append(Tensor(name, (b, heads, t, row_bytes(size, self.bits)), "uint8"))
-                found.append(Tensor(f"{name}_params", (b, heads, t, 2), "float32"))
+                found.append(Tensor(f"{name}_params", (b, heads, t, self.pairs(size) * 2), "float32"))
             else:
                 found.append(Tensor(name, (b, t, heads, size), "float32"))
         if self.mask is not None:
             found.append(Tensor("mask", self.mask, self.mask_dtype))
         return found
+
+    def pairs(self, size: int) -> int:
+        """Pairs of a token's codes of so many dimensions."""
+        return pair_count(size, self.pair_group)
 
     def output(self) -> Tensor:
         """The result."""
@@ -141,7 +146,7 @@ class Attention:
         """Four dimensions of a row of q, k or v from `start` on, a multiple of 4, to the floats at `target`."""
         size = self.width if name == "v" else self.depth
         if self.bits and name != "q":
-            codes, pair = self._codes(frame, name, sample, position, head)
+            codes, pair = self._codes(frame, name, sample, position, head, start)
             call("iso_cache_floats4", target, codes, pair, start, self.bits)
             return
         source = at(frame[name], self.offset(frame, name, sample, position, head) + wide(start))
@@ -152,18 +157,23 @@ class Attention:
     ) -> None:
         """Eight dimensions of a row of q or k from `start` on, a multiple of 8, to the four words at `target`."""
         if self.bits and name != "q":
-            codes, pair = self._codes(frame, name, sample, position, head)
+            codes, pair = self._codes(frame, name, sample, position, head, start)
             call("iso_cache_halves8", target, codes, pair, start, self.bits)
             return
         source = at(frame[name], self.offset(frame, name, sample, position, head) + wide(start))
         wide_loads = int(self.depth % 4 == 0)
         call("iso_halves_floats", target, source, self.depth - start, T.uint32(NATURAL), wide_loads)
 
-    def _codes(self, frame: Frame, name: str, sample: Any, position: Any, head: Any) -> tuple[Any, Any]:
-        """Addresses of a token's codes and of its pair."""
+    def _codes(
+        self, frame: Frame, name: str, sample: Any, position: Any, head: Any, start: Any
+    ) -> tuple[Any, Any]:
+        """Addresses of a token's codes and of the pair of its dimensions from `start` on."""
         token = self.token(frame, sample, position, head)
-        size = row_bytes(self.depth if name == "k" else self.width, self.bits)
-        return at(frame[name], token * size), at(frame[f"{name}_params"], token * 2)
+        size = self.depth if name == "k" else self.width
+        pair = token * (self.pairs(size) * 2)
+        if self.pairs(size) > 1:
+            pair = pair + wide(div(start, self.pair_group) * 2)
+        return at(frame[name], token * row_bytes(size, self.bits)), at(frame[f"{name}_params"], pair)
 
     def token(self, frame: Frame, sample: Any, position: Any, head: Any) -> Any:
         """Number of a token among those of all heads of a cache of codes."""
@@ -287,7 +297,7 @@ class _Few:
         first = bind(wide(self.split) * each * self.keys + wide(self.slot))
         held: list[CacheRow] = []
         if shape.bits:
-            held = [CacheRow.empty(size, shape.bits) for size in (shape.depth, shape.width)]
+            held = [CacheRow.empty(size, shape.bits, shape.pair_group) for size in (shape.depth, shape.width)]
             self._fetch(held, first, keys)
         with T.serial(wide(0), each) as round_:
             key = bind(first + round_ * self.keys)
@@ -313,7 +323,7 @@ class _Few:
             for name, row in zip(("k", "v"), held, strict=True):
                 codes, params = self.frame[name], self.frame[f"{name}_params"]
                 token = bind(self.shape.token(self.frame, self.sample, key, self.key_head))
-                row.fetch(codes, params, token, row_bytes(row.size, row.bits), self.part)
+                row.fetch(codes, params, token, self.part)
 
     def _update(
         self, row: int, place: tuple[Any, Any, Any], queries: Any, k: Any, v: Any, key: Any, inside: Any

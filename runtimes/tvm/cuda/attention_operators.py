@@ -14,7 +14,7 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
-from ....compiler.dialect.cache_packing import row_bytes
+from ....compiler.dialect.cache_packing import pair_count, row_bytes
 from ....compiler.errors import UnsupportedError
 from .attention import Attention, Combine, FewQueries, few_rows
 from .builder import Frame, Size, Tensor, prim_func
@@ -140,12 +140,12 @@ def _cached_shape(plan: Plan, call: Call) -> Attention:
     plan.view("q", batch, queries, q_heads, depth)
     for name, size in (("k", depth), ("v", width)):
         plan.view(name, batch, kv_heads, keys, row_bytes(size, a["bits"]))
-        plan.view(f"{name}_params", batch, kv_heads, keys, 2)
+        plan.view(f"{name}_params", batch, kv_heads, keys, 2 * pair_count(size, a["group"]))
     mask = _mask(plan, call, batch, queries, keys)
     return Attention(
         batch, queries, keys, a["heads"], kv_heads, depth, width, q_heads, kv_heads, kv_heads, a["q_start"], 0, 0,
         float(a["scale"]), bool(a["causal"]), float(a["softcap"]), mask, call["mask"].dtype if mask else "bool",
-        a["bits"],
+        a["bits"], a["group"],
     )  # fmt: skip
 
 

@@ -6,7 +6,8 @@ A row of codes is cut into chunks of 32 `run` dimensions, of which a lane takes 
     8 bits  piece i of a chunk: dimensions 4 run part + 4 i ..
     4 bits  a lane's bytes hold two runs of dimensions, 16 apart: low nibbles, then high ones
 
-and queries and sums are held in the same order (:func:`piece_start`).
+and queries and sums are held in the same order (:func:`piece_start`). What a lane takes of a chunk lies within one block of
+32 dimensions, so where groups inside a head have pairs of their own, a lane needs one of them for each chunk.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ....compiler.dialect.cache_packing import ALIGN
+from ....compiler.dialect.cache_packing import ALIGN, pair_count, row_bytes
 from ....compiler.dialect.packing import ceil_to
 from .builder import at, call, div, get, local, mod, put, wide
 
@@ -47,35 +48,43 @@ def piece_start(size: int, bits: int, part: Any, piece: int) -> Any:
 
 @dataclass(frozen=True)
 class CacheRow:
-    """A lane's share of a token's codes in registers: words as they are stored, and the token's pair."""
+    """A lane's share of a token's codes in registers: words as they are stored, and pairs, of the head or by chunk."""
 
     size: int
     bits: int
+    group: int
     words: Any
-    pair: Any
+    pairs: Any
 
     @classmethod
-    def empty(cls, size: int, bits: int) -> CacheRow:
+    def empty(cls, size: int, bits: int, group: int) -> CacheRow:
         """Registers for a token; zeros until one is read, so that what is decoded is finite."""
-        row = cls(
-            size, bits, local(pieces_of(size) // _run(size) * _per_load(size, bits), "uint32"), local(2)
-        )
+        chunks = pieces_of(size) // _run(size)
+        words = local(chunks * _per_load(size, bits), "uint32")
+        row = cls(size, bits, group, words, local(2 * (chunks if pair_count(size, group) > 1 else 1)))
         call("iso_zero", at(row.words, 0), int(row.words.shape[0]))
-        call("iso_zero_floats", at(row.pair, 0), 2)
+        call("iso_zero_floats", at(row.pairs, 0), int(row.pairs.shape[0]))
         return row
 
-    def fetch(self, codes: Any, params: Any, token: Any, row_bytes: int, part: Any) -> None:
+    def fetch(self, codes: Any, params: Any, token: Any, part: Any) -> None:
         """Start the loads of token number `token` of all heads and samples."""
         run, count = _run(self.size), _per_load(self.size, self.bits)
+        stride = row_bytes(self.size, self.bits)
         for chunk in range(pieces_of(self.size) // run):
             if self.bits == 4 and run == 1:  # two lanes read a word's low and high nibbles
                 place = chunk * 16 + mod(part, 4) * 4
             else:
                 place = chunk * (4 * self.bits * run) + part * (4 * count)
-            source = at(codes, token * row_bytes + wide(place))
+            source = at(codes, token * stride + wide(place))
             call(f"iso_load{4 * count}", at(self.words, chunk * count), source)
-        for i in range(2):
-            put(self.pair, i, get(params, token * 2 + i))
+        groups = pair_count(self.size, self.group)
+        for chunk in range(int(self.pairs.shape[0]) // 2):
+            place = token * (2 * groups)
+            if groups > 1:
+                block = chunk * run + div(part, LANES // run)
+                place = place + wide(div(block, self.group // ALIGN) * 2)
+            for i in range(2):
+                put(self.pairs, 2 * chunk + i, get(params, place + i))
 
     def decode(self, target: Any, part: Any) -> None:
         """The lane's dimensions, `s (u - z)`."""
@@ -86,15 +95,8 @@ class CacheRow:
             if self.bits == 4:
                 shift = div(part, 4) * 4 if run == 1 else 4 * (i // (run // 2))
             word = get(self.words, chunk * count + i % count)
-            call(
-                "iso_cache_decode",
-                at(target, 4 * piece),
-                word,
-                shift,
-                self.bits,
-                get(self.pair, 0),
-                get(self.pair, 1),
-            )
+            pair = [get(self.pairs, 2 * chunk % int(self.pairs.shape[0]) + i) for i in range(2)]
+            call("iso_cache_decode", at(target, 4 * piece), word, shift, self.bits, *pair)
 
 
 def _per_load(size: int, bits: int) -> int:

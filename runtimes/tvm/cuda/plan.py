@@ -93,9 +93,9 @@ class Plan:
         self.symbols[name] = value
         return name
 
-    def rows(self, operand: Operand, name: str = "m", keep: int = 1) -> Size:
-        """The product of all dimensions but the last `keep`."""
-        return self.size(name, math.prod(operand.shape[: len(operand.shape) - keep]))
+    def rows(self, operand: Operand, name: str = "m", keep: int = 1, parts: int = 1) -> Size:
+        """The product of all dimensions but the last `keep`, and of the parts that those are cut into."""
+        return self.size(name, math.prod(operand.shape[: len(operand.shape) - keep]) * parts)
 
     def view(self, name: str, *shape: Size) -> str:
         """Read an argument under this shape."""

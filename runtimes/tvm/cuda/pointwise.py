@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tvm.tirx.script.builder import ir as T
 
-from ....compiler.dialect.cache_packing import row_bytes
+from ....compiler.dialect.cache_packing import pair_count, row_bytes
 from ....compiler.dialect.element_formats import element_format
 from .builder import (
     Frame,
@@ -257,9 +257,11 @@ def dequantize_codebook(call: Call) -> Plan:
 
 
 def dequantize_cache(call: Call) -> Plan:
-    """`isofold.dequantize_cache`."""
-    plan, depth, bits = Plan(), call.attributes["depth"], call.attributes["bits"]
-    rows, width = plan.rows(call["codes"]), row_bytes(depth, bits)
+    """`isofold.dequantize_cache`: a row of the kernel is a group of a head."""
+    plan, a = Plan(), call.attributes
+    bits, groups = a["bits"], pair_count(a["depth"], a["group"])
+    depth = a["depth"] // groups
+    rows, width = plan.rows(call["codes"], parts=groups), row_bytes(depth, bits)
     inputs = [
         Tensor(plan.view("codes", rows, width), (rows, width), "uint8"),
         Tensor(plan.view("params", rows, 2), (rows, 2), "float32"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ....compiler.dialect.cache_packing import ALIGN
+from ....compiler.dialect.cache_packing import ALIGN, pair_count
 from .builder import Tensor, get, prim_func
 from .knobs import tuned
 from .plan import Call, Plan, Stage
@@ -41,9 +41,10 @@ def quantize_activation(call: Call) -> Plan:
 
 
 def quantize_cache(call: Call) -> Plan:
-    """`isofold.quantize_cache`."""
+    """`isofold.quantize_cache`: a row of the kernel is a group of a head."""
     plan, bits = Plan(), call.attributes["bits"]
-    quantize_into(plan, call, "x", call["x"], ALIGN, "", "shift", "", bits, nibbles=bits == 4)
+    groups = pair_count(int(call["x"].shape[-1]), call.attributes["group"])
+    quantize_into(plan, call, "x", call["x"], ALIGN, "", "shift", "", bits, bits == 4, groups)
     plan.results = ("u", "params")
     return plan
 
@@ -59,10 +60,14 @@ def quantize_into(
     scale: str,
     bits: int,
     nibbles: bool = False,
+    parts: int = 1,
 ) -> None:
-    """Append a quantizer of argument `x` that writes `u`, and `params` where no static pair of this name is given."""
-    k = int(operand.shape[-1])
-    rows = plan.rows(operand)
+    """Append a quantizer of argument `x` that writes `u`, and `params` where no static pair of this name is given.
+
+    parts: of a row, each with a pair of its own.
+    """
+    k = int(operand.shape[-1]) // parts
+    rows = plan.rows(operand, parts=parts)
     plan.view(x, rows, k)
     plan.flat(call, params, shift, scale)
     spec = Rows(

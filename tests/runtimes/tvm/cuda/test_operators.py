@@ -129,11 +129,14 @@ def test_cache_of_unknown_length(queries: int) -> None:
         check("attention_cached", what, got, expected, tolerance("attention_cached", arguments))
 
 
-@pytest.mark.parametrize(("bits", "depth"), [(8, 128), (4, 128), (8, 256)])
-def test_cache_with_usual_heads(bits: int, depth: int) -> None:
-    """The widest loads, keys split over blocks, queries that share a key head; few queries and many."""
+@pytest.mark.parametrize(
+    ("bits", "depth", "group"), [(8, 128, 0), (4, 128, 0), (8, 256, 0), (4, 128, 32), (8, 256, 64)]
+)
+def test_cache_with_usual_heads(bits: int, depth: int, group: int) -> None:
+    """The widest loads, keys split over blocks, queries that share a key head; few queries and many; groups."""
     quantize = OPERATORS["quantize_cache"].reference
-    k, v = (quantize(torch.randn(1, 2, 300, depth), None, bits) for _ in range(2))
+    uneven = torch.exp(torch.randn(depth))  # pairs of groups differ
+    k, v = (quantize(torch.randn(1, 2, 300, depth) * uneven, None, bits, [], group) for _ in range(2))
     shared = {
         "k": k[0],
         "k_params": k[1],
@@ -144,11 +147,11 @@ def test_cache_with_usual_heads(bits: int, depth: int) -> None:
         "kv_heads": 2,
     }
     shared |= {"depth": depth, "value_depth": depth, "bits": bits, "q_start": 0, "scale": depth**-0.5}
-    shared |= {"causal": False, "softcap": 0.0}
+    shared |= {"causal": False, "softcap": 0.0, "group": group}
     uses = [{**shared, "q": torch.randn(1, s, 6, depth)} for s in (1, 20)]
     for arguments, got in zip(uses, emulate_operator("attention_cached", uses), strict=True):
         limit = tolerance("attention_cached", arguments)
-        check("attention_cached", f"{bits}", got, reference_of("attention_cached", arguments), limit)
+        check("attention_cached", f"{bits}-g{group}", got, reference_of("attention_cached", arguments), limit)
 
 
 def test_outliers_beyond_a_chunk_and_a_round_of_rows() -> None:
