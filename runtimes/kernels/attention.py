@@ -333,7 +333,7 @@ def _row(
 ) -> None:  # fmt: skip
     del isa
     together = knob("attention_together")  # keys whose dot products are in flight at once
-    acc = registers(together, "float32")
+    acc = registers(max(together, 4), "float32")
     parts = T.alloc_buffer((together,), "float32", scope="local", layout=None)
     highest = registers(1, "float32")
     total = registers(1, "float32")
@@ -424,5 +424,5 @@ KERNELS = [
     # nq <= 16 queries; the same scratch
     Kernel("attention_block16", _BLOCK, partial(_emit_block, vectors=1), "attention"),
     # one query; scratch ceil(keys, 16) + 16 floats
-    Kernel("attention_row", _ROW, _row, "attention"),
+    Kernel("attention_row", _ROW, _row, "attention_row"),
 ]

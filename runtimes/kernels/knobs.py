@@ -45,6 +45,7 @@ DRIVER = "linear_driver"
 _HERE = Path(__file__).resolve().parent
 _MODULES = {
     "attention": "attention",
+    "attention_row": "attention",
     "linear_dense": "dense",
     "linear_float*": "linear_float",
     "linear_*": "linear",
@@ -207,7 +208,7 @@ KNOBS = (
     ),
     Knob(
         "attention_together",
-        ("attention",),
+        ("attention_row",),
         (2, 4, 8),
         4,
         "Keys whose dot products with a single query are in flight at once.",

@@ -24,7 +24,7 @@ from ...compiler.processor import cache_folder
 from ..kernels.knobs import DEFAULTS, DRIVER, Settings, sources
 from ..onnx.oplib.build import require_tools
 from .child import Child, LostError
-from .workloads import Workload
+from .workloads import Workload, groups_of
 
 __all__ = ["Builder", "needed_groups"]
 
@@ -49,7 +49,7 @@ _KEPT_DAYS = 30
 def needed_groups(workload: Workload) -> set[str]:
     """Groups of kernels that the drivers call for a workload."""
     if workload.operator == "attention":
-        return {"attention"}
+        return set(groups_of(workload, "v4"))
     if workload.operator == "linear_dense":
         return {"linear_dense", "linear_end"}
     if workload.operator == "linear_float":

@@ -14,6 +14,8 @@ __all__ = ["DEFAULT_SHAPES", "Workload", "default_workloads", "groups_of", "redu
 
 OPERATORS = ("linear", "linear_float", "linear_dense", "attention")
 """In the order of the harness's numbers."""
+FEW_QUERIES = 4
+"""Queries below which attention takes them one by one, as in attention.cc and the harness."""
 COLD = 4
 """A cold workload's weights are this many times the last-level cache."""
 _LEAST, _MOST = 64 << 20, 1 << 30
@@ -86,7 +88,7 @@ class Workload:
     def ragged(self) -> Workload:
         """A small relative whose sizes divide nothing: candidates must be right on it too."""
         if self.operator == "attention":
-            return replace(self, k=37, n=301, m=min(self.m, 45), heads=3, cold=False)
+            return replace(self, k=71, n=301, m=min(self.m, 45), heads=3, cold=False)
         k = _RAGGED["k"] if self.group_size <= 32 else 5 * self.group_size - 3
         return replace(self, k=k, n=_RAGGED["n"], cold=False)
 
@@ -126,8 +128,10 @@ class Workload:
 
 def groups_of(workload: Workload, isa: str) -> list[str]:
     """The groups of kernels (`Kernel.group`) whose knobs this workload can tune."""
-    if workload.operator in ("linear_dense", "attention"):
-        return [workload.operator]
+    if workload.operator == "linear_dense":
+        return ["linear_dense"]
+    if workload.operator == "attention":
+        return ["attention" if workload.m >= FEW_QUERIES else "attention_row"]
     if workload.operator == "linear_float":
         return [f"linear_float{workload.bits}"]
     if workload.bits == 8:
