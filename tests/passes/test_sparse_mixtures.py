@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 import isofold
 from isofold.compiler.capture import capture
+from isofold.compiler.dialect.sparse_blocks import BLOCKS
+from isofold.compiler.dialect.sparse_groups import GROUPS
 from isofold.compiler.dialect.sparse_layouts import HELD
 from isofold.compiler.dialect.sparse_packing import pack_sparse, unpack_sparse
 from isofold.compiler.driver import run_steps
@@ -34,11 +36,10 @@ RECIPES = {"int8": "sparse-int8", "float32": "sparse-float32"}
 DENSE = {"int8": "w8a8", "float32": "float32"}
 PARTITIONS = [
     (layout, share, rest)
-    for layout, values in HELD.items()
-    if layout not in ("bitmask", "windows")
+    for layout in (*BLOCKS, *GROUPS)
     for share in (SHARES if "x" in layout else (0.0,))
     for rest in ("bitmask", "windows")
-    if set(values) & set(HELD[rest])
+    if set(HELD[layout]) & set(HELD[rest])
 ]
 
 

@@ -531,11 +531,14 @@ def _caches() -> Iterator[Case]:
         (7, 7, 1, 1),
         (2, 1, 4, 9),
     ]
-    for index, ((heads, kv_heads, queries, keys), bits) in enumerate(product(sizes, (8, 4))):
+    whole = [(size, 0) for size in sizes]
+    grouped = [((8, 1, 1, 300), 64), ((6, 2, 1, 17), 32), ((4, 2, 37, 150), 32), ((7, 7, 3, 1), 64)]
+    uses = product([*whole, *grouped], (8, 4))
+    for index, (((heads, kv_heads, queries, keys), group), bits) in enumerate(uses):
         random = _Random(800 + index)
-        depth, width, group = ((64, 64, 0), (40, 24, 0), (16, 128, 0), (96, 64, 32), (128, 192, 64))[
-            index % 5
-        ]
+        depth, width = ((64, 64), (40, 24), (16, 128))[index % 3]
+        if group:
+            depth, width = {32: (96, 64), 64: (128, 192)}[group]
         k, k_params, v, v_params = (
             part
             for size in (depth, width)
