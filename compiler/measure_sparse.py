@@ -88,7 +88,7 @@ def _profile(
     generator = torch.Generator().manual_seed(0)
     model = _Beside([_matrix(*form, generator) for form in chosen])
     rules = [
-        LayerRule(match=f"layers.{i}", sparsity=Sparsity(layout=layout, gain=ANY_GAIN))
+        LayerRule(match=f"layers.{i}", sparsity=Sparsity.model_validate({"layout": layout, "gain": ANY_GAIN}))
         for i, (layout, _, _) in enumerate(chosen)
     ]
     recipe = Recipe(
