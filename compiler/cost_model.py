@@ -17,7 +17,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -74,7 +74,8 @@ class Machine:
     """Rates of one machine with one number of threads.
 
     bandwidth: (bytes of the working set, bytes a second). paces: kind → (rows, seconds an element for all of them).
-    overhead: seconds of a node that does nothing. All with the threads together.
+    overhead: seconds of a node that does nothing. sparse: `layout value` → (rows, share of weights that are not zero,
+    seconds a weight for all rows). All with the threads together.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Machine:
     overhead: float
     bandwidth: Curve
     paces: Mapping[str, Curve]
+    sparse: Mapping[str, list[tuple[float, float, float]]] = field(default_factory=dict)
 
     def predict(self, work: Work, working_set: float) -> Prediction | None:
         """None where neither the kind nor one that is computed alike was measured."""
@@ -123,6 +125,10 @@ class Machine:
                 paces={
                     str(kind): [(float(a), float(b)) for a, b in points]
                     for kind, points in data["paces"].items()
+                },
+                sparse={
+                    str(form): [(float(a), float(b), float(c)) for a, b, c in points]
+                    for form, points in data.get("sparse", {}).items()
                 },
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -47,6 +47,11 @@ def known_machine(threads: int | None = None) -> tuple[Machine, bool]:
     return (Machine.from_json(json.loads(_SHIPPED.read_text())), False) if found is None else (found, True)
 
 
+def measured_at() -> int:
+    """When a machine was last measured into the cache folder, nanoseconds; 0: never."""
+    return max((path.stat().st_mtime_ns for path in cache_folder().glob("machine-*.json")), default=0)
+
+
 def _cached(threads: int) -> Machine | None:
     path = cache_folder() / _file_name(threads)
     return Machine.from_json(json.loads(path.read_text())) if path.exists() else None
@@ -54,7 +59,8 @@ def _cached(threads: int) -> Machine | None:
 
 def _file_name(threads: int) -> str:
     packages = [f"{name} {version(name)}" for name in ("isofold", "onnxruntime")]
-    facts = json.dumps([processor(), threads, *packages, sorted(linear_formats())])
+    forced = [os.environ["ISOFOLD_ISA"]] if os.environ.get("ISOFOLD_ISA") else []
+    facts = json.dumps([processor(), threads, *packages, sorted(linear_formats()), "sparse", *forced])
     return f"machine-{threads}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}.json"
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from .cost_model import FLOAT_LINEAR, Machine, kind_of
 from .frontend import prepare, report_of
 from .machine import linear_formats
+from .measure_sparse import measured_sparse
 from .recipe import Recipe
 from .registry import backend_for
 
@@ -43,8 +44,11 @@ def measured(name: str, threads: int, say: Say) -> Machine:
             # Clocks of microseconds may leave nothing beside the overhead.
             alone = [max(spent - overhead, overhead / 10) for spent in seconds]
             paces.setdefault(kind, [(float(r), s / SIZE**2) for r, s in zip(ROWS, alone, strict=True)])
+        say("measure sparse linears")
+        sparse = measured_sparse(threads, overhead, Path(folder) / "sparse")
     say("measure the read bandwidth")
-    return Machine(name, threads, overhead, [(float(s), _bandwidth(s, threads)) for s in SETS], paces)
+    bandwidth = [(float(s), _bandwidth(s, threads)) for s in SETS]
+    return Machine(name, threads, overhead, bandwidth, paces, sparse)
 
 
 def _profile(

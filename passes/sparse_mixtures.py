@@ -24,7 +24,8 @@ from ..compiler.dialect.sparse_groups import GROUPS
 from ..compiler.dialect.sparse_layouts import HELD
 from ..compiler.dialect.sparse_windows import MOST, WINDOW
 from .sparse_candidates import Candidate, Rest, candidates, is_bfloat16
-from .sparse_speed import BANDWIDTH, DENSE_BYTES, break_even, largest_share, size_of, sparse_time
+from .sparse_rates import current
+from .sparse_speed import DENSE_BYTES, break_even, largest_share, size_of, sparse_time
 from .sparsity_patterns import count_blocks
 
 MIXTURE = "mixture"
@@ -148,7 +149,7 @@ def _holds(there: Tensor, candidate: Candidate) -> bool:
 
 def _candidate(matrix: Tensor, way: _Way, value: str, rest: str, rows: int, more_passes: int) -> Candidate:
     weights, parts = matrix.numel(), ((way.layout, way.blocks), (rest, way.rest))
-    passes = (1 + more_passes) * 2 * DENSE_BYTES["float32"] * rows * len(matrix) / BANDWIDTH
+    passes = (1 + more_passes) * 2 * DENSE_BYTES["float32"] * rows * len(matrix) / current().bandwidth
     return Candidate(
         way.layout,
         value,

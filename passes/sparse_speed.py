@@ -1,5 +1,4 @@
-"""How fast a sparse linear is beside the dense one of the same values: the constants that `extract_sparsity` decides
-by.
+"""How fast a sparse linear is beside the dense one of the same values: what `extract_sparsity` decides by.
 
 Times are of one core. A linear reads its weights from memory while it computes, and the two overlap only in part: the
 larger and a share (OVERLAP) of the smaller.
@@ -9,20 +8,15 @@ larger and a share (OVERLAP) of the smaller.
     many rows    for each 64 rows (floats: the last 32 or 16): words * word + values * value * width / 64
     dense        the larger of bytes / bandwidth and words * rows * dense
 
-Measured inside ONNX Runtime and with kernels called directly, AMD EPYC of the Zen 5 generation at 4.2 GHz with
-AVX512-VBMI2, 28 November 2026; dense float32 is ONNX Runtime's MatMul. N:M reads four rows at once, 64 bytes of each,
-which memory serves badly: that is in its `first` (in the cache it needs 0.25 to 0.45). Processors without
-AVX512-VBMI2 need two to four times as long for few rows of codes. Threads share bandwidth and work alike, so ratios
-change little with their number.
+The rates are this machine's where `isofold machine` has measured them (`sparse_rates`). Threads share bandwidth and
+work alike, so ratios change little with their number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
-BANDWIDTH = 45.0
-"""Bytes a nanosecond."""
+from .sparse_rates import WORD, Rates, current
 
 OVERLAP = 0.15
 """Share of the smaller of memory and arithmetic that is not hidden behind the larger."""
@@ -30,72 +24,31 @@ OVERLAP = 0.15
 MARGIN = 1.1
 """A sparse linear must be predicted to be this much faster: less is within the model's error."""
 
-WORD = 64
-
-
-@dataclass(frozen=True)
-class Dense:
-    """Of a dense linear: bytes a nanosecond of one row of activations, nanoseconds for a word and a row of many."""
-
-    bandwidth: float
-    word: float
-
-
-@dataclass(frozen=True)
-class Pace:
-    """Nanoseconds of a layout: see the module. few: most rows that its kernels for few take; few_value: of a value and
-    each of few rows, where the work is on values alone."""
-
-    few: int
-    first: float
-    more: float
-    word: float
-    value: float
-    few_value: float = 0.0
-
-
-DENSE = {"float32": Dense(33.0, 0.605), "int8": Dense(49.0, 0.131), "int4": Dense(35.0, 0.150)}
-"""By what the weights are."""
-
 DENSE_BYTES = {"float32": 4.0, "int8": 1.0, "int4": 0.5}
 """Of a weight."""
-
-PACES = {
-    ("bitmask", "float32"): Pace(4, 1.4, 1.1, 3.0, 1.05),
-    ("bitmask", "bfloat16"): Pace(4, 1.65, 0.9, 3.2, 0.98),
-    ("bitmask", "int8"): Pace(16, 0.55, 0.2, 1.8, 0.28),
-    ("bitmask", "int4"): Pace(2, 0.95, 0.95, 8.6, 0.0),
-    ("panels", "int4"): Pace(4, 0.65, 0.09, 0.4, 0.0),
-    ("windows", "int8"): Pace(4, 0.19, 0.19, 1.5, 0.30),
-    ("1:4", "int8"): Pace(4, 0.52, 0.25, 1.0, 0.30),
-    ("2:4", "int8"): Pace(4, 1.0, 0.42, 1.5, 0.30),
-    ("4:8", "int8"): Pace(4, 1.2, 0.42, 1.5, 0.30),
-    ("1x4", "int8"): Pace(4, 0.56, 0.3, 0.8, 0.30),
-    ("16x1", "float32"): Pace(4, 0.0, 0.0, 0.0, 0.68, 0.035),
-    ("16x1", "bfloat16"): Pace(4, 0.0, 0.0, 0.0, 0.70, 0.045),
-    ("16x4", "int8"): Pace(4, 0.0, 0.0, 0.0, 0.19, 0.009),
-}
-"""By layout and type of the values."""
 
 WINDOWS_DOUBLE = 0.11
 """Density from which a row often has more than 32 values in a window, so that its work doubles."""
 
 
-def dense_time(value: str, rows: int, weights: int, size: int) -> float:
+def dense_time(value: str, rows: int, weights: int, size: int, rates: Rates | None = None) -> float:
     """Nanoseconds of a dense linear of `weights` weights in `size` bytes."""
-    dense = DENSE[value]
+    dense = (rates or current()).dense[value]
     return max(size / dense.bandwidth, weights / WORD * rows * dense.word)
 
 
-def sparse_time(layout: str, value: str, rows: int, weights: int, stored: int, size: int) -> float:
+def sparse_time(
+    layout: str, value: str, rows: int, weights: int, stored: int, size: int, rates: Rates | None = None
+) -> float:
     """Nanoseconds of a sparse linear of `weights` weights of which `stored` are stored, in `size` bytes."""
-    pace, words = PACES[layout, value], weights / WORD
-    memory = size / BANDWIDTH
+    rates = rates or current()
+    pace, words = rates.paces[layout, value], weights / WORD
+    memory = size / rates.bandwidth
     if rows <= pace.few:
         first = pace.first * (2 if layout == "windows" and stored > WINDOWS_DOUBLE * weights else 1)
         arithmetic = words * (first + (rows - 1) * pace.more) + stored * rows * pace.few_value
     elif value == "int4":  # decoded, then dense
-        arithmetic = words * (pace.word + rows * DENSE[value].word)
+        arithmetic = words * (pace.word + rows * rates.dense[value].word)
     else:
         blocks, left = divmod(rows, 64)
         width = 64 * blocks

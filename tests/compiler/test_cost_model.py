@@ -252,11 +252,14 @@ def test_the_command_measures_once_and_keeps_the_result(
     for module in (machine_module, measure_machine):
         monkeypatch.setattr(module, "linear_formats", lambda: {"one": PRESETS["w8a8"]})
     monkeypatch.setattr(measure_machine, "ROWS", (1, 64))
+    points = {"bitmask int8": [(1.0, 0.5, 1e-11)]}
+    monkeypatch.setattr(measure_machine, "measured_sparse", lambda threads, overhead, folder: points)
     monkeypatch.setattr(measure_machine, "SETS", (1 << 20, 1 << 22))
     first = CliRunner().invoke(app, ["machine", "--threads", "1", "--json", "--quiet"])
     assert first.exit_code == 0, first.output
     found = Machine.from_json(json.loads(first.stdout))
     assert set(found.paces) == {INT8}
+    assert found.sparse == points
     one, many = (pace for _, pace in found.paces[INT8])
     assert 0 < one < many  # 64 rows cost more than one
     assert found.overhead > 0

@@ -22,10 +22,12 @@ from isofold.compiler.html_report import render_html
 from isofold.compiler.passes import PassReport
 from isofold.compiler.program import Program
 from isofold.compiler.recipe import PRESETS, LayerRule, Prune, Recipe, Sparsity, WeightFormat, resolve
+from isofold.passes import sparse_speed
 from isofold.passes.pipeline import plan
 from isofold.passes.prune_weights import kept
 from isofold.passes.sparse_candidates import candidates
-from isofold.passes.sparse_speed import DENSE, MARGIN, PACES, break_even, dense_time, size_of, sparse_time
+from isofold.passes.sparse_rates import WIDE
+from isofold.passes.sparse_speed import MARGIN, break_even, dense_time, size_of, sparse_time
 from isofold.passes.sparsity_patterns import pattern_of
 from isofold.runtimes.onnx.export import export_onnx
 from isofold.runtimes.onnx.oplib.build import library_path
@@ -76,6 +78,12 @@ def only(part: type[nn.Module] | Callable[..., nn.Module], matrix: Tensor) -> nn
     with torch.no_grad():
         linear.weight.copy_(matrix)
     return nn.Sequential(linear).eval()
+
+
+@pytest.fixture(autouse=True)
+def rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choices are tested by the rates of one kind of machine, whatever this one is."""
+    monkeypatch.setattr(sparse_speed, "current", lambda: WIDE)
 
 
 @pytest.mark.parametrize("preset", ["sparse-float32", "sparse-int8"])
@@ -266,7 +274,7 @@ def test_patterns_are_named(name: str) -> None:
 
 WEIGHTS = 1 << 20
 SIZES = {"float32": 4.0, "bfloat16": 4.0, "int8": 1.0, "int4": 0.5}
-FORMS = pytest.mark.parametrize(("layout", "value"), PACES)
+FORMS = pytest.mark.parametrize(("layout", "value"), WIDE.paces)
 
 
 @FORMS
@@ -291,8 +299,8 @@ def test_the_break_even_is_where_the_model_says_so(layout: str, value: str, rows
 
 
 def test_the_model_knows_every_layout() -> None:
-    assert set(PACES) == {(layout, value) for layout, values in HELD.items() for value in values}
-    assert set(DENSE) == {"float32", "int8", "int4"}
+    assert set(WIDE.paces) == {(layout, value) for layout, values in HELD.items() for value in values}
+    assert set(WIDE.dense) == {"float32", "int8", "int4"}
 
 
 def patterned(layout: str, density: float, n: int = 256, k: int = 512) -> Tensor:
