@@ -43,10 +43,12 @@ def compressed_rows(results: Results, gpu: Gpu, arch: str, folder: Path, quick: 
             results.add(f"W8A8 {layout} ({density:.0%} stored), {tokens}: of the dense time", ratio, "x")
     for keys in (4096, 32768):
         base = statistics.median(time_operator(gpu, arch, folder, "attention", cache(keys, 0), 1, rounds))
-        for bits in (8, 4):
-            arguments = cache(keys, bits)
+        for bits, group in ((8, 0), (4, 0), (4, 32)):
+            arguments = cache(keys, bits, group)
             times = time_operator(gpu, arch, folder, "attention_cached", arguments, 1, rounds)
-            name = f"attention, decode, {keys} keys of {bits}-bit codes"
+            name = (
+                f"attention, decode, {keys} keys of {bits}-bit codes{f' in groups of {group}' * bool(group)}"
+            )
             results.sampled(f"{name}: of the float time", [t / base for t in times], "x")
 
 
@@ -71,7 +73,9 @@ def sparse(dense: dict[str, Any], layout: str, density: float) -> dict[str, Any]
     return {**weights, "layout": layout, "bits": 8, "group_size": 0, "scale_multiplier": 1.0}
 
 
-def cache(keys: int, bits: int, heads: int = 32, kv: int = 8, depth: int = 128) -> dict[str, Any]:
+def cache(
+    keys: int, bits: int, group: int = 0, heads: int = 32, kv: int = 8, depth: int = 128
+) -> dict[str, Any]:
     """A decoding step over a cache of codes, or of floats (0)."""
     g = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(1, n, h, depth, generator=g) for n, h in ((1, heads), (keys, kv), (keys, kv)))
@@ -79,6 +83,6 @@ def cache(keys: int, bits: int, heads: int = 32, kv: int = 8, depth: int = 128) 
     shared |= {"causal": False, "softcap": 0.0}
     if not bits:
         return {**shared, "k": k, "v": v, "k_start": 0, "v_start": 0}
-    pairs = [torch.ops.isofold.quantize_cache(x.transpose(1, 2), None, bits) for x in (k, v)]
+    pairs = [torch.ops.isofold.quantize_cache(x.transpose(1, 2), None, bits, [], group) for x in (k, v)]
     tensors = {"k": pairs[0][0], "k_params": pairs[0][1], "v": pairs[1][0], "v_params": pairs[1][1]}
-    return {**shared, **tensors, "depth": depth, "value_depth": depth, "bits": bits}
+    return {**shared, **tensors, "depth": depth, "value_depth": depth, "bits": bits, "group": group}

@@ -6,8 +6,8 @@ A row of codes is cut into chunks of 32 `run` dimensions, of which a lane takes 
     8 bits  piece i of a chunk: dimensions 4 run part + 4 i ..
     4 bits  a lane's bytes hold two runs of dimensions, 16 apart: low nibbles, then high ones
 
-and queries and sums are held in the same order (:func:`piece_start`). What a lane takes of a chunk lies within one block of
-32 dimensions, so where groups inside a head have pairs of their own, a lane needs one of them for each chunk.
+and queries and sums are held in the same order (:func:`piece_start`). What a lane takes of a chunk lies within one
+block of 32 dimensions, so where groups inside a head have pairs of their own, a lane needs one of them for each chunk.
 """
 
 from __future__ import annotations

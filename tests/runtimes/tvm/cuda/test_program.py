@@ -111,29 +111,36 @@ def test_program_on_the_emulator(recipe: Any) -> None:
         assert error <= (exact if recipe == "float32" else 2e-2), (shape, error)
 
 
+def coded(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """Codes and pairs."""
+    codes, pairs = torch.ops.isofold.quantize_cache(x, None, bits, [], group)
+    return codes, pairs
+
+
 class Decoder(nn.Module):
     """An attention whose cache of codes is an argument and a result."""
 
-    def __init__(self, bits: int) -> None:
+    def __init__(self, bits: int, group: int) -> None:
         super().__init__()
-        self.bits = bits
-        self.q, self.k, self.v = (nn.Linear(48, n * 32) for n in (4, 2, 2))
+        self.bits, self.group = bits, group
+        self.q, self.k, self.v = (nn.Linear(48, n * 64) for n in (4, 2, 2))
 
     def forward(self, x: Tensor, past: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """x `[1, S, 48]` and codes and pairs of keys and values → the attention, and both with the new tokens."""
-        q, k, v = (f(x).unflatten(-1, (-1, 32)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        new = [part for y in (k, v) for part in torch.ops.isofold.quantize_cache(y, None, self.bits)]
+        q, k, v = (f(x).unflatten(-1, (-1, 64)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        new = [part for y in (k, v) for part in coded(y, self.bits, self.group)]
         state = [torch.cat(pair, 2) for pair in zip(past, new, strict=True)]
-        k, v = (torch.ops.isofold.dequantize_cache(*state[i : i + 2], 32, self.bits) for i in (0, 2))
+        dequantize = torch.ops.isofold.dequantize_cache
+        k, v = (dequantize(*state[i : i + 2], 64, self.bits, self.group) for i in (0, 2))
         return (F.scaled_dot_product_attention(q, k, v, enable_gqa=True), *state)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_a_cache_of_codes_on_the_emulator(bits: int) -> None:
+@pytest.mark.parametrize(("bits", "group"), [(8, 0), (4, 32)])
+def test_a_cache_of_codes_on_the_emulator(bits: int, group: int) -> None:
     torch.manual_seed(0)
-    model, x = Decoder(bits).eval(), torch.randn(1, 1, 48)
-    floats = [torch.randn(1, 2, 6, 32) for _ in range(2)]
-    past = tuple(part for f in floats for part in torch.ops.isofold.quantize_cache(f, None, bits))
+    model, x = Decoder(bits, group).eval(), torch.randn(1, 1, 48)
+    floats = [torch.randn(1, 2, 6, 64) for _ in range(2)]
+    past = tuple(part for f in floats for part in coded(f, bits, group))
     grows = {2: torch.export.Dim("past", min=1, max=512)}
     program = prepare(model, (x, past), recipe="float32", dynamic_shapes=(None, (grows,) * 4)).program
     assert {"attention_cached", "quantize_cache"} <= operators(program)
