@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -228,8 +227,8 @@ def main(arguments: list[str]) -> None:
 
     def connect() -> Device:
         if not kept:
-            where = partial(There, arguments[0], int(arguments[1]), arguments[2]) if arguments else None
-            kept.append(LocalGpu() if where is None else LentGpu(where()))
+            lent = LentGpu(There(arguments[0], int(arguments[1]), arguments[2])) if arguments else None
+            kept.append(lent or LocalGpu())
         return kept[0]
 
     def reply(question: dict[str, Any]) -> dict[str, Any]:
