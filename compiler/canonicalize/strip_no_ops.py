@@ -168,8 +168,9 @@ def _respell(editor: Editor, node: fx.Node) -> None:
 
 def _leave_out_empty(editor: Editor, node: fx.Node) -> None:
     parts = operands(node)[0]
-    kept = [part for part in parts if not (_is_empty(part) and dtype(part) == dtype(node))]
-    if not kept or len(kept) == len(parts):
+    kept = [part for part in parts if not _is_empty(part)]
+    # Another type takes part in the type of the result, elements or not.
+    if not kept or len(kept) == len(parts) or {dtype(part) for part in parts} != {dtype(node)}:
         return
     node.args = (kept, *node.args[1:])
     for part in parts:

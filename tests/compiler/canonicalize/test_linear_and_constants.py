@@ -373,3 +373,15 @@ def test_convolutions_that_stay(function: Any, canonical: Any, of: Any) -> None:
     found = canonical(of(function, w=torch.randn(8, 8, 1)), torch.randn(8, 8, 8))
     assert "conv1d" in found.text
     assert "linear" not in found.text
+
+
+def test_parts_without_elements_are_left_out_of_concatenations(canonical: Any, of: Any) -> None:
+    """What a cache begins with: transformers joins the first tokens behind an empty tensor."""
+    x, y = torch.randn(2, 3, 8), torch.randn(2, 5, 8)
+    alone = canonical(of(lambda x, e: torch.cat([e, x], 1) + 1.0, e=torch.empty(0)), x)
+    assert "cat" not in alone.text
+    two = canonical(of(lambda x, y, e: torch.cat([x, e, y], 1), e=torch.empty(2, 0, 8)), x, y)
+    assert two.text.count("cat(") == 1
+    assert "c[2,0,8]" not in two.text
+    kept = canonical(of(lambda x, e: torch.cat([e, x], 1), e=torch.empty(2, 0, 8, dtype=torch.float64)), x)
+    assert "cat(" in kept.text  # it decides the type of the result
