@@ -45,7 +45,7 @@ def measured(name: str, threads: int, say: Say) -> Machine:
             alone = [max(spent - overhead, overhead / 10) for spent in seconds]
             paces.setdefault(kind, [(float(r), s / SIZE**2) for r, s in zip(ROWS, alone, strict=True)])
         say("measure sparse linears")
-        sparse = measured_sparse(threads, overhead, Path(folder) / "sparse")
+        sparse = measured_sparse(threads, Path(folder) / "sparse")
     say("measure the read bandwidth")
     bandwidth = [(float(s), _bandwidth(s, threads)) for s in SETS]
     return Machine(name, threads, overhead, bandwidth, paces, sparse)

@@ -114,15 +114,16 @@ def fitted(machine: Machine, fallback: Rates) -> Rates:
     read = machine.bandwidth[-1][1] * 1e-9
     dense = {**fallback.dense}
     kinds = {
-        "float32": (FLOAT_LINEAR, 256.0),
-        "int8": ("linear_packed 8 bits", 64.0),
-        "int4": ("linear_packed 4 bits in groups", 36.0),  # with the scales of groups of 32
+        "float32": (FLOAT_LINEAR, 256.0, 256.0),
+        "int8": ("linear_packed 8 bits", 64.0, 64.0),
+        "int4": ("linear_packed 4 bits in groups", 32.0, 36.0),
     }
-    for name, (kind, size) in kinds.items():
+    # Bytes of a word's codes, and with the scales of groups of 32, which are read too and not counted (`sparse_speed`).
+    for name, (kind, size, whole) in kinds.items():
         points = {int(rows): pace for rows, pace in machine.paces.get(kind, ())}
         if {1, MANY} <= set(points):
             cached = size / (WORD * 1e9 * points[1])
-            dense[name] = Dense(min(read, cached), WORD * 1e9 * points[MANY] / MANY)
+            dense[name] = Dense(min(read * size / whole, cached), WORD * 1e9 * points[MANY] / MANY)
     paces = {**fallback.paces}
     for (layout, value), pace in fallback.paces.items():
         if points_of := machine.sparse.get(f"{layout} {value}"):

@@ -253,7 +253,7 @@ def test_the_command_measures_once_and_keeps_the_result(
         monkeypatch.setattr(module, "linear_formats", lambda: {"one": PRESETS["w8a8"]})
     monkeypatch.setattr(measure_machine, "ROWS", (1, 64))
     points = {"bitmask int8": [(1.0, 0.5, 1e-11)]}
-    monkeypatch.setattr(measure_machine, "measured_sparse", lambda threads, overhead, folder: points)
+    monkeypatch.setattr(measure_machine, "measured_sparse", lambda threads, folder: points)
     monkeypatch.setattr(measure_machine, "SETS", (1 << 20, 1 << 22))
     first = CliRunner().invoke(app, ["machine", "--threads", "1", "--json", "--quiet"])
     assert first.exit_code == 0, first.output
