@@ -395,15 +395,15 @@ ISO_FN void iso_window(int32_t* span, const uint8_t* counts, int row) {
     span[2] += count;
   }
 }
-// Bytes of values (sparse_panels.py) in front of those of word `word` of eight, and of all eight.
+// Values of a panel (sparse_panels.py) in front of those of word `word` of eight, and of all eight.
 ISO_FN void iso_panel_words(int32_t* span, const uint8_t* places, int word) {
   span[0] = span[1] = 0;
   for (int i = 0; i < 8; ++i) {
     uint32_t bits[2];
-    iso_load8(bits, places + 8 * i);
-    int bytes = (__popc(bits[0]) + __popc(bits[1]) + 1) / 2;
-    span[0] += i < word ? bytes : 0;
-    span[1] += bytes;
+    iso_load8(bits, places + 16 * i);
+    int ones = __popc(bits[0]) + __popc(bits[1]);
+    span[0] += i < word ? ones : 0;
+    span[1] += ones;
   }
 }
 // Ones below a bit of 64, or -1 where it is 0.

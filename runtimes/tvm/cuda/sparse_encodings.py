@@ -86,7 +86,7 @@ class Encoding:
         return T.cast(found, "int32") if self.stored == "int8" else found
 
     def _nibble(self, frame: Frame, index: Any, rank: Any) -> Any:
-        """Value number `rank` of a word, in the byte at `index`: an even one in the low nibble."""
+        """The code in the byte at `index`: in its low nibble where `rank` is even."""
         byte = T.cast(get(frame["values"], index), "int32")
         nibble = (byte >> (mod(rank, 2) * 4)) & T.int32(15)
         return T.bitwise_xor(nibble, T.int32(8)) - 8
@@ -134,20 +134,19 @@ class Encoding:
             put(place, 0, get(place, 0) + div(ones[0] + ones[1] + 1, 2))
 
     def _words(self, frame: Frame, row: Any, lane: Any, body: Body) -> None:
-        """`panels`: a word has four bits of each of 16 rows; the values of a word begin at a byte."""
+        """`panels`: a word has four bits of each of 16 rows; codes of a pair's panels are the nibbles of its bytes."""
         words = ceil_to(self.k, ALIGN) // 4
-        panel, r = bind(div(row, LANES)), bind(mod(row, LANES))
+        pair, half, r = bind(div(row, 2 * LANES)), bind(mod(div(row, LANES), 2)), bind(mod(row, LANES))
         place = local(1, "int32")
-        put(place, 0, get(frame["offsets"], panel))
+        put(place, 0, get(frame["offsets"], pair))
         with loop(0, words // 8) as eight:
             span, bits = local(2, "int32"), local(2, "uint32")
-            first = bind((wide(panel) * words + wide(eight * 8)) * 8)
+            first = bind((wide(pair) * words + wide(eight * 8)) * 16 + wide(half * 8))
             call("iso_panel_words", at(span, 0), at(frame["places"], first), div(lane, 4))
-            call("iso_load8", at(bits, 0), at(frame["places"], first + wide(div(lane, 4) * 8)))
+            call("iso_load8", at(bits, 0), at(frame["places"], first + wide(div(lane, 4) * 16)))
             rank = bind(value("int32", "iso_rank64", at(bits, 0), r * 4 + mod(lane, 4)))
             with when(rank >= 0):
-                index = get(place, 0) + get(span, 0) + div(rank, 2)
-                body(bind(eight * 32 + lane), self._nibble(frame, index, rank))
+                body(bind(eight * 32 + lane), self._nibble(frame, get(place, 0) + get(span, 0) + rank, half))
             put(place, 0, get(place, 0) + get(span, 1))
 
     def _panels(self, frame: Frame, row: Any, lane: Any, body: Body) -> None:
