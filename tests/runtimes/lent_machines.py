@@ -7,9 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -76,3 +78,28 @@ def wait_for_servers(tracker: int, count: int) -> None:
     deadline = time.monotonic() + 60
     while Tracker("127.0.0.1", tracker, "epyc").servers() < count and time.monotonic() < deadline:
         time.sleep(0.2)
+
+
+@contextmanager
+def killed_at_the_first_result(tracker: int, database: Path) -> Iterator[None]:
+    """A server that stands still as soon as the database has a result, and is killed when another one has registered.
+
+    It has all the work until then, so that it certainly is killed in the middle of some.
+    """
+    with ExitStack() as stack:
+        first = stack.enter_context(server(tracker))
+        wait_for_servers(tracker, 1)
+
+        def replace() -> None:
+            deadline = time.monotonic() + 100
+            while not (database.exists() and database.stat().st_size) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            os.killpg(first.pid, signal.SIGSTOP)
+            stack.enter_context(server(tracker))
+            wait_for_servers(tracker, 2)
+            kill(first)
+
+        killer = threading.Thread(target=replace)
+        killer.start()
+        yield
+        killer.join()

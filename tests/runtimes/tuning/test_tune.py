@@ -24,7 +24,7 @@ from isofold.runtimes.tuning.database import Database, read_records
 from isofold.runtimes.tuning.tune import tune
 from isofold.runtimes.tuning.workloads import Workload
 
-from ..lent_machines import free_port, kill, server, tracker, wait_for_servers
+from ..lent_machines import free_port, killed_at_the_first_result, tracker
 from .conftest import FEW, SMALL, record
 
 __all__ = ["tracker"]
@@ -100,29 +100,11 @@ def test_one_of_two_servers_is_killed_and_no_result_is_lost(tracker: int, tmp_pa
         "scales_ahead": (0,),
     }
     shapes = [Workload("linear", 4, 32, 256, 96, m, cold=False) for m in (1, 2)]
-    with server(tracker) as first, server(tracker):
-        deadline = time.monotonic() + 60
-        wait_for_servers(tracker, 2)
-        seen = 0
-
-        def say(text: str) -> None:
-            nonlocal seen
-            seen = len(read_records(path)[0]) if path.exists() else 0
-
-        import threading
-
-        def kill_one() -> None:
-            while not (path.exists() and path.stat().st_size) and time.monotonic() < deadline + 60:
-                time.sleep(0.01)
-            kill(first)
-
-        killer = threading.Thread(target=kill_one)
-        killer.start()
-        result = tune(shapes, seconds=200, database=path, rpc=address, key="epyc", values=values, say=say)
-        killer.join()
+    with killed_at_the_first_result(tracker, path):
+        result = tune(shapes, seconds=200, database=path, rpc=address, key="epyc", values=values)
     records, note = read_records(path)
     assert note is None
-    assert len(result["lost"]) >= 1
+    assert len(result["lost"]) == 1
     assert {r.status for r in records} == {"ok"}
     assert len([r for r in records if not r.confirmed]) == (2 * 3 - 1) * 2
     assert result["processors"] == [processor()]
