@@ -83,9 +83,9 @@ def _gemv(rows: int, mode: str, isa: Isa, *arguments: Any) -> None:
         with for_range(0, group // (4 * BLOCK)) as block:
             first = bind((g * (group // (4 * BLOCK)) + block) * BLOCK)
             for line in range(2):
-                prefetch(mask, first * 2 + (AHEAD + 64 * line) // 8, 3)
+                prefetch(mask, first * 2 + (AHEAD + 64 * line) // 8, 0)
             for i in range(BLOCK):
-                prefetch(values, load(at, 0, 1) + AHEAD, 3)
+                prefetch(values, load(at, 0, 1) + AHEAD, 0)
                 both = [_expanded(mask, (first + i) * 2 + h, values, at, h, nothing) for h in range(2)]
                 for m in range(rows):
                     four = bind(T.broadcast(load(x, ldx * m + first + i, 1), 16))
@@ -113,9 +113,9 @@ def _decode(isa: Isa, *arguments: Any) -> None:
         store(inside, half, load(at, half, 1), 1)
     with for_range(0, words // BLOCK) as block:
         for line in range(2):
-            prefetch(mask, block * BLOCK * 2 + (AHEAD + 64 * line) // 8, 3)
+            prefetch(mask, block * BLOCK * 2 + (AHEAD + 64 * line) // 8, 0)
         for i in range(BLOCK):
-            prefetch(values, load(inside, 0, 1) + AHEAD, 3)
+            prefetch(values, load(inside, 0, 1) + AHEAD, 0)
             c = bind(block * BLOCK + i)
             for half in range(2):
                 weights = _expanded(mask, c * 2 + half, values, inside, half, nothing)

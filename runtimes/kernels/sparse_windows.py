@@ -40,8 +40,8 @@ def _gemv(isa: Isa, *arguments: Any) -> None:
             begin = bind(load(at, 0, 1))
             count = bind(T.cast(load(counts, w * 16 + r, 1), "int64"))
             if r % 2 == 0:
-                prefetch(places, begin + AHEAD, 3)
-                prefetch(values, begin + AHEAD, 3)
+                prefetch(places, begin + AHEAD, 0)
+                prefetch(values, begin + AHEAD, 0)
 
             def add(start: Any, left: Any, lanes: int, r: int = r) -> None:
                 """Values from ``start`` on, ``left`` of them."""
