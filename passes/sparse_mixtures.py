@@ -24,7 +24,7 @@ from ..compiler.dialect.sparse_groups import GROUPS
 from ..compiler.dialect.sparse_layouts import HELD
 from ..compiler.dialect.sparse_windows import MOST, WINDOW
 from .sparse_candidates import Candidate, Rest, candidates, is_bfloat16
-from .sparse_rates import current
+from .sparse_rates import Rates, current
 from .sparse_speed import DENSE_BYTES, break_even, largest_share, size_of, sparse_time
 from .sparsity_patterns import count_blocks
 
@@ -94,14 +94,18 @@ def break_even_of(candidate: Candidate, weights: int, rows: int, dense: str) -> 
     rest = candidate.rest
     if rest is None:
         return break_even(candidate.layout, candidate.value, rows, dense)
-    beside, more = rest.stored / candidate.stored, rest.passes_nanoseconds / weights
+    beside, more, rates = rest.stored / candidate.stored, rest.passes_nanoseconds / weights, current()
 
     def time(weights: int, stored: int) -> float:
         single = int(stored * beside)
         parts = ((candidate.layout, stored - single), (rest.layout, single))
-        return OPERATOR + more * weights + sum(_time(*part, candidate.value, rows, weights) for part in parts)
+        return (
+            OPERATOR
+            + more * weights
+            + sum(_time(*part, candidate.value, rows, weights, rates) for part in parts)
+        )
 
-    return largest_share(dense, rows, time)
+    return largest_share(dense, rows, time, rates)
 
 
 def _ways(there: Tensor, layout: str) -> Iterator[_Way]:
@@ -149,16 +153,18 @@ def _holds(there: Tensor, candidate: Candidate) -> bool:
 
 def _candidate(matrix: Tensor, way: _Way, value: str, rest: str, rows: int, more_passes: int) -> Candidate:
     weights, parts = matrix.numel(), ((way.layout, way.blocks), (rest, way.rest))
-    passes = (1 + more_passes) * 2 * DENSE_BYTES["float32"] * rows * len(matrix) / current().bandwidth
+    rates = current()
+    passes = (1 + more_passes) * 2 * DENSE_BYTES["float32"] * rows * len(matrix) / rates.bandwidth
     return Candidate(
         way.layout,
         value,
         way.blocks + way.rest,
         sum(size_of(layout, value, weights, stored) for layout, stored in parts),
-        OPERATOR + passes + sum(_time(*part, value, rows, weights) for part in parts),
+        OPERATOR + passes + sum(_time(*part, value, rows, weights, rates) for part in parts),
         Rest(rest, way.rest, way.share, passes),
     )
 
 
-def _time(layout: str, stored: int, value: str, rows: int, weights: int) -> float:
-    return sparse_time(layout, value, rows, weights, stored, size_of(layout, value, weights, stored))
+def _time(layout: str, stored: int, value: str, rows: int, weights: int, rates: Rates) -> float:
+    size = size_of(layout, value, weights, stored)
+    return sparse_time(layout, value, rows, weights, stored, size, rates)

@@ -72,17 +72,19 @@ def size_of(layout: str, value: str, weights: int, stored: int) -> int:
 def break_even(layout: str, value: str, rows: int, dense: str) -> float:
     """The largest share of weights stored, in hundredths, at which a layout is predicted to be faster by MARGIN than
     the dense linear of the type `dense`; 0: none."""
+    rates = current()
 
     def time(weights: int, stored: int) -> float:
-        return sparse_time(layout, value, rows, weights, stored, size_of(layout, value, weights, stored))
+        size = size_of(layout, value, weights, stored)
+        return sparse_time(layout, value, rows, weights, stored, size, rates)
 
-    return largest_share(dense, rows, time)
+    return largest_share(dense, rows, time, rates)
 
 
-def largest_share(dense: str, rows: int, time: Callable[[int, int], float]) -> float:
-    """The same for any prediction: `time(weights, stored)` in nanoseconds."""
+def largest_share(dense: str, rows: int, time: Callable[[int, int], float], rates: Rates) -> float:
+    """The same for any prediction by these rates: `time(weights, stored)` in nanoseconds."""
     weights = 1 << 24
-    whole = dense_time(dense, rows, weights, int(weights * DENSE_BYTES[dense]))
+    whole = dense_time(dense, rows, weights, int(weights * DENSE_BYTES[dense]), rates)
     for percent in range(100, 0, -1):
         if whole / time(weights, weights * percent // 100) >= MARGIN:
             return percent / 100
