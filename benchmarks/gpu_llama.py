@@ -7,12 +7,9 @@ random; only shapes matter for time.
 
 from __future__ import annotations
 
-import json
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -102,37 +99,16 @@ def decode_rows(results: Results, gpu: Gpu, arch: str, folder: Path, layers: int
 
 def _own_seconds(model: Decoder, gpu: Gpu, arch: str, folder: Path, layers: int, rounds: int) -> list[float]:
     prepare = import_module("isofold.compiler.frontend").prepare
-    compile_cuda = import_module("isofold.runtimes.tvm.cuda.compile").compile_cuda
+    compile_program = import_module("isofold.runtimes.tvm.artefact").compile_program
+    read_tensors = import_module("isofold.compiler.tensor_file").read_tensors
     executor_class = import_module("isofold.runtimes.tvm.cuda.executor").CudaExecutor
     inputs = example(layers)
     program = prepare(model, inputs, recipe="w4a16", verify=False).program
     library, weights = folder / "llama.so", folder / "llama.safetensors"
-    compile_cuda(program, library, weights, target=f"cuda:{arch}")
-    executor = executor_class(library, read_safetensors(weights))
+    compile_program(program, library, weights, f"cuda:{arch}")
+    executor = executor_class(library, read_tensors(weights))
     placed = [gpu.place(t.numpy()) for t in inputs]
     return gpu.seconds(lambda: executor.run_placed(placed), rounds)
-
-
-def read_safetensors(path: Path) -> dict[str, Any]:
-    """Arrays of a safetensors file."""
-    data = path.read_bytes()
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
-    kinds = {
-        "F32": "float32",
-        "F16": "float16",
-        "I8": "int8",
-        "U8": "uint8",
-        "I32": "int32",
-        "I64": "int64",
-        "U16": "uint16",
-    }
-    arrays = {}
-    for name, facts in header.items():
-        if name != "__metadata__":
-            begin, end = (8 + size + at for at in facts["data_offsets"])
-            arrays[name] = np.frombuffer(data[begin:end], kinds[facts["dtype"]]).reshape(facts["shape"])
-    return arrays
 
 
 def _torch_seconds(model: Decoder, layers: int, rounds: int) -> list[float]:

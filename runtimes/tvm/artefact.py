@@ -95,34 +95,44 @@ def write_library(
 def _write_model(
     program: Program, library: Path, weights: Path, target: str, check: bool, say: Progress
 ) -> dict[str, Any]:
-    if target.split(":")[0] == "cuda":
-        return _compile_cuda(program, library, weights, target, say)
-    chosen = cpu_target(target)
-    say("lower to Relax")
-    lowered = lower(program)
-    say("write weights")
-    with replacing(weights) as file:
-        size = write_tensors(file, weight_entries(program, lowered), {"format": "isofold", "target": target})
-    facts = compile_library(lowered.module, chosen, library, say)
-    facts.update(
-        fallbacks=lowered.fallbacks,
-        files={library.name: library.stat().st_size, weights.name: size},
-        prepared=lowered.prepared,
-    )
-    if check:
+    facts = compile_program(program, library, weights, target, say)
+    if check and not _is_cuda(target):
         say("compare results")
         facts["results"] = check_results(program, library, read_tensors(weights))
     return facts
 
 
-def _compile_cuda(
-    program: Program, library: Path, weights: Path, target: str, say: Progress
+def compile_program(
+    program: Program, library: Path, weights: Path, target: str, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """The GPU half of the backend (`plugin.check_target` has seen that it is there)."""
-    facts: dict[str, Any] = import_module(f"{__package__}.cuda.compile").compile_cuda(
-        program, library, weights, target=target, progress=say
-    )
-    return facts
+    """Compile a program for a CPU or for CUDA into `library`, and write its tensors to `weights`. Returns facts for the
+    report.
+
+    Raises InputError (unknown architecture), ToolchainError (no compiler) and UnsupportedError (an operator that is not
+    lowered).
+    """
+    say = progress or (lambda _: None)
+    if _is_cuda(target):
+        # The GPU half of the backend, which need not be there (`plugin.check_target` has seen that it is).
+        compile_for: Any = import_module(f"{__package__}.cuda.compile").compile_library
+        chosen: Any = target
+    else:
+        compile_for, chosen = compile_library, cpu_target(target)
+    say("lower to Relax")
+    lowered = lower(program)
+    say("write weights")
+    with replacing(weights) as file:
+        size = write_tensors(file, weight_entries(program, lowered), {"format": "isofold", "target": target})
+    facts: dict[str, Any] = compile_for(lowered.module, chosen, library, say)
+    return facts | {
+        "fallbacks": lowered.fallbacks,
+        "files": {library.name: library.stat().st_size, weights.name: size},
+        "prepared": lowered.prepared,
+    }
+
+
+def _is_cuda(target: str) -> bool:
+    return target.split(":")[0] == "cuda"
 
 
 def weight_entries(

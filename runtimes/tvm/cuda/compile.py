@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -222,33 +221,15 @@ def compile_module(
     return CompiledCuda(executable, arch, tuple(resources), sum(len(c.data) for c in made), len(choice.used))
 
 
-def compile_cuda(
-    program: Any, library: Path, weights: Path, *, target: str, progress: Progress | None = None
+def compile_library(
+    module: tvm.IRModule, target: str, path: Path, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Compile a program into `library` and write its tensors to `weights`. Returns facts for the report.
+    """Compile a lowered module into `path`, as `compile_cpu.compile_library` does. Returns facts for the report.
 
-    Raises InputError (unknown architecture) and ToolchainError (no compiler) and UnsupportedError (an operator that is
-    not lowered).
+    Raises what `compile_module` raises.
     """
-    # Not at the top: lowering needs the whole backend, and this module is also read where only kernels are compiled.
-    replacing = import_module("isofold.compiler.artefact").replacing
-    write_tensors = import_module("isofold.compiler.tensor_file").write_tensors
-    weight_entries = import_module("isofold.runtimes.tvm.artefact").weight_entries
-    lower = import_module("isofold.runtimes.tvm.lower").lower
-
     say = progress or (lambda _: None)
-    arch = arch_of(target)
-    say("lower to Relax")
-    lowered = lower(program)
-    say("write weights")
-    with replacing(weights) as file:
-        size = write_tensors(file, weight_entries(program, lowered), {"format": "isofold", "target": target})
-    compiled = compile_module(lowered.module, arch, progress=say)
+    compiled = compile_module(module, arch_of(target), progress=say)
     say("link")
-    compiled.executable.export_library(str(library))
-    return {
-        **compiled.facts(),
-        "fallbacks": lowered.fallbacks,
-        "files": {library.name: library.stat().st_size, weights.name: size},
-        "prepared": lowered.prepared,
-    }
+    compiled.executable.export_library(str(path))
+    return compiled.facts()
