@@ -15,8 +15,6 @@ A new knob is an entry of KNOBS and a call of `knob`; the tuner (`runtimes/tunin
 
 from __future__ import annotations
 
-import ast
-import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -25,6 +23,8 @@ from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from ..module_sources import sources_digest
 
 __all__ = [
     "DEFAULTS",
@@ -337,24 +337,6 @@ def sources(group: str) -> str:
     module = next((m for pattern, m in _MODULES.items() if fnmatchcase(group, pattern)), None)
     if module is None:
         raise ValueError(f"no kernels are tuned in a group {group!r}")
-    digest = hashlib.sha256()
-    for path in sorted(
-        {*_closure(module), *(_HERE / name for name in (*_HEADERS, *_MORE_HEADERS.get(module, ())))}
-    ):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _closure(module: str) -> set[Path]:
-    """The module's file and those of this folder that it imports, directly or not."""
-    found: set[Path] = set()
-    waiting = [module]
-    while waiting:
-        path = _HERE / f"{waiting.pop()}.py"
-        if path in found or not path.exists():
-            continue
-        found.add(path)
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level == 1:
-                waiting += [node.module] if node.module else [alias.name for alias in node.names]
-    return found
+    return sources_digest(
+        _HERE, module, (_HERE / name for name in (*_HEADERS, *_MORE_HEADERS.get(module, ())))
+    )

@@ -8,7 +8,6 @@ everything but its knobs (`group_of`), so equal kernels of two models share what
 
 from __future__ import annotations
 
-import ast
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import tvm
+
+from ...module_sources import sources_digest
 
 HERE = Path(__file__).resolve().parent
 
@@ -125,21 +126,4 @@ def sources_of(kernel: Any) -> str:
 
 @cache
 def _sources(module: str) -> str:
-    digest = hashlib.sha256(tvm.__version__.encode())
-    for path in sorted({*_closure(module), HERE / "device.h"}):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _closure(module: str) -> set[Path]:
-    found: set[Path] = set()
-    waiting = [module]
-    while waiting:
-        path = HERE / f"{waiting.pop()}.py"
-        if path in found or not path.exists():
-            continue
-        found.add(path)
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
-                waiting.append(node.module)
-    return found
+    return sources_digest(HERE, module, [HERE / "device.h"], tvm.__version__.encode())
