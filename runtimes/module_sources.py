@@ -11,12 +11,13 @@ from pathlib import Path
 def sources_digest(folder: Path, module: str, more: Iterable[Path] = (), salt: bytes = b"") -> str:
     """A hash of a module of `folder` with those of the folder that it imports, directly or not, and of more files."""
     digest = hashlib.sha256(salt)
-    for path in sorted({*_closure(folder, module), *more}):
+    for path in sorted({*module_closure(folder, module), *more}):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _closure(folder: Path, module: str) -> set[Path]:
+def module_closure(folder: Path, module: str) -> set[Path]:
+    """The files of `folder` that a module of it consists of: its own, and those it imports relatively, in turn."""
     found: set[Path] = set()
     waiting = [module]
     while waiting:
