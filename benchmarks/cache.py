@@ -73,7 +73,7 @@ def _write(bits: int, tokens: int, queries: int, layers: int, folder: Path) -> t
     for layer in range(layers):
         held = [data.add(f"cache{layer}_{i}", array) for i, array in enumerate(_cache(bits, tokens, layer))]
         if bits:
-            more = {"depth": DEPTH, "value_depth": DEPTH, "bits": bits, "group": 0}
+            more: dict[str, Any] = {"depth": DEPTH, "value_depth": DEPTH, "bits": bits, "group": 0}
             nodes.append(helper.make_node("CachedAttention", ["q", *held], [f"y{layer}"], **common, **more))
         else:
             more = {"k_start": 0, "v_start": 0}

@@ -127,8 +127,8 @@ def rounded(
         weights=WeightFormat(bits=4, group_size=0, solver=solver),  # type: ignore[arg-type]  # one of its words
         activations=ActivationFormat(mode="float")
         if bits == 16
-        else ActivationFormat(mode="dynamic", bits=bits),
-        kv=None if cache is None else CacheFormat(bits=cache),
+        else ActivationFormat.model_validate({"mode": "dynamic", "bits": bits}),
+        kv=None if cache is None else CacheFormat.model_validate({"bits": cache}),
         fold=None if chosen is None else Fold(**chosen, seed=seed, steps=steps),
         layers=[LayerRule(match="*lm_head", weights=None)],
     )

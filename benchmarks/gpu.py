@@ -185,7 +185,7 @@ def attention_rows(results: Results, gpu: Gpu, arch: str, folder: Path, quick: b
     for what, queries, keys in (("decode", 1, 4096), ("decode", 1, 32768), ("prompt", 2048, 2048)):
         heads, kv, depth = 32, 8, 128
         shapes = {"q": (1, queries, heads, depth), "k": (1, keys, kv, depth), "v": (1, keys, kv, depth)}
-        arguments = {name: torch.randn(shape) for name, shape in shapes.items()}
+        arguments: dict[str, Any] = {name: torch.randn(shape) for name, shape in shapes.items()}
         options = {"mask": None, "heads": heads, "kv_heads": kv, "q_start": 0, "k_start": 0, "v_start": 0}
         arguments |= {**options, "scale": depth**-0.5, "causal": what == "prompt", "softcap": 0.0}
         times = time_operator(gpu, arch, folder, "attention", arguments, 1, 5 if quick else 30)

@@ -51,13 +51,13 @@ class Runner:
         """What launches a plan on these arguments, and its tensors by name."""
         plan, values = self.plans[number], {}
         for name, shape in plan.views.items():
-            values[name] = self.gpu.place(arrays[name.partition("@")[0]].reshape(shape))
+            values[name] = self.gpu.place(arrays[name.partition("@")[0]].reshape([int(s) for s in shape]))
         for name, table in plan.constants.items():
             values[name] = self.gpu.place(table)
         calls = []
         for name, stage in zip(self.names[number], plan.stages, strict=True):
             for tensor in stage.outputs:
-                values[tensor.name] = self.gpu.empty(tensor.shape, tensor.dtype)
+                values[tensor.name] = self.gpu.empty([int(s) for s in tensor.shape], tensor.dtype)
             calls.append(
                 (self.module[name], [values[n] for n in (*stage.inputs, *(t.name for t in stage.outputs))])
             )

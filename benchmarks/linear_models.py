@@ -133,8 +133,8 @@ def coded_matrix(kind: Kind, n: int, k: int, layer: int) -> Any:
     if not kind.format[0].isdigit():
         rows = torch.randn(512, k, generator=generator) / k**0.5
         drawn = quantize_codes(rows.repeat(-(-n // 512), 1)[:n], kind.format, kind.group, "absmax")
-        rolled = (t.roll(layer, 0) for t in (drawn.codes, drawn.scale))
-        return CodedMatrix(*rolled, drawn.multiplier, drawn.table, kind.format, kind.group)
+        codes, scale = (t.roll(layer, 0) for t in (drawn.codes, drawn.scale))
+        return CodedMatrix(codes, scale, drawn.multiplier, drawn.table, kind.format, kind.group)
     count, bits = (int(word) for word in kind.format.split("x"))
     codes = torch.randint(0, 2**bits, (n, k // 8, count), generator=generator, dtype=torch.int32)
     books = torch.randn(count, 2**bits, 8, generator=generator).half().float()
@@ -149,14 +149,14 @@ def reference(x: NDArray[np.float32], kind: Kind, n: int, k: int, layer: int) ->
         return x.astype(np.float64) @ decoded.T
     codes, scales = codes_and_scales(n, k, kind.bits, kind.group, layer)
     points = zero_points(kind, n, k, layer)
-    centred = codes if points is None else codes - np.repeat(points, kind.group, axis=1)
-    weight = centred * np.repeat(scales, k // scales.shape[1], axis=1).astype(np.float64)
+    centred: Any = codes if points is None else codes - np.repeat(points, kind.group, axis=1)
+    weight: NDArray[np.float64] = centred * np.repeat(scales, k // scales.shape[1], axis=1).astype(np.float64)
     if kind.outliers:
         places, values = outliers(kind, n, k, layer)
         np.add.at(weight, (np.arange(n)[:, None], places), values.astype(np.float64))
     if kind.rank:
         down, up = thin_part(kind, n, k, layer)
-        weight += (down.astype(np.float64) @ up).T
+        weight = weight + (down.astype(np.float64) @ up).T
     if kind.hadamard:
         from isofold.compiler.hadamard_orders import signs
 
@@ -273,7 +273,7 @@ def _peer_nodes(
     if kind.operator == "MatMulNBits":
         unsigned: NDArray[np.uint8] = (codes.astype(np.int16) + (1 << (kind.bits - 1))).astype(np.uint8)
         if kind.bits == 4:
-            unsigned = unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
+            unsigned = unsigned[:, 0::2] | (unsigned[:, 1::2] << np.uint8(4))
         blocks = unsigned.reshape(n, k // kind.group, -1)
         yield helper.make_node(
             "MatMulNBits",

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -258,7 +259,8 @@ def body() -> int:
     """Both ends for every recipe."""
     if "--role" in sys.argv:
         role, *rest = sys.argv[sys.argv.index("--role") + 1 :]
-        print(json.dumps({"load": load, "compile": compile_role}[role](*rest)))
+        roles: dict[str, Callable[..., Any]] = {"load": load, "compile": compile_role}
+        print(json.dumps(roles[role](*rest)))
         return 0
     arguments = parse(__doc__)
     results = Results("memory")

@@ -106,7 +106,7 @@ def folded(program: Program, generator: torch.Generator) -> Program:
     program = fold_permutation(program, orders=sample.random_orders(analyse(program), generator)).program
     for draw, apply in ((sample.random_factors, apply_factors), (sample.random_shifts, apply_shifts)):
         spaces, editor = analyse(program), Editor(program)
-        apply(editor, spaces, draw(spaces, generator))  # type: ignore[operator]  # functions of one signature
+        apply(editor, spaces, draw(spaces, generator))
         program = editor.finish()
     return program
 

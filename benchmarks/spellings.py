@@ -62,7 +62,7 @@ class Respelled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         assert isinstance(self.weight, Tensor)
         y = self.product(x, self.weight.t() if self.transposed else self.weight)
-        return y if self.bias is None else y + self.bias
+        return y + self.bias if isinstance(self.bias, Tensor) else y
 
 
 def by_einsum(x: Tensor, weight: Tensor) -> Tensor:
@@ -135,13 +135,13 @@ class Fused(nn.Module):
         else:
             zeros = [torch.zeros(size, dtype=self.weight.dtype) for size in self.sizes]
             parts = [z if b is None else b for b, z in zip(biases, zeros, strict=True)]
-            self.bias = nn.Parameter(torch.cat(parts))
+            self.bias = nn.Parameter(torch.cat([*parts]))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.product is None:
             return F.linear(x, self.weight, self.bias)
         y = self.product(x, self.weight)
-        return y if self.bias is None else y + self.bias
+        return y + self.bias if isinstance(self.bias, Tensor) else y
 
 
 class Part(nn.Module):
@@ -194,13 +194,13 @@ def fuse(permuted: bool) -> Callable[[nn.Module, ModelCase], nn.Module]:
 class Separate(nn.Module):
     """One linear as several for parts of its outputs, whose results are joined."""
 
-    def __init__(self, layer: nn.Module, count: int) -> None:
+    def __init__(self, layer: Any, count: int) -> None:
         super().__init__()
-        weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight  # type: ignore[operator]
+        weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
         self.weights = nn.ParameterList([w.clone() for w in weight.chunk(count)])
         self.biases = None
         if layer.bias is not None:
-            self.biases = nn.ParameterList([b.clone() for b in layer.bias.chunk(count)])  # type: ignore[operator]
+            self.biases = nn.ParameterList([b.clone() for b in layer.bias.chunk(count)])
 
     def forward(self, x: Tensor) -> Tensor:
         biases = self.biases if self.biases is not None else [None] * len(self.weights)

@@ -11,7 +11,7 @@ import os
 import warnings
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -59,7 +59,8 @@ def bert_onnx() -> tuple[Path, Path]:
     if path.exists() and inputs.exists():
         return path, inputs
     model, feeds = bert_base()
-    np.savez(inputs, **{name: value.numpy() for name, value in feeds.items()})
+    arrays: dict[str, Any] = {name: value.numpy() for name, value in feeds.items()}
+    np.savez(inputs, **arrays)
     with warnings.catch_warnings(), torch.no_grad():
         # The exporter deprecates parts of itself aloud.
         warnings.simplefilter("ignore")

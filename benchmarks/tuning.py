@@ -17,7 +17,7 @@ import numpy as np
 
 from harness import Results, Worker, interleave, main, parse, per_round, ratios
 from linear_models import Kind, write
-from linears import SHAPES, W4A8, W8A8, _check, _layers
+from linears import SHAPES, W4A8, W8A8, _layers, check
 from peers import cache_folder
 from subjects import subject_folder
 
@@ -72,7 +72,7 @@ def measure(
                 "library": str(library),
             }
             workers.append(Worker(name, spec))
-            _check(workers[-1], kind, x, n, k, folder)
+            check(workers[-1], kind, x, n, k, folder)
         rounds = (5 if quick else 30) if m < 128 else (3 if quick else 10)
         seconds = interleave(workers, rounds, 4 if m < 128 else 1)
     finally:

@@ -27,7 +27,7 @@ from subjects import SEED, bert_base, bert_onnx
 
 QUICK = ("bert", "llama", "mamba2", "whisper", "hifigan", "resnet")
 FLOAT32 = "ONNX Runtime float32"
-UNCHECKED = {"verify": False, "measure": False, "check": False}
+UNCHECKED: dict[str, Any] = {"verify": False, "measure": False, "check": False}
 """Options for models of which the reference decoder takes minutes to check: here outputs are compared anyway."""
 ROUNDING, CODES = 1e-4, 0.2
 """Largest difference to the program: sums in another order; codes that round the other way, amplified by few bits."""
@@ -119,7 +119,7 @@ def artefacts(
     """Ours by name; those that are in the folder already are taken as they are."""
     ours: dict[str, Artefact] = {}
     bert = label.startswith("BERT")
-    options = {} if bert else UNCHECKED
+    options: dict[str, Any] = {} if bert else UNCHECKED
     for recipe in ("float32", "w8a8", "w4a8"):
         place = folder / f"tvm-{recipe}"
         if place.exists():

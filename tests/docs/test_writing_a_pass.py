@@ -6,6 +6,7 @@ import re
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,11 @@ class Scaled(nn.Module):
 
 
 def test_the_page_runs_as_written(page: list[str], fold: object) -> None:
-    scope = {"model": Scaled(shared=False), "x": torch.randn(2, 4), "fold_constant_scale": fold}
+    scope: dict[str, Any] = {
+        "model": Scaled(shared=False),
+        "x": torch.randn(2, 4),
+        "fold_constant_scale": fold,
+    }
     exec(page[1], scope)
     targets = [str(n.target) for n in scope["program"].graph.nodes if n.op == "call_function"]
     assert targets == ["aten.linear.default"]

@@ -59,9 +59,9 @@ def test_two_linears_become_one(
 
     def weight(of: Program, node: torch.fx.Node, rows: int) -> Tensor:
         read = [argument(node, name) for name in ("weight", "scale", "zero")]
-        tensors = [None if r is None else of.tensors[r.target] for r in read]
+        codes, scale, zero = (None if r is None else of.tensors[r.target] for r in read)
         multiplier = argument(node, "scale_multiplier")
-        return unpack_weight(*tensors, rows, 64, 4, 32, multiplier, torch.float32)
+        return unpack_weight(codes, scale, zero, rows, 64, 4, 32, multiplier, torch.float32)
 
     pair = [weight(program, n, features) for n in program.graph.nodes if n.target in LINEARS]
     both = interleave_gated(*pair)

@@ -88,10 +88,12 @@ def starts(node: torch.fx.Node) -> list[int]:
 
 def decoded(program: Program, linear: torch.fx.Node) -> Tensor:
     """The linear's weight as float32."""
-    read = {name: argument(linear, name) for name in ("weight", "scale", "zero")}
-    tensors = [None if node is None else program.tensors[node.target] for node in read.values()]
-    numbers = [argument(linear, name) for name in ("n", "k", "bits", "group_size", "scale_multiplier")]
-    return unpack_weight(*tensors, *numbers, torch.float32)
+    read = (argument(linear, name) for name in ("weight", "scale", "zero"))
+    codes, scale, zero = (None if node is None else program.tensors[node.target] for node in read)
+    n, k, bits, group, multiplier = (
+        argument(linear, name) for name in ("n", "k", "bits", "group_size", "scale_multiplier")
+    )
+    return unpack_weight(codes, scale, zero, n, k, bits, group, multiplier, torch.float32)
 
 
 X = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(1))

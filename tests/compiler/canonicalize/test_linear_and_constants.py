@@ -240,12 +240,11 @@ def test_what_changes_values_stays(case: str, of: Any) -> None:
 
 
 def test_parts_are_slices(canonical: Any, of: Any) -> None:
-    parts = canonical(
-        of(lambda x: (lambda a, b, c: a * b + c)(*x.split([2, 2, 4], -1)[:2], x[..., 6:])), torch.randn(3, 8)
-    )
-    chunks = canonical(
-        of(lambda x: (lambda a, b, c: a * b + c)(*x.chunk(4, -1)[:2], x[..., -2:])), torch.randn(3, 8)
-    )
+    def mixed(parts: Any, rest: Any) -> Any:
+        return parts[0] * parts[1] + rest
+
+    parts = canonical(of(lambda x: mixed(x.split([2, 2, 4], -1), x[..., 6:])), torch.randn(3, 8))
+    chunks = canonical(of(lambda x: mixed(x.chunk(4, -1), x[..., -2:])), torch.randn(3, 8))
     assert parts.text == chunks.text
     assert parts.text.startswith(
         "%0 = slice.Tensor(inputs_0, 1, 0, 2, 1)\n%1 = slice.Tensor(inputs_0, 1, 2, 4, 1)"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +50,7 @@ def run(
     number = int(isa[1])
     tasks = library.test_tasks(ctypes.byref(linear), ctypes.c_int64(m))
 
-    def ranges(function: ctypes._CFuncPtr, total: int) -> None:
+    def ranges(function: Callable[..., Any], total: int) -> None:
         edges = [0, *sorted(int(c * total) for c in cuts), total]
         for begin, end in reversed(list(itertools.pairwise(edges))):
             function(

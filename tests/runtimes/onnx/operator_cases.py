@@ -186,10 +186,12 @@ def _outliers() -> Iterator[Case]:
     scale, _ = packing.storable_scale(_Random(4).normal(20, 2).abs() * 0.1, 32)
     held = outliers_of(5, 20, 45, 3)
     places, values = (t[:20] for t in outlier_rows(held.places, held.values, held.offsets))
-    for zero in (None, torch.ones(20, 2, dtype=torch.int8), torch.full((20, 2), 0.25)):
-        given = {"codes": codes, "scale": scale, "zero": zero, "places": places.int(), "values": values}
+    zeros: list[torch.Tensor | None] = [None, torch.ones(20, 2, dtype=torch.int8), torch.full((20, 2), 0.25)]
+    for points in zeros:
+        given: dict[str, Any] = {"codes": codes, "scale": scale, "zero": points, "places": places.int()}
+        given["values"] = values
         rest = {"multiplier": held.multiplier, "group_size": 32}
-        yield "dequantize_outliers", "bare" if zero is None else str(zero.dtype), {**given, **rest}
+        yield "dequantize_outliers", "bare" if points is None else str(points.dtype), {**given, **rest}
 
 
 def outliers_of(seed: int, rows: int, k: int, each: int) -> PackedOutliers:
@@ -211,7 +213,13 @@ def with_outliers(case: Case, each: int) -> Case:
     tensors = {"places": held.places, "values": held.values, "offsets": held.offsets}
     if name == "linear_packed":
         dense = unpack_outliers(
-            *tensors.values(), packing.ceil_to(rows, 16), k, held.multiplier, torch.float64
+            held.places,
+            held.values,
+            held.offsets,
+            packing.ceil_to(rows, 16),
+            k,
+            held.multiplier,
+            torch.float64,
         )
         tensors["wsum"] = (arguments["wsum"] + dense.sum(1)).float()
     target = {"linear_packed": "linear_outliers", "linear_packed_float": "linear_outliers_float"}[name]

@@ -53,7 +53,7 @@ def test_compressed_models_agree_with_and_without_the_library(
 ) -> None:
     case = registry.get(name)
     captured = capture(case.module, case.args, None, case.dynamic_shapes)
-    program, _ = run_steps(captured, pipeline()(captured, resolve(recipe), None), verify=False)
+    program, _ = run_steps(captured, pipeline()(captured, resolve(recipe), None, False), verify=False)
     export_onnx(program, tmp_path / "m.onnx", "m.data")
     feed = dict(
         zip([p.name for p in program.placeholders], (a.numpy() for a in case.other_args), strict=True)

@@ -35,7 +35,7 @@ def compressed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str],
         if (name, recipe) not in made:
             case = registry.get(name)
             captured = capture(case.module, case.args, None, case.dynamic_shapes)
-            program, _ = run_steps(captured, pipeline()(captured, resolve(recipe), None), verify=False)
+            program, _ = run_steps(captured, pipeline()(captured, resolve(recipe), None, False), verify=False)
             path = tmp_path_factory.mktemp(name) / "m.onnx"
             export_onnx(program, path, "m.data")
             made[name, recipe] = program, case, path
