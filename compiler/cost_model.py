@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import optimization_hint
 
 from .dialect.operator import OPERATORS, Operator, operator_of
 from .errors import InputError
@@ -164,8 +165,12 @@ def kind_of(node: fx.Node) -> str | None:
 
 
 def work_of(node: fx.Node) -> Work | None:
-    """The work of a node on the program's example inputs, None for what is neither linear nor convolution."""
-    kind, made = kind_of(node), value(node)
+    """The work of a node on the program's example inputs, None for what is neither linear nor convolution.
+
+    A size that depends on the data (the rows that a router sends to an expert) counts as 1: weights are read for it
+    once, however many rows there are.
+    """
+    kind, made = kind_of(node), _sized(value(node))
     if kind is None or not isinstance(made, Tensor):
         return None
     if kind == FLOAT_LINEAR:
@@ -189,7 +194,7 @@ def thin_works(node: fx.Node) -> list[Work]:
     product = argument(node, "residual")
     while len(found) < 2 and isinstance(product, fx.Node) and product.target is torch.ops.aten.matmul.default:
         x, matrix = product.args
-        made = value(product)
+        made = _sized(value(product))
         if not isinstance(matrix, fx.Node) or matrix.op != "get_attr" or not isinstance(made, Tensor):
             return []
         held = value(matrix)
@@ -204,7 +209,14 @@ def _arguments(declared: Operator) -> list[str]:
 
 
 def _fake(given: Any) -> Any:
-    return value(given) if isinstance(given, fx.Node) else given
+    return _sized(value(given)) if isinstance(given, fx.Node) else given
+
+
+def _sized(made: Any) -> Any:
+    """A fake tensor of symbolic sizes as one of the example's."""
+    if not isinstance(made, Tensor):
+        return made
+    return torch.empty([optimization_hint(size, 1) for size in made.shape], dtype=made.dtype, device="meta")
 
 
 def working_set(graph: fx.Graph) -> int:

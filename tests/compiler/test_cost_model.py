@@ -270,3 +270,24 @@ def test_the_command_measures_once_and_keeps_the_result(
     assert "GB/s" in second.output
     assert machine_module.known_machine(1) == (found, True)
     assert machine_module.known_machine(2)[1] is False
+
+
+class Selected(nn.Module):
+    """A linear on the rows that the data chooses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x[x.sum(-1) > 0])
+
+
+@pytest.mark.parametrize("recipe", ["float32", "w4a8", "w4a16"])
+def test_rows_that_depend_on_the_data_count_as_one(recipe: str) -> None:
+    x = torch.randn(9, 64, generator=torch.Generator().manual_seed(1))
+    prepared = prepare(Selected(), (x,), recipe=recipe)
+    (work,) = [work for node in prepared.program.graph.nodes if (work := work_of(node)) is not None]
+    assert work.rows == 1
+    assert work.elements == 32 * 64
+    assert prepared.program(x).shape == (int((x.sum(-1) > 0).sum()), 32)
