@@ -7,6 +7,7 @@ storage (tied weights) become one entry.
 
 from __future__ import annotations
 
+import inspect
 import io
 import logging
 import os
@@ -85,13 +86,41 @@ def _export(
     model.eval()
     try:
         # torch.export prints the graph it had so far when it fails.
-        with quiet_torch(), redirect_stderr(io.StringIO()), torch.no_grad():
+        with (
+            quiet_torch(), redirect_stderr(io.StringIO()), torch.no_grad(), _no_new_cache(model, args, kwargs)
+        ):  # fmt: skip
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
         raise _explain(error, model) from error
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def _no_new_cache(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+    """No cache is asked for where the caller gives none and does not ask for one himself.
+
+    A decoder of `transformers` that is given no cache makes one and returns it, by default: an object, which programs
+    cannot return, of no use to whoever passes none in. `config.use_cache` is what such models read where the argument
+    `use_cache` is left out.
+    """
+    try:
+        given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    except (TypeError, ValueError):
+        given = kwargs
+    asking: list[Any] = []
+    if "use_cache" not in given and not any(name.startswith("past") for name in given):
+        # A model for text inside one for several modalities has a configuration of its own.
+        held = {id(c): c for module in model.modules() if (c := getattr(module, "config", None)) is not None}
+        asking = [config for config in held.values() if getattr(config, "use_cache", None) is True]
+    for config in asking:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in asking:
+            config.use_cache = True
 
 
 def _distinct(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -223,6 +252,14 @@ def _explain(error: Exception, model: nn.Module) -> CaptureError:
                 if fixes
                 else "use torch.export.Dim.AUTO for sizes the model itself may restrict"
             ),
+        )
+    if "not a known type" in text or "register a pytree" in text:
+        return CaptureError(
+            "The model takes or returns an object that is no tensor, and no tuple, list or dict of tensors",
+            where=type(model).__qualname__,
+            got=summary.split(". ")[0],
+            hint="wrap the model in a module that takes its tensors apart (for the caches of decoders, see "
+            "examples/decode_with_coded_caches.py), or leave the cache out: kwargs={..., 'use_cache': False}",
         )
     return CaptureError(
         "torch.export could not trace the model",

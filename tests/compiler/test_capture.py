@@ -146,3 +146,28 @@ def test_one_tensor_given_twice_stays_two_inputs() -> None:
     x = torch.randn(3)
     program = capture(Difference(), (x, x))
     assert torch.equal(program(torch.ones(3), torch.zeros(3)), torch.ones(3))
+
+
+def _decoder() -> nn.Module:
+    import transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes)).eval()
+
+
+def test_a_decoder_without_a_cache_is_asked_for_none() -> None:
+    model, ids = _decoder(), torch.arange(6).reshape(1, 6)
+    assert model.config.use_cache is True
+    program = capture(model, kwargs={"input_ids": ids})
+    assert model.config.use_cache is True
+    found = program(input_ids=ids)
+    assert list(found) == ["logits"]
+    assert torch.allclose(found["logits"], model(ids).logits, atol=1e-6)
+
+
+def test_a_cache_object_is_refused_with_what_to_do() -> None:
+    with pytest.raises(CaptureError) as caught:
+        capture(_decoder(), kwargs={"input_ids": torch.arange(6).reshape(1, 6), "use_cache": True})
+    assert str(caught.value).startswith("The model takes or returns an object that is no tensor")
+    assert "DynamicCache" in str(caught.value)
+    assert "examples/decode_with_coded_caches.py" in str(caught.value)
