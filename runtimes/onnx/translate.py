@@ -19,7 +19,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
-from onnxscript import values
+from onnxscript import opset18, values
 
 from ...compiler.dialect import ONNX_DOMAIN, ONNX_VERSION, OPERATORS, Operator
 from ...compiler.errors import UnsupportedError
@@ -115,6 +115,14 @@ def _translation(operator: Operator) -> Callable[..., Any]:
     return translate
 
 
+def _rsub(x: Any, other: float, alpha: float = 1) -> Any:
+    """`other - alpha x`. torch.onnx decomposes it into `sub(other, x)`, and fails on that where x is of integers."""
+    if not x.dtype.is_floating_point() and isinstance(other, float):
+        x = opset18.Cast(x, to=ir.DataType.FLOAT)
+    scaled = x if alpha == 1 else opset18.Mul(x, opset18.CastLike(alpha, x))
+    return opset18.Sub(opset18.CastLike(other, scaled), scaled)
+
+
 def to_onnx(program: Program) -> ir.Model:
     """The program as an ONNX model whose initializers still share the program's tensors.
 
@@ -124,6 +132,7 @@ def to_onnx(program: Program) -> ir.Model:
     """
     exported = _without_gradients(program).to_exported_program()
     table: dict[Any, Any] = {operator.overload: _translation(operator) for operator in OPERATORS.values()}
+    table[torch.ops.aten.rsub.Scalar] = _rsub
     with _quiet():
         try:
             made = torch.onnx.export(

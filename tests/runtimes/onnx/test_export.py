@@ -128,6 +128,20 @@ def test_results_are_the_programs(
     assert relative_difference([np.asarray(w) for w in flat], got) < 1e-3
 
 
+def test_numbers_minus_tensors_keep_their_types(tmp_path: Path) -> None:
+    class Minus(nn.Module):
+        def forward(self, mask: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+            return 1.0 - mask, 3 - mask, torch.rsub(x, 3, alpha=2), torch.rsub(mask, 0.5, alpha=4)
+
+    given = (torch.tensor([[1, 0], [7, 1]]), torch.randn(2, 2, generator=torch.Generator().manual_seed(0)))
+    export_onnx(capture(Minus(), given), tmp_path / "m.onnx", "m.data")
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    feeds = dict(zip([i.name for i in session.get_inputs()], (t.numpy() for t in given), strict=True))
+    for found, wanted in zip(session.run(None, feeds), Minus()(*given), strict=True):
+        assert torch.from_numpy(found).dtype == wanted.dtype
+        assert torch.equal(torch.from_numpy(found), wanted)
+
+
 def test_large_tensors_are_aligned_and_hold_the_packed_bytes(exported: Path, packed_program: Program) -> None:
     data = exported.with_name("weights.bin").read_bytes()
     external = {
