@@ -36,6 +36,7 @@ _ATTRIBUTES = {
     "str": onnx.defs.OpSchema.AttrType.STRING,
     "List[int]": onnx.defs.OpSchema.AttrType.INTS,
 }
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 IR_VERSION = 10
 """ONNX IR version of exported files: the first with overloads of functions and metadata on nodes."""
 
@@ -123,6 +124,10 @@ def _rsub(x: Any, other: float, alpha: float = 1) -> Any:
     return opset18.Sub(opset18.CastLike(other, scaled), scaled)
 
 
+_MENDED: dict[Any, Callable[..., Any]] = {torch.ops.aten.rsub.Scalar: _rsub}
+"""Translations of ATen that torch.onnx lacks or does wrong."""
+
+
 def to_onnx(program: Program) -> ir.Model:
     """The program as an ONNX model whose initializers still share the program's tensors.
 
@@ -132,7 +137,7 @@ def to_onnx(program: Program) -> ir.Model:
     """
     exported = _without_gradients(program).to_exported_program()
     table: dict[Any, Any] = {operator.overload: _translation(operator) for operator in OPERATORS.values()}
-    table[torch.ops.aten.rsub.Scalar] = _rsub
+    table |= _MENDED
     with _quiet():
         try:
             made = torch.onnx.export(
@@ -211,16 +216,29 @@ def _explain(program: Program, error: Exception) -> UnsupportedError:
         ):
             missing.setdefault(str(target), []).append(str(place_of(node)))
     cause: BaseException = error
+    texts = [str(error)]
     while cause.__cause__ is not None:
         cause = cause.__cause__
+        texts.append(str(cause))
+    places = [f"{name} at {uses[0]} ({len(uses)} uses)" for name, uses in missing.items()]
+    if not places:
+        places = [place for text in texts if (place := _executed(text))][:1]
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     return UnsupportedError(
         "The program cannot be written as ONNX",
-        where="; ".join(f"{name} at {places[0]} ({len(places)} uses)" for name, places in missing.items())
-        or None,
+        where="; ".join(places) or None,
         got=f"{type(cause).__name__}: {lines[0] if lines else ''}",
         hint="replace the operator in the model, or decompose it into ATen operators that ONNX has",
     )
+
+
+def _executed(text: str) -> str | None:
+    """The operator and the user's line that torch.fx names in an error, as `aten.sub.Tensor at file.py:12`."""
+    node = re.search(r"While executing %\S+.*?target=(?:torch\.ops\.)?([\w.]+)", text)
+    frames = [(file, line) for file, line in _FRAME.findall(text) if "/torch/" not in file]
+    if node is None:
+        return None
+    return f"{node[1]} at {':'.join(frames[-1])}" if frames else node[1]
 
 
 def _attach_bodies(model: ir.Model) -> None:

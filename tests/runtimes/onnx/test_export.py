@@ -19,7 +19,7 @@ from isofold.compiler.capture import capture
 from isofold.compiler.differences import relative_difference
 from isofold.compiler.errors import ArtefactError, InputError, UnsupportedError, VerificationError
 from isofold.compiler.program import Program
-from isofold.runtimes.onnx import check, export
+from isofold.runtimes.onnx import check, export, translate
 from isofold.runtimes.onnx.export import export_onnx
 
 from .operator_cases import _Random, packed
@@ -186,6 +186,20 @@ def test_operators_without_translation_are_listed_with_their_place(tmp_path: Pat
     assert "bessel_j0" in str(caught.value)
     assert "test_export.py" in str(caught.value)
     assert os.listdir(tmp_path) == []
+
+
+def test_an_operator_that_torch_cannot_translate_is_named_with_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Minus(nn.Module):
+        def forward(self, mask: Tensor) -> Tensor:
+            return 1.0 - mask
+
+    monkeypatch.setattr(translate, "_MENDED", {})
+    with pytest.raises(UnsupportedError) as caught:
+        export_onnx(capture(Minus(), (torch.ones(2, dtype=torch.int64),)), tmp_path / "m.onnx", "m.data")
+    line = Minus.forward.__code__.co_firstlineno + 1
+    assert f"where: aten.sub.Tensor at {__file__}:{line}\n" in str(caught.value)
 
 
 @pytest.mark.parametrize(
