@@ -24,8 +24,8 @@ from harness import (
     BenchmarkError,
     Results,
     Worker,
+    cold_bytes,
     interleave,
-    last_level_cache,
     main,
     parse,
     per_round,
@@ -98,7 +98,7 @@ def _write(bits: int, tokens: int, queries: int, layers: int, folder: Path) -> t
 def _open(bits: int, tokens: int, queries: int, threads: int, folder: Path) -> tuple[Worker, int, int]:
     """A worker, its attentions, and the bytes of one's cache."""
     per_layer = 2 * KV_HEADS * tokens * (DEPTH * (bits or 32) // 8 + (8 if bits else 0))
-    layers = max(2, int(np.ceil(2.5 * last_level_cache() / per_layer))) if queries == 1 else 2
+    layers = max(2, int(np.ceil(cold_bytes() / per_layer))) if queries == 1 else 2
     path, total = _write(bits, tokens, queries, layers, folder)
     q = np.random.default_rng(1).standard_normal((1, queries, HEADS, DEPTH)).astype(np.float32)
     inputs = folder / f"q-s{queries}.npz"

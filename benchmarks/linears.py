@@ -2,8 +2,8 @@
 
     python benchmarks/linears.py [--json FILE] [--quick] [--peers-only]
 
-Every competitor is a session with many layers whose weights together exceed the L3 cache, so each layer comes
-from memory, as it does in a model. Times are per layer, the activation quantizer included (ONNX Runtime's
+Every competitor is a session with many layers whose weights together exceed the L3 cache by far
+(`harness.cold_bytes`), so each layer comes from memory, as it does in a model. Times are per layer, the activation quantizer included (ONNX Runtime's
 operators quantize inside). Bars: W4A8 GEMV at least 1.1 times MatMulNBits at accuracy level 4 and 85 % of the
 bandwidth at which a plain loop reads the same mapped weights in the same rounds (the better of one and four
 streams); M = 128 at least 2 times.
@@ -23,6 +23,7 @@ from harness import (
     Results,
     Worker,
     bandwidth_by_round,
+    cold_bytes,
     interleave,
     last_level_cache,
     main,
@@ -65,11 +66,11 @@ TOLERANCE = {False: 0.03, True: 1e-3}
 
 
 def _layers(kind: Kind, m: int, n: int, k: int, quick: bool) -> int:
-    """Enough layers that the weights of one run fill the L3 two and a half times (twice at M = 128, where the
-    weights are read once per 4 GFLOP); float32 needs fewer."""
+    """Enough layers that weights come from memory (1.25 times the L3 at M = 128, where they are read once per 4
+    GFLOP); float32 needs fewer."""
     per_layer = n * k * (4 if kind.operator == "MatMul" else 0.5)
-    times = 2.5 if m == 1 else 1.25
-    return max(2 if quick else 3, int(np.ceil(times * last_level_cache() / per_layer)))
+    size = cold_bytes() if m == 1 else 1.25 * last_level_cache()
+    return max(2 if quick else 3, int(np.ceil(size / per_layer)))
 
 
 def library() -> str:

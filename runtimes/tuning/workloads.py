@@ -16,8 +16,8 @@ OPERATORS = ("linear", "linear_float", "linear_dense", "attention")
 """In the order of the harness's numbers."""
 FEW_QUERIES = 4
 """Queries below which attention takes them one by one, as in attention.cc and the harness."""
-COLD = 4
-"""A cold workload's weights are this many times the last-level cache."""
+COLD = 12
+"""A cold workload's weights are this many times the last-level cache, which keeps a quarter of 2.5 times its size."""
 _LEAST, _MOST = 64 << 20, 1 << 30
 _RAGGED = {"k": 5 * 32 - 3, "n": 75}
 

@@ -105,6 +105,10 @@ struct Op : OrtCustomOp {
 struct KernelBase {
   const Op* op;
   OrtApi api;
+  // What the graph says of the node. Later runs ask ONNX Runtime for less, and read this line instead of many.
+  uint32_t constant;             // bit i: input i is an initializer
+  mutable uint32_t absent;       // bit i: input i is left out; learnt in the first run, as is
+  mutable uint32_t counts;       // inputs * 256 + outputs; 0: not known yet
   Tensor constants[MAX_INPUTS];  // initializers, looked up once; they live as long as the session
 };
 
@@ -151,6 +155,8 @@ struct Context {
 
   // An absent optional input is not `present`.
   OrtStatus* input(size_t index, Tensor* tensor) const;
+  // Whether every run gets the same input: an initializer, or none. Known once `input` was called.
+  bool is_fixed(size_t index) const;
   // Null where an optional output is absent.
   OrtStatus* output(size_t index, const Shape& shape, void** data) const;
   template <class T>

@@ -151,7 +151,9 @@ OrtStatus* create_kernel(const OrtCustomOp* custom, OrtApi api, const OrtKernelI
       OrtReleaseStatus(api, missing);
     } else if (constant && value) {
       status = read_tensor(context, i, value, &base.constants[i]);
-      if (!status) ask_for_large_pages(base.constants[i]);
+      if (status) break;
+      base.constant |= uint32_t(1) << i;
+      ask_for_large_pages(base.constants[i]);
     }
   }
   if (status) {
@@ -165,8 +167,15 @@ OrtStatus* create_kernel(const OrtCustomOp* custom, OrtApi api, const OrtKernelI
 OrtStatus* compute(void* kernel, OrtKernelContext* ort) {
   const KernelBase& base = *static_cast<const KernelBase*>(kernel);
   Context context{base.api, base.op, &base, ort, 0, 0};
-  ISOFOLD_TRY(OrtKernelContext_GetInputCount(base.api, ort, &context.input_count));
-  ISOFOLD_TRY(OrtKernelContext_GetOutputCount(base.api, ort, &context.output_count));
+  uint32_t counts = __atomic_load_n(&base.counts, __ATOMIC_RELAXED);
+  if (counts == 0) {
+    ISOFOLD_TRY(OrtKernelContext_GetInputCount(base.api, ort, &context.input_count));
+    ISOFOLD_TRY(OrtKernelContext_GetOutputCount(base.api, ort, &context.output_count));
+    counts = uint32_t(context.input_count * 256 + context.output_count);
+    __atomic_store_n(&base.counts, counts, __ATOMIC_RELAXED);
+  }
+  context.input_count = counts / 256;
+  context.output_count = counts % 256;
   return base.op->compute(kernel, context);
 }
 
@@ -222,8 +231,7 @@ void (*const definitions[])(Op*) = {
     define_packed_conv,         define_norm,          define_norm_quantize,       define_attention,
     define_rotary,              define_gated,         define_hadamard,            define_coded_linear,
     define_sparse_linear,       define_sparse_linear_float, define_quantize_packed_linear,
-    define_codebook_linear,     define_dense_linear,
-    define_codebook_linear,     define_outlier_linear, define_outlier_linear_float,
+    define_codebook_linear,     define_dense_linear,  define_outlier_linear,      define_outlier_linear_float,
     define_cached_attention,    define_quantize_cache,
 };
 constexpr size_t op_count = sizeof definitions / sizeof definitions[0];
@@ -456,18 +464,25 @@ OrtStatus* read_tensor(const Context& context, size_t index, const OrtValue* val
 }
 
 OrtStatus* Context::input(size_t index, Tensor* tensor) const {
-  if (kernel->constants[index].present) {
+  const uint32_t bit = uint32_t(1) << index;
+  if (kernel->constant & bit) {
     *tensor = kernel->constants[index];
     return nullptr;
   }
   *tensor = Tensor();
-  if (index < input_count) {
+  if (index < input_count && !(__atomic_load_n(&kernel->absent, __ATOMIC_RELAXED) & bit)) {
     const OrtValue* value = nullptr;
     ISOFOLD_TRY(OrtKernelContext_GetInput(api, static_cast<const OrtKernelContext*>(context), index, &value));
     if (value) return read_tensor(*this, index, value, tensor);
+    __atomic_fetch_or(&kernel->absent, bit, __ATOMIC_RELAXED);
   }
   if (op->inputs[index].presence == ORT_REQUIRED) return bad_input(index, "is missing, but required");
   return nullptr;
+}
+
+bool Context::is_fixed(size_t index) const {
+  uint32_t absent = __atomic_load_n(&kernel->absent, __ATOMIC_RELAXED);
+  return index >= input_count || ((kernel->constant | absent) >> index & 1);
 }
 
 OrtStatus* Context::output(size_t index, const Shape& shape, void** data) const {
