@@ -3,10 +3,10 @@
     python benchmarks/linears.py [--json FILE] [--quick] [--peers-only]
 
 Every competitor is a session with many layers whose weights together exceed the L3 cache by far
-(`harness.cold_bytes`), so each layer comes from memory, as it does in a model. Times are per layer, the activation quantizer included (ONNX Runtime's
-operators quantize inside). Bars: W4A8 GEMV at least 1.1 times MatMulNBits at accuracy level 4 and 85 % of the
-bandwidth at which a plain loop reads the same mapped weights in the same rounds (the better of one and four
-streams); M = 128 at least 2 times.
+(`harness.cold_bytes`), so each layer comes from memory, as it does in a model. Times are per layer, the activation
+quantizer included (ONNX Runtime's operators quantize inside). Bars: W4A8 GEMV at least 1.1 times MatMulNBits at
+accuracy level 4 and 85 % of the bandwidth at which a plain loop reads the same mapped weights in the same rounds (the
+better of one and four streams); M = 128 at least 2 times.
 """
 
 from __future__ import annotations
