@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..compiler.dialect.quantization import levels
+from ..compiler.dialect.quantization import LEAST_SCALE, levels
 from ..compiler.dialect.quantize_dequantize import granularity_dims
 from ..compiler.errors import InputError
 from ..compiler.program import Program
@@ -97,7 +97,7 @@ class Histogram:
         factors = torch.tensor(_SHRINK, dtype=torch.float64)
         for shrink in _SHRINK:
             scale = (high * factors - low * shrink) / largest
-            scale = torch.where(scale > 0, scale, torch.ones_like(scale))[:, None]
+            scale = torch.where(scale >= LEAST_SCALE, scale, torch.ones_like(scale))[:, None]
             zero = torch.round(-low * shrink / scale).clamp(0, largest)
             rounded = scale * ((torch.round(centre / scale) + zero).clamp(0, largest) - zero)
             error = (rounded - centre).square() @ weight
@@ -110,7 +110,8 @@ class Histogram:
 def static_params(low: float, high: float, bits: int = 8) -> Tensor:
     """Scale and zero point, float32 `[2]`, for codes of that width over a range that contains 0 (docs/dialect.md)."""
     largest = levels(bits)
-    scale = torch.tensor((high - low) / largest if high > low else 1.0, dtype=torch.float32)
+    scale = torch.tensor((high - low) / largest, dtype=torch.float32)
+    scale = torch.where(scale >= LEAST_SCALE, scale, torch.ones_like(scale))
     zero = torch.round(torch.tensor(-low, dtype=torch.float32) / scale).clamp(0, largest)
     return torch.stack([scale, zero])
 

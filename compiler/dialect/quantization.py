@@ -7,6 +7,10 @@ from torch import Tensor
 
 from ..errors import InputError
 
+LEAST_SCALE = 2.0**-126
+"""The smallest dynamic scale: the least normal float32. The reciprocal of less can be infinite, and codes would be NaN;
+a row of such small values is quantized as zeros are, with scale 1."""
+
 
 def levels(bits: int) -> float:
     """The largest code, 2^bits - 1. Raises InputError for widths other than 4 and 8."""
@@ -21,7 +25,7 @@ def dynamic_params(x: Tensor, dims: tuple[int, ...], bits: int = 8) -> tuple[Ten
     low = x.amin(dims, keepdim=True).clamp(max=0)
     high = x.amax(dims, keepdim=True).clamp(min=0)
     scale = (high - low) / largest
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    scale = torch.where(scale >= LEAST_SCALE, scale, torch.ones_like(scale))
     zero = torch.round(-low / scale).clamp(0, largest)
     return scale, zero
 

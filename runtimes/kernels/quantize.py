@@ -4,7 +4,7 @@ formula of docs/dialect.md.
 Per row (dynamic)::
 
     x' = (x - shift) * scale              (vectors of k; a bit of ``flags`` says which are there)
-    lo = min(min x', 0); hi = max(max x', 0); s = (hi - lo) / levels (1 where hi == lo); z = rint(-lo / s)
+    lo = min(min x', 0); hi = max(max x', 0); s = (hi - lo) / levels (1 where that is < 2^-126); z = rint(-lo / s)
     u  = clamp(rint(x' * (1 / s)) + z, 0, levels)
 
 ``quantize_rows`` makes two passes over a row (the second finds it in the cache, and computes x' again);
@@ -110,7 +110,8 @@ def _range(read: Read, k: Any) -> tuple[Any, Any]:
 
 def pair_of(lo: Any, hi: Any, levels: Any) -> tuple[Any, Any]:
     """Scale and zero point of a range."""
-    s = bind(T.Select(hi == lo, T.float32(1.0), (hi - lo) / levels))
+    s = bind((hi - lo) / levels)
+    s = bind(T.Select(s < T.float32(2.0**-126), T.float32(1.0), s))  # quantization.LEAST_SCALE
     z = T.nearbyint((T.float32(0.0) - lo) / s)
     return s, bind(T.min(T.max(z, T.float32(0.0)), levels))
 

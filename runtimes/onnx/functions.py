@@ -25,7 +25,7 @@ import torch
 from ...compiler.dialect import ONNX_DOMAIN, OPERATORS
 from ...compiler.dialect.element_formats import element_format, scale_values
 from ...compiler.dialect.packing import LANES, ceil_to, zero_steps
-from ...compiler.dialect.quantization import levels
+from ...compiler.dialect.quantization import LEAST_SCALE, levels
 from ...compiler.errors import UnsupportedError
 from ...compiler.hadamard import steps
 from ...compiler.hadamard_orders import signs
@@ -103,7 +103,7 @@ def _quantize(
         low = body("Min", body("ReduceMin", x, over, keepdims=1), zero)
         high = body("Max", body("ReduceMax", x, over, keepdims=1), zero)
         spread = body("Div", body("Sub", high, low), largest)
-        scale = body("Where", body("Greater", spread, zero), spread, body.real(1.0))
+        scale = body("Where", body("GreaterOrEqual", spread, body.real(LEAST_SCALE)), spread, body.real(1.0))
         offset = body("Clip", body("Round", body("Div", body("Neg", low), scale)), zero, largest)
     else:
         scale = body("Gather", params, body.constant(np.array(0, dtype=np.int64)), axis=0)

@@ -20,6 +20,7 @@ import numpy as np
 from tvm.tirx.script.builder import ir as T
 
 from ....compiler.dialect.packing import ceil_to
+from ....compiler.dialect.quantization import LEAST_SCALE
 from ....compiler.errors import UnsupportedError
 from ....compiler.hadamard_orders import is_power_of_two, signs
 from .builder import (
@@ -286,7 +287,8 @@ class Rows:
 
             self._each(tx, span)
             below, above = self._block(low, tx, "max"), self._block(high, tx, "max")
-            s = bind(T.Select(above + below > T.float32(0), (above + below) / levels, T.float32(1)))
+            s = bind((above + below) / levels)
+            s = bind(T.Select(s >= T.float32(LEAST_SCALE), s, T.float32(1)))
             z = bind(T.min(T.max(value("float32", "rintf", below / s), T.float32(0)), levels))
             with when(equal(tx, 0)):
                 put(frame["params"], wide(row) * 2, s)

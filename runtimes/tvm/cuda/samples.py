@@ -11,6 +11,7 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
+from ....compiler.dialect.quantization import LEAST_SCALE
 from .builder import (
     Frame,
     Size,
@@ -66,7 +67,8 @@ def _pair(k: Frame, row: Any, length: Size, bits: int, tx: Any) -> tuple[Any, An
             put(high, 0, T.max(get(high, 0), v))
     below, above = _largest(low, tx), _largest(high, tx)
     levels = T.float32(2**bits - 1)
-    s = bind(T.Select(above + below > T.float32(0), (above + below) / levels, T.float32(1)))
+    s = bind((above + below) / levels)
+    s = bind(T.Select(s >= T.float32(LEAST_SCALE), s, T.float32(1)))
     return s, bind(T.min(T.max(value("float32", "rintf", below / s), T.float32(0)), levels))
 
 

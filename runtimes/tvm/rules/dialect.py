@@ -15,7 +15,7 @@ from tvm import ir, relax, te, tirx
 
 from ....compiler.dialect import OPERATORS, Operator
 from ....compiler.dialect.element_formats import element_format, scale_values
-from ....compiler.dialect.quantization import levels
+from ....compiler.dialect.quantization import LEAST_SCALE, levels
 from ....compiler.errors import UnsupportedError
 from ....compiler.graph import value
 from ..builder import Builder, Kernel, dtype_name, fake
@@ -286,7 +286,7 @@ def _quantize_dequantize(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
 
             def width(*i: Expr) -> Expr:
                 v = (tirx.max(high(*i), zero) - tirx.min(low(*i), zero)) / largest
-                return tirx.Select(v > zero, v, one)
+                return tirx.Select(v >= tirx.const(LEAST_SCALE, dtype), v, one)
 
             steps = te.compute(kept, width, name="scale")
 

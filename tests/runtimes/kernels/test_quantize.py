@@ -8,6 +8,8 @@ from itertools import product
 import numpy as np
 import pytest
 
+from isofold.compiler.dialect.quantization import LEAST_SCALE
+
 from .conftest import ISAS, guarded
 
 SHAPES = [(1, 1), (3, 7), (5, 16), (4, 63), (2, 64), (7, 65), (3, 1000), (9, 768)]
@@ -15,7 +17,8 @@ SHAPES = [(1, 1), (3, 7), (5, 16), (4, 63), (2, 64), (7, 65), (3, 1000), (9, 768
 
 def pair(x: np.ndarray, levels: float = 255.0) -> np.ndarray:
     low, high = np.minimum(x.min(1), 0), np.maximum(x.max(1), 0)
-    s = np.where(high == low, np.float32(1), (high - low) / np.float32(levels)).astype(np.float32)
+    s = ((high - low) / np.float32(levels)).astype(np.float32)
+    s = np.where(s < LEAST_SCALE, np.float32(1), s)
     z = np.clip(np.rint(-low / s), 0, levels)
     return np.stack([s, z], 1).astype(np.float32)
 
@@ -43,6 +46,7 @@ def inputs(m: int, k: int) -> list[np.ndarray]:
         -positive,
         np.zeros_like(x),
         x * np.float32(1e-20),
+        x * np.float32(1e-41),
         ties,
     ]
 

@@ -588,6 +588,7 @@ def _elementwise() -> Iterator[Case]:
     for width, static, (shift, scale), bits in product(hadamards, (False, True), vectors, (8, 4)):
         x = random.normal(2, 3, width)
         x[0, 0] = 0.0  # an empty range
+        x[1, 0] *= 1e-41  # one whose step has no finite reciprocal
         yield (
             "quantize_activation",
             f"k{width}-static{static}-shift{shift}-scale{scale}-a{bits}",
@@ -602,11 +603,13 @@ def _elementwise() -> Iterator[Case]:
             },
         )
     for granularity, static, bits in product(("token", "sample"), (False, True), (8, 4)):
+        x = random.normal(2, 3, 45)
+        x[1] *= 1e-41
         yield (
             "quantize_dequantize",
             f"{granularity}-static{static}-a{bits}",
             {
-                "x": random.normal(2, 3, 45),
+                "x": x,
                 "params": torch.tensor([0.015, 127.0]) if static else None,
                 "granularity": granularity,
                 "bits": bits,
