@@ -5,7 +5,8 @@
 Anchor: a softmax over the last dimension whose weights only multiply the values. Between the two products there
 may be scalings, added biases, `masked_fill` and `where` with a low constant, and casts. The result always
 spells its arguments the same way: (q, k, v, mask, 0.0, is_causal), scale as a number, enable_gqa. A number that
-multiplies q or k alone moves into the scale.
+multiplies q or k alone moves into the scale. Operands of three dimensions, or of five and more, become four: heads of
+one, or leading dimensions joined.
 
 Side conditions: the weights are read by the product with the values only; masking comes after every scaling (an
 added bias may be scaled with the scores);
@@ -281,6 +282,51 @@ def _spell(editor: Editor, node: fx.Node) -> None:
         )
     node.args = (q, k, v, mask, 0.0, bool(causal))
     node.kwargs = {"scale": factor * q_factor * k_factor, "enable_gqa": bool(grouped)}
+    if len(shape(q) or ()) != 4:
+        _as_four(editor, node)
+
+
+def _as_four(editor: Editor, node: fx.Node) -> None:
+    """Operands of another rank as `[batch, heads, tokens, size]`: the only one that ONNX's translation and kernels know."""
+    q, k, v, mask = node.args[:4]
+    sizes = shape(q) or ()
+    masked = shape(mask) if isinstance(mask, fx.Node) else None
+    if len(sizes) < 3 or (masked is not None and len(masked) > 2 and not _equal(masked[:-2], sizes[:-2])):
+        editor.refused(
+            node, "its operands have fewer than three dimensions, or its mask is broadcast over some"
+        )
+        return
+    if node.kwargs["enable_gqa"] and len(sizes) != 4:
+        editor.refused(node, "its queries are grouped over a dimension that is not the second of four")
+        return
+
+    def call(target: Any, *given: Any, **options: Any) -> fx.Node:
+        return editor.call(target, *given, like=node, before=node, **options)
+
+    def extent(x: fx.Node, dim: int) -> Any:
+        size = (shape(x) or ())[dim]
+        return size if isinstance(size, int) else call(aten.sym_size.int, x, dim)
+
+    def lifted(x: fx.Node) -> fx.Node:
+        if len(shape(x) or ()) == 3:
+            return call(aten.unsqueeze.default, x, 1)
+        rank = len(shape(x) or ())
+        return call(aten.reshape.default, x, [-1, *(extent(x, d) for d in range(rank - 3, rank))])
+
+    assert isinstance(q, fx.Node)
+    assert isinstance(k, fx.Node)
+    assert isinstance(v, fx.Node)
+    if masked is not None and len(masked) > 2:
+        assert isinstance(mask, fx.Node)
+        mask = lifted(mask)
+    new = call(SDPA, lifted(q), lifted(k), lifted(v), mask, *node.args[4:], **node.kwargs)
+    if len(sizes) == 3:
+        back = call(aten.squeeze.dim, new, 1)
+    else:
+        lead = [extent(q, d) for d in range(len(sizes) - 1)]
+        back = call(aten.reshape.default, new, [*lead, extent(v, len(sizes) - 1)])
+    editor.applied(node, f"{len(sizes)} dimensions as four")
+    editor.replace(node, back)
 
 
 def _unscaled(editor: Editor, node: fx.Node, attention: fx.Node) -> tuple[fx.Node, float]:

@@ -49,6 +49,30 @@ def test_default_scale_is_spelled_out(canonical: Any, of: Any) -> None:
     assert "scale=0.3535534, enable_gqa=False" in found.text
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("lead", [(3,), (2, 3, 4)])
+@pytest.mark.parametrize("operator", [False, True])
+def test_other_numbers_of_dimensions(
+    lead: tuple[int, ...], operator: bool, masked: bool, canonical: Any, of: Any
+) -> None:
+    q, k, v = (torch.randn(*lead, size, D) for size in (S, T, T))
+    mask = (torch.randn(*lead, S, T),) if masked else ()
+
+    def written(q: Tensor, k: Tensor, v: Tensor, *mask: Tensor) -> Tensor:
+        return sum(mask, q @ k.mT * 0.25).softmax(-1) @ v
+
+    def called(q: Tensor, k: Tensor, v: Tensor, *mask: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, *mask, scale=0.25)
+
+    batch, tokens = Dim("batch", min=2), Dim("tokens", min=2)
+    shapes = tuple(
+        {0: batch, len(lead): tokens} if t.shape[-2] == S else {0: batch} for t in (q, k, v, *mask)
+    )
+    found = canonical(of(called if operator else written), q, k, v, *mask, dynamic_shapes={"inputs": shapes})
+    (attention,) = [n for n in found.program.graph.nodes if "scaled_dot" in str(n.target)]
+    assert len(attention.meta["val"].shape) == 4
+
+
 def test_added_biases(canonical: Any, of: Any) -> None:
     def biased(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return (a + q @ k.mT * 0.25 + b).softmax(-1) @ v
