@@ -287,8 +287,11 @@ def _spell(editor: Editor, node: fx.Node) -> None:
 
 
 def _as_four(editor: Editor, node: fx.Node) -> None:
-    """Operands of another rank as `[batch, heads, tokens, size]`: the only one that ONNX's translation and kernels know."""
+    """Operands of another rank as `[batch, heads, tokens, size]`, which ONNX's translation and kernels know."""
     q, k, v, mask = node.args[:4]
+    assert isinstance(q, fx.Node)
+    assert isinstance(k, fx.Node)
+    assert isinstance(v, fx.Node)
     sizes = shape(q) or ()
     masked = shape(mask) if isinstance(mask, fx.Node) else None
     if len(sizes) < 3 or (masked is not None and len(masked) > 2 and not _equal(masked[:-2], sizes[:-2])):
@@ -313,9 +316,6 @@ def _as_four(editor: Editor, node: fx.Node) -> None:
         rank = len(shape(x) or ())
         return call(aten.reshape.default, x, [-1, *(extent(x, d) for d in range(rank - 3, rank))])
 
-    assert isinstance(q, fx.Node)
-    assert isinstance(k, fx.Node)
-    assert isinstance(v, fx.Node)
     if masked is not None and len(masked) > 2:
         assert isinstance(mask, fx.Node)
         mask = lifted(mask)
