@@ -151,7 +151,12 @@ class Block:
     """
 
     def __init__(
-        self, isa: Isa, vectors: int, key_block: int, keys_and_values: tuple[Any, ...], others: tuple[Any, ...]
+        self,
+        isa: Isa,
+        vectors: int,
+        key_block: int,
+        keys_and_values: tuple[Any, ...],
+        others: tuple[Any, ...],
     ) -> None:
         (self.q, self.mask_f, self.mask_b, self.out, self.scratch, self.nq, self.q_row, self.out_row, self.keys, self.d,
          self.dv, self.first_query, self.causal, self.mask_kind, self.mask_s, self.mask_t,

@@ -12,9 +12,9 @@ operation a token.
 * Groups inside a head have pairs of their own: a head is then several short ones whose scores are added. Weights
   ``p s`` of a block of tokens are made for one group after the other, so the loops over codes do not know of groups.
 
-Many queries (prefill) are compute, not memory: the block kernel of attention.py, which brings keys and values of a block of
-tokens to floats in scratch memory when it comes to them (``attention_block*_cache*``). A code then is 4 bytes for as long
-as it is used, in the second-level cache, and never in memory. Scratch: see KERNELS.
+Many queries (prefill) are compute, not memory: the block kernel of attention.py, which brings keys and values of a
+block of tokens to floats in scratch memory when it comes to them (``attention_block*_cache*``). A code then is 4 bytes
+for as long as it is used, in the second-level cache, and never in memory. Scratch: see KERNELS.
 
 Scratch of few queries of R heads with Gk and Gv groups: R (ceil(keys, 16) + Dp + Dvp + 384 + 16 Gv + Gk)
 floats, 64-byte aligned.
@@ -341,8 +341,8 @@ KERNELS = [
         for bits in (8, 4)
         for heads in HEADS
     ),
-    # any number of queries (16: up to so many); scratch 32 (ceil(nq / 32) (d + dv + 10) + TOKENS + 8) + TOKENS (Dp + Dvp)
-    # floats, 64-byte aligned
+    # any number of queries (16: up to so many); scratch 32 (ceil(nq / 32) (d + dv + 10) + TOKENS + 8)
+    # + TOKENS (Dp + Dvp) floats, 64-byte aligned
     *(
         Kernel(
             f"attention_block{16 * vectors}_cache{bits}",
