@@ -83,6 +83,7 @@ enum {
   ISOFOLD_LOOKUP_ROWS = 4,        // rows up to here, one after the other
   ISOFOLD_LOOKUP_FEATURES = 512,  // making tables costs as much as looking up 250
   ISOFOLD_LOOKUP_PANELS = 16,
+  ISOFOLD_LOOKUP_TABLES = 512,  // of 768 bytes, made and used at a time
   ISOFOLD_LOOKUP_SPREAD = 1024,  // how far the largest group of activations may be above the mean: 10 bits of the 24
   ISOFOLD_LOOKUP_SUMS = 3 * 16 * ISOFOLD_LOOKUP_PANELS
 };
@@ -92,25 +93,44 @@ static inline int isofold_codebook_looks_up(const struct isofold_codebook* c, in
          isofold_linear_panels(&c->linear) * 16 >= ISOFOLD_LOOKUP_FEATURES;
 }
 
-// Scratch memory, 64-byte aligned: tables, codebooks as the kernels read them, a row of activations with zeros behind it.
+// Scratch memory, 64-byte aligned: tables of a chunk of K, codebooks as the kernels read them, a row of activations with
+// zeros behind it, and the sums of the chunks so far.
 struct isofold_lookup {
-  uint8_t* tables;  // [kp / 8, 3, total, 256]
+  uint8_t* tables;  // [groups, 3, total, 256]
   float* books;     // [total, 8, 256]
   float* x;         // [kp]
+  float* sums;      // [16 panels]
   float factor;     // of the row
 };
 
+// Groups of a chunk, but of the last one.
+static inline int64_t isofold_lookup_groups(const struct isofold_codebook* c) {
+  return isofold_min(ISOFOLD_LOOKUP_TABLES / c->total, c->linear.kp / 8);
+}
+
+static inline int64_t isofold_lookup_chunks(const struct isofold_codebook* c) {
+  return isofold_ceildiv(c->linear.kp / 8, isofold_lookup_groups(c));
+}
+
 static inline int64_t isofold_lookup_bytes(const struct isofold_codebook* c) {
-  return c->linear.kp / 8 * 768 * c->total + isofold_codebook_scratch_bytes(c) + c->linear.kp * 4;
+  return isofold_lookup_groups(c) * 768 * c->total + isofold_codebook_scratch_bytes(c) + c->linear.kp * 4 +
+         isofold_linear_panels(&c->linear) * 64;
 }
 
 static inline struct isofold_lookup isofold_lookup_start(const struct isofold_kernels* k, const struct isofold_codebook* c,
                                                          const uint16_t* stored, void* scratch) {
-  struct isofold_lookup l = {(uint8_t*)scratch, 0, 0, 0};
-  l.books = (float*)(l.tables + c->linear.kp / 8 * 768 * c->total);
+  struct isofold_lookup l = {(uint8_t*)scratch, 0, 0, 0, 0};
+  l.books = (float*)(l.tables + isofold_lookup_groups(c) * 768 * c->total);
   l.x = l.books + c->total * 2048;
+  l.sums = l.x + c->linear.kp;
   k->codebook_turn(stored, c->total, l.books);
   return l;
+}
+
+// Groups of this chunk.
+static inline int64_t isofold_lookup_count(const struct isofold_codebook* c, int64_t chunk) {
+  int64_t most = isofold_lookup_groups(c);
+  return isofold_min(most, c->linear.kp / 8 - chunk * most);
 }
 
 // Takes a row of activations. 0: its products have no bound that fixed point could be scaled by: they are all zero, not all
@@ -139,30 +159,36 @@ static inline int isofold_lookup_row(const struct isofold_codebook* c, struct is
   return finite && l->factor > 0 && l->factor < 1e38f;
 }
 
-// Groups begin..end (of kp / 8) of the row's tables.
+// Groups begin..end (of isofold_lookup_count) of the row's tables.
 static inline void isofold_lookup_tables(const struct isofold_kernels* k, const struct isofold_codebook* c,
-                                         const struct isofold_lookup* l, int64_t begin, int64_t end) {
-  k->codebook_tables(l->x, l->books, c->total, l->factor, begin, end, l->tables);
+                                         const struct isofold_lookup* l, int64_t chunk, int64_t begin, int64_t end) {
+  const float* x = l->x + chunk * isofold_lookup_groups(c) * 8;
+  k->codebook_tables(x, l->books, c->total, l->factor, begin, end, l->tables);
 }
 
 static inline int64_t isofold_lookup_tasks(const struct isofold_codebook* c) {
   return isofold_ceildiv(isofold_linear_panels(&c->linear), ISOFOLD_LOOKUP_PANELS);
 }
 
-// Tasks begin..end of row m, whose tables are all made.
+// Tasks begin..end of row m on a chunk whose tables are all made; chunks in order, the last one writes y.
 static inline void isofold_lookup_run(const struct isofold_kernels* k, const struct isofold_codebook* c,
                                       const struct isofold_lookup* l, const struct isofold_linear_float_call* call,
-                                      int64_t m, int64_t begin, int64_t end) {
+                                      int64_t m, int64_t chunk, int64_t begin, int64_t end) {
   ISOFOLD_ALIGNED int32_t sums[ISOFOLD_LOOKUP_SUMS];
   ISOFOLD_ALIGNED float out[16 * ISOFOLD_LOOKUP_PANELS];
   struct isofold_float_epilogue e;
-  int64_t all = isofold_linear_panels(&c->linear), groups = c->linear.kp / 8, stride = groups * 16 * c->total;
+  int64_t all = isofold_linear_panels(&c->linear), stride = c->linear.kp / 8 * 16 * c->total;
+  int64_t count = isofold_lookup_count(c, chunk), from = chunk * isofold_lookup_groups(c) * 16 * c->total;
   isofold_float_epilogue_start(&e, k, &c->linear, call, 1.0f);
   for (int64_t task = begin; task < end; ++task) {
     int64_t first = task * ISOFOLD_LOOKUP_PANELS, panels = isofold_min(ISOFOLD_LOOKUP_PANELS, all - first);
+    const uint8_t* w = (const uint8_t*)c->linear.weight + first * stride + from;
     const float* scale = (const float*)c->linear.scale + 16 * first;
-    (c->total == 2 ? k->codebook_lookup2 : k->codebook_lookup1)((const uint8_t*)c->linear.weight + first * stride, stride,
-                                                                panels, l->tables, groups, 1.0f / l->factor, sums, out);
+    float* before = l->sums + 16 * first;
+    (c->total == 2 ? k->codebook_lookup2 : k->codebook_lookup1)(w, stride, panels, l->tables, count, 1.0f / l->factor, sums,
+                                                                out);
+    for (int64_t i = 0; i < 16 * panels; ++i) out[i] = before[i] = out[i] + (chunk ? before[i] : 0.0f);
+    if (chunk + 1 < isofold_lookup_chunks(c)) continue;
     for (int64_t i = 0; i < 16 * panels; ++i) out[i] *= scale[i];
     for (int64_t p = 0; p < panels; p += 2) {
       e.block.panel = first + p;

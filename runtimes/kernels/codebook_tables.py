@@ -14,7 +14,7 @@ Operations for 64 rows and 8 weights of each (2x8, 128 bytes of codes): 12 ``vpe
 turn panels to indices, 18 shifts and additions, 2 masks: 40 of 512 bits, 0.08 a weight, where fetching vectors
 (codebook.py) takes 0.9. The tables of 8 weights are 1.5 KiB for all rows of a task, from the second-level cache. Making
 them is 256 multiply-adds of 16 lanes for each group, as much as 250 rows of lookups, so few output features stay with
-codebook.py.
+codebook.py. The driver makes and uses tables 384 KiB at a time, half of a second-level cache.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _look_up(table: list[Any], index: Any) -> Any:
 
 
 def _lookup(books: int, isa: Isa, *arguments: Any) -> None:
-    """out[0:256] = sums of 16 panels, ``stride`` bytes apart; of ``panels`` on the last one again."""
+    """out[0:256] = sums over groups of 16 panels, ``stride`` bytes apart; of fewer ``panels``: of the last one again."""
     if not isa.vnni:
         return  # nothing calls it
     w, stride, panels, tables, groups, inverse, sums, out = arguments
@@ -141,8 +141,9 @@ def _lookup(books: int, isa: Isa, *arguments: Any) -> None:
             store(highs, i * 32, _splat(0, "uint16", 32), 32)
         first = bind(part * (most // per_line))
         with for_range(first, tirx.min(first + most // per_line, groups // per_line)) as line:
-            # Behind a panel's end lies one that is being read: go on where these panels' next ones are.
-            ahead = bind(AHEAD + T.Select(line * 64 + AHEAD >= stride, stride * (PANELS - 1), T.int64(0)))
+            # Behind these groups lies what is read much later, or now: go on where the next panels' ones are.
+            behind = line * 64 + AHEAD >= groups * (16 * books)
+            ahead = bind(AHEAD + T.Select(behind, stride * PANELS - groups * (16 * books), T.int64(0)))
             for s in range(SETS):
                 lines = []
                 for i in range(4):

@@ -37,17 +37,19 @@ OrtStatus* look_up(Context& c, const isofold_codebook& codebook, const uint16_t*
   void* scratch = thread_scratch(bytes);
   if (!scratch) return out_of_memory(c.api, c.op->name, bytes);
   isofold_lookup lookup = isofold_lookup_start(kernels, &codebook, books, scratch);
-  int64_t groups = codebook.linear.kp / 8;
+  double each = 8.0 * double(codebook.total);
   *done = true;
   for (int64_t m = 0; m < call.m && *done; ++m) {
     *done = isofold_lookup_row(&codebook, &lookup, call.x + m * call.k, call.k);
-    if (!*done) break;
-    ISOFOLD_TRY(c.parallel(groups, 30.0 * double(codebook.total), [&](int64_t begin, int64_t end) {
-      isofold_lookup_tables(kernels, &codebook, &lookup, begin, end);
-    }));
-    ISOFOLD_TRY(c.parallel(isofold_lookup_tasks(&codebook), 8.0 * double(groups * codebook.total), [&](int64_t begin, int64_t end) {
-      isofold_lookup_run(kernels, &codebook, &lookup, &call, m, begin, end);
-    }));
+    for (int64_t chunk = 0; *done && chunk < isofold_lookup_chunks(&codebook); ++chunk) {
+      int64_t groups = isofold_lookup_count(&codebook, chunk);
+      ISOFOLD_TRY(c.parallel(groups, 4 * each, [&](int64_t begin, int64_t end) {
+        isofold_lookup_tables(kernels, &codebook, &lookup, chunk, begin, end);
+      }));
+      ISOFOLD_TRY(c.parallel(isofold_lookup_tasks(&codebook), each * double(groups), [&](int64_t begin, int64_t end) {
+        isofold_lookup_run(kernels, &codebook, &lookup, &call, m, chunk, begin, end);
+      }));
+    }
   }
   return nullptr;
 }
