@@ -84,7 +84,7 @@ enum {
   ISOFOLD_LOOKUP_FEATURES = 512,  // making tables costs as much as looking up 250
   ISOFOLD_LOOKUP_PANELS = 16,
   ISOFOLD_LOOKUP_TABLES = 512,  // of 768 bytes, made and used at a time
-  ISOFOLD_LOOKUP_SPREAD = 1024,  // how far the largest group of activations may be above the mean: 10 bits of the 24
+  ISOFOLD_LOOKUP_SPREAD = 256,  // how far the largest group of activations may be above the mean: 8 bits of the 24
   ISOFOLD_LOOKUP_SUMS = 3 * 16 * ISOFOLD_LOOKUP_PANELS
 };
 

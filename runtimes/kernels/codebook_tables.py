@@ -5,7 +5,9 @@ compiler/dialect/packing_codebook.py; for one codebook or two (1x8, 2x8).
 
 * ``codebook_tables`` makes the 256 entries of T for each group and codebook, in fixed point of 24 bits:
   ``floor(factor T + 1/2) + 2^23``, as three planes of bytes. The factor is from a bound of all entries
-  (`codebook_driver.h`), so a sum over K = 4096 is off by some 1e-8 of the sum of absolute values, as float32 is.
+  (`codebook_driver.h`), so a sum over K = 4096 is off by some 1e-8 of the sum of absolute values, as float32 is; with
+  an activation that is 200 times the others, where the row's weight for it is small, by 1e-5. Beyond that the driver
+  refuses.
 * ``codebook_lookup{M}``: the codes of 64 rows are one vector of indices, and two ``vpermi2b`` on half a plane each look
   up 64 bytes. Bytes are summed in 16-bit lanes: words as they are, and their high bytes; the low ones follow from both,
   modulo 2^16, while at most 256 bytes are summed. Then sums go to int32.
@@ -123,7 +125,7 @@ def _look_up(table: list[Any], index: Any) -> Any:
 
 
 def _lookup(books: int, isa: Isa, *arguments: Any) -> None:
-    """out[0:256] = sums over groups of 16 panels, ``stride`` bytes apart; of fewer ``panels``: of the last one again."""
+    """out[0:256] = sums over groups of 16 panels, ``stride`` bytes apart; of fewer ``panels`` of the last one again."""
     if not isa.vnni:
         return  # nothing calls it
     w, stride, panels, tables, groups, inverse, sums, out = arguments

@@ -19,6 +19,8 @@ from .conftest import ISAS, Codebook, FloatCall, Linear, address, guarded
 
 TOLERANCE = 3e-6
 """Sums of up to a few thousand float32 products, relative to the sum of their absolute values."""
+OUTLIER = 1e-5
+"""The same for looked up products where one activation takes most bits of the fixed point."""
 LAYOUTS = [(1, 16), (2, 16), (1, 8), (2, 8), (3, 8), (8, 8)]
 
 
@@ -70,7 +72,9 @@ def check(
             ctypes.c_void_p(address(scratch)),
         )
         assert library.test_lookup(ctypes.byref(made), *held, ctypes.c_int64(threads)) == 1
-        compare(x, weight, bias, y, f"{layout} {m=} {n=} {k=}, looked up")
+        compare(
+            x, weight, bias, y, f"{layout} {m=} {n=} {k=}, looked up", TOLERANCE if size == 1 else OUTLIER
+        )
         assert intact()
         return
     tasks = library.test_float_tasks(ctypes.byref(made), ctypes.c_int64(m))
@@ -96,13 +100,20 @@ def aligned(size: int) -> np.ndarray:
     return whole[at : at + size]
 
 
-def compare(x: np.ndarray, weight: torch.Tensor, bias: torch.Tensor | None, y: np.ndarray, what: str) -> None:
+def compare(
+    x: np.ndarray,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    y: np.ndarray,
+    what: str,
+    tolerance: float = TOLERANCE,
+) -> None:
     wide = torch.from_numpy(x).double()
     expected, magnitude = wide @ weight.T, wide.abs() @ weight.abs().T + 1
     if bias is not None:
         expected = expected + bias.double()
     error = ((torch.from_numpy(y).double() - expected).abs() / magnitude).max().item()
-    assert error < TOLERANCE, f"{what}: {error:.2e}"
+    assert error < tolerance, f"{what}: {error:.2e}"
 
 
 @pytest.mark.parametrize("isa", ISAS)
