@@ -82,9 +82,9 @@ def _tables(isa: Isa, *arguments: Any) -> None:
 
 def _blocks(a: Any, b: Any, which: list[int]) -> Any:
     """A vector of 64 bytes of four 16-byte blocks of a (0-3) and b (4-7)."""
-    wide = [T.reinterpret("int64x8", v) for v in (a, b)]
+    first, second = (T.reinterpret("int64x8", v) for v in (a, b))
     lanes = [2 * block + half for block in which for half in range(2)]
-    return T.reinterpret("uint8x64", shuffle(*wide, lanes))
+    return T.reinterpret("uint8x64", shuffle(first, second, lanes))
 
 
 def _indices(books: int, lines: list[Any]) -> list[list[Any]]:
