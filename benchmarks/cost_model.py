@@ -1,6 +1,6 @@
 """The cost model against the clock: predicted and measured time of every linear in whole models.
 
-    python benchmarks/cost_model.py [--json FILE] [--quick] [--threads N]
+    python benchmarks/cost_model.py [--json FILE] [--quick] [--threads N] [--recipe TEXT]
 
 The machine is measured first (`isofold.machine`, from the cache with --quick). Two subjects: linears of a decoder
 with 1 row and weights far beyond the L3 (a decode step), and with 128 rows. Rows of the table: the ratio of predicted
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import isofold
-from harness import Results, main, parse
+from harness import BenchmarkError, Results, main, parse
 from isofold.compiler.machine import linear_formats
 from isofold.compiler.report_files import add_profile
 
@@ -42,14 +42,24 @@ def body() -> int:
 
     def extra(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+        parser.add_argument(
+            "--recipe", metavar="TEXT", action="append", help="only formats whose recipes' names hold this"
+        )
 
     arguments = parse(__doc__, extra)
+    chosen = [
+        recipe
+        for recipe in linear_formats().values()
+        if recipe.weights is not None and any(text in recipe.name for text in arguments.recipe or [""])
+    ]
+    if not chosen:
+        names = ", ".join(recipe.name for recipe in linear_formats().values())
+        raise BenchmarkError(f"no recipe has this in its name: {names}")
     isofold.machine(arguments.threads, refresh=not arguments.quick)
     results = Results("cost_model")
     torch.manual_seed(0)
-    for recipe in linear_formats().values():
-        if recipe.weights is None:
-            continue
+    for recipe in chosen:
+        assert recipe.weights is not None
         small = recipe.weights.bits < 8
         # 28 MiB of weights a layer in float32: 160 MB of packed ones for a decode step.
         for rows, layers in ((1, 4 if arguments.quick else (24 if small else 12)), (128, 1)):

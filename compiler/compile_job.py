@@ -160,8 +160,10 @@ def _predicted(model: Mapping[str, Any]) -> str:
         text += f"; no rates for {', '.join(model['unmeasured'])}"
     if model["slower"]:
         worst = max(model["slower"], key=lambda row: row["microseconds"] / row["faster_microseconds"])
+        count = len(model["slower"])
+        layers = "1 layer is" if count == 1 else f"{count} layers are"
         text += (
-            f"\nslow      {len(model['slower'])} layers are predicted to be slower than dense weights, such as "
+            f"\nslow      {layers} predicted to be slower than dense weights, such as "
             f"{worst['module'] or '<root>'}: {worst['format']} {format_microseconds(worst['microseconds'])}, "
             f"{worst['faster']} {format_microseconds(worst['faster_microseconds'])}"
         )

@@ -1,7 +1,8 @@
 """The rates of this machine for the cost model: measured once (`isofold machine`), kept in the cache folder.
 
 A file there is named after the threads and a hash of processor, versions and formats, so that a change of any of
-them asks for a new measurement. A machine that was never measured is taken to be like the one in `data/machine.json`.
+them asks for a new measurement. A machine that was never measured is taken to be like the one in `data/machine*.json`
+that has its processor, else like that in `data/machine.json`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from .recipe import PRESETS, Recipe
 
 Say = Callable[[str], None]
 
-_SHIPPED = Path(__file__).parent / "data" / "machine.json"
+_DATA = Path(__file__).parent / "data"
+_SHIPPED = _DATA / "machine.json"
 
 
 def machine(threads: int | None = None, *, refresh: bool = False, progress: Say | None = None) -> Machine:
@@ -44,7 +46,14 @@ def machine(threads: int | None = None, *, refresh: bool = False, progress: Say 
 def known_machine(threads: int | None = None) -> tuple[Machine, bool]:
     """Rates without measuring anything, and whether they are this machine's own."""
     found = _cached(threads or len(os.sched_getaffinity(0)))
-    return (Machine.from_json(json.loads(_SHIPPED.read_text())), False) if found is None else (found, True)
+    return (_shipped(), False) if found is None else (found, True)
+
+
+def _shipped() -> Machine:
+    machines = [Machine.from_json(json.loads(path.read_text())) for path in sorted(_DATA.glob("machine*.json"))]
+    here = processor()
+    same = next((machine for machine in machines if machine.name == here), None)
+    return same or Machine.from_json(json.loads(_SHIPPED.read_text()))
 
 
 def measured_at() -> int:

@@ -144,28 +144,42 @@ def _apply_mask(
                         p.store(at, _masked(kind, p.load(at, 1), mask.load(offset + t * mask_t, 1), 1), 1)
 
 
-class _Block:
-    """Emits the block kernel. Up to 32 * sub queries; each group of 32 has its own running state in scratch."""
+class Block:
+    """Emits a block kernel. Up to 32 * sub queries; each group of 32 has its own running state in scratch.
 
-    def __init__(self, isa: Isa, vectors: int, values: tuple[Any, ...]) -> None:
-        (self.q, self.k, self.v, self.mask_f, self.mask_b, self.out, self.scratch,
-         self.nq, self.q_row, self.k_row, self.v_row, self.out_row, self.keys, self.d, self.dv,
-         self.first_query, self.causal, self.mask_kind, self.mask_s, self.mask_t,
-         self.scale, self.softcap) = values  # fmt: skip
-        self.vectors = vectors
+    Keys and values are floats here; `fetch`, `key_rows` and `values` are what reads them.
+    """
+
+    def __init__(
+        self,
+        isa: Isa,
+        vectors: int,
+        key_block: int,
+        keys_and_values: tuple[Any, ...],
+        others: tuple[Any, ...],
+    ) -> None:
+        (self.q, self.mask_f, self.mask_b, self.out, self.scratch, self.nq, self.q_row, self.out_row, self.keys, self.d,
+         self.dv, self.first_query, self.causal, self.mask_kind, self.mask_s, self.mask_t,
+         self.scale, self.softcap) = others  # fmt: skip
+        self.vectors, self.key_block = vectors, key_block
         wide = isa.registers == 32
         self.mr = knob("attention_tile")
-        self.key_block = knob("attention_keys")
         # AVX2 has registers for the sums of 16 lanes only: walk the two halves one after the other.
         self.parts = [list(range(vectors))] if wide else [[j] for j in range(vectors)]
         self.width = len(self.parts[0])
         self.acc = registers(self.mr * self.width, "float32")
         self.maxima, self.sums = registers(vectors, "float32"), registers(vectors, "float32")
         self.p = View(self.scratch, _i64(0))
-        self.v_width = bind((self.dv + 15) // 16 * 16)
-        self.v_copy = View(self.scratch, tirx.const((self.key_block + 8) * LANES, "int64"))
-        self.states = bind(self.v_copy.base + self.key_block * self.v_width)
+        self.copies = _i64((self.key_block + 8) * LANES)
+        self.states = bind(self.copies + self.key_block * self.start(*keys_and_values))
         self.state = bind((self.d + self.dv + 10) * LANES)
+
+    def start(self, *keys_and_values: Any) -> Any:
+        """Take over keys and values; returns the floats for each key that are copied to ``self.copies`` on."""
+        self.k, self.v, self.k_row, self.v_row = keys_and_values
+        self.v_width = bind((self.dv + 15) // 16 * 16)
+        self.v_copy = View(self.scratch, self.copies)
+        return self.v_width
 
     def enter(self, sub: Any) -> None:
         """Point the views at one group of queries."""
@@ -194,8 +208,7 @@ class _Block:
         # Keys outside, groups of queries inside: a block of K and V is read once for all of them.
         with for_range(0, (self.keys + self.key_block - 1) // self.key_block) as block:
             t0 = bind(block * self.key_block)
-            with when(self.keys > self.key_block):
-                self.copy_values(t0)
+            self.fetch(t0)
             with for_range(0, groups) as sub:
                 self.enter(sub)
                 with when(self.visible > t0):
@@ -216,28 +229,34 @@ class _Block:
             for w, j in enumerate(part):
                 target.store((base + i) * LANES + 16 * j, load(self.acc, (i * self.width + w) * 16))
 
-    def copy_values(self, t0: Any) -> None:
+    def fetch(self, t0: Any) -> None:
         """Bring a block of V together: each tile of `values` visits every row, and rows may lie pages apart.
 
         Pays for itself where keys and values of a head do not stay in the second-level cache: from the
         second block of keys on.
         """
-        with for_range(0, tirx.min(self.keys - t0, _i64(self.key_block))) as t:
+        with (
+            when(self.keys > self.key_block),
+            for_range(0, tirx.min(self.keys - t0, _i64(self.key_block))) as t,
+        ):
             source, target = bind((t0 + t) * self.v_row), bind(t * self.v_width)
             with for_range(0, self.dv // 16) as i:
                 self.v_copy.store(target + i * 16, load(self.v, source + i * 16))
             with for_range(self.dv // 16 * 16, self.dv) as i:
                 self.v_copy.store(target + i, load(self.v, source + i, 1), 1)
 
+    def key_rows(self, t0: Any, tokens: list[Any]) -> tuple[View, list[Any]]:
+        """Where keys lie, and the offsets of these tokens of the block that starts at token t0."""
+        return View(self.k, _i64(0)), [bind((t0 + token) * self.k_row) for token in tokens]
+
     def scores(self, t0: Any, keys: Any) -> None:
         """p[t, s] = sum_d k[t, d] q[s, d]."""
-        keys_view = View(self.k, _i64(0))
         with for_range(0, (keys + self.mr - 1) // self.mr) as tile:
             base = bind(tile * self.mr)
-            rows = [bind((t0 + tirx.min(base + i, keys - 1)) * self.k_row) for i in range(self.mr)]
+            view, rows = self.key_rows(t0, [tirx.min(base + i, keys - 1) for i in range(self.mr)])
             for part in self.parts:
                 self._clear()
-                _tile(self.mr, self.width, keys_view, rows, _i64(1), self.qt, 16 * part[0], self.d, self.acc)
+                _tile(self.mr, self.width, view, rows, _i64(1), self.qt, 16 * part[0], self.d, self.acc)
                 self._store_tile(self.p, base, part)
 
     def hide(self, t0: Any, keys: Any) -> None:
@@ -288,11 +307,12 @@ class _Block:
         """o[d, s] = o[d, s] * correction[s] + sum_t v[t, d] p[t, s]."""
         with T.If(self.keys > self.key_block):
             with T.Then():
-                self._values(self.v_copy, self.v_width, t0, keys, corrections)
+                self.values_of(self.v_copy, self.v_width, t0, keys, corrections)
             with T.Else():
-                self._values(View(self.v, _i64(0)), self.v_row, t0, keys, None)
+                self.values_of(View(self.v, _i64(0)), self.v_row, t0, keys, None)
 
-    def _values(self, v: View, v_row: Any, t0: Any, keys: Any, corrections: list[Any] | None) -> None:
+    def values_of(self, v: View, v_row: Any, t0: Any, keys: Any, corrections: list[Any] | None) -> None:
+        """The same from rows of values ``v_row`` apart; no corrections: these are all keys."""
         with for_range(0, (self.dv + self.mr - 1) // self.mr) as tile:
             base = bind(tile * self.mr)
             columns = [bind(tirx.min(base + i, self.dv - 1)) for i in range(self.mr)]
@@ -321,8 +341,12 @@ class _Block:
                 self.out_view.store(s * self.out_row + dim, T.float32(0.0), 1)
 
 
-def _emit_block(isa: Isa, *values: Any, vectors: int) -> None:
-    _Block(isa, vectors, values).emit()
+def _emit_block(
+    isa: Isa, q: Any, k: Any, v: Any, mask_f: Any, mask_b: Any, out: Any, scratch: Any, nq: Any, q_row: Any,
+    k_row: Any, v_row: Any, *others: Any, vectors: int,
+) -> None:  # fmt: skip
+    shared = (q, mask_f, mask_b, out, scratch, nq, q_row, *others)
+    Block(isa, vectors, knob("attention_keys"), (k, v, k_row, v_row), shared).emit()
 
 
 def _row(

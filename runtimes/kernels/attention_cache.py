@@ -1,4 +1,4 @@
-"""Attention on packed codes of keys and values (``compiler/dialect/cache_packing.py``), for one query of R heads.
+"""Attention on packed codes of keys and values (``compiler/dialect/cache_packing.py``): one query of R heads, or many.
 
 Identity: ``q . k_t = s_t (sum_d q_d u_td - z_t sum_d q_d)`` and ``sum_t p_t v_t = sum_t (p_t s_t) u_t - sum_t p_t s_t
 z_t``, so codes meet floats as they are: a conversion and a multiply-add for 16 of them, and the pairs cost one
@@ -12,8 +12,11 @@ operation a token.
 * Groups inside a head have pairs of their own: a head is then several short ones whose scores are added. Weights
   ``p s`` of a block of tokens are made for one group after the other, so the loops over codes do not know of groups.
 
-Many queries (prefill) are compute, not memory: codes are expanded to floats once (``cache_expand``) and go through the
-kernels of attention.py. Scratch of R heads with Gk and Gv groups: R (ceil(keys, 16) + Dp + Dvp + 384 + 16 Gv + Gk)
+Many queries (prefill) are compute, not memory: the block kernel of attention.py, which brings keys and values of a
+block of tokens to floats in scratch memory when it comes to them (``attention_block*_cache*``). A code then is 4 bytes
+for as long as it is used, in the second-level cache, and never in memory. Scratch: see KERNELS.
+
+Scratch of few queries of R heads with Gk and Gv groups: R (ceil(keys, 16) + Dp + Dvp + 384 + 16 Gv + Gk)
 floats, 64-byte aligned.
 """
 
@@ -25,14 +28,14 @@ from typing import Any
 
 from tvm import tirx
 
-from .attention import _masked
+from .attention import Block, View, _masked
 from .codegen import Isa, Kernel, T, bind, for_range, load, registers, store, when
 from .math import exp, reduce_lanes, tanh, transpose16
 
 HEADS = (4, 2, 1)
 """Heads of one query that a kernel takes."""
 TOKENS = 128
-"""Tokens of a block of values."""
+"""Tokens of a block of values, and of keys where there are many queries."""
 NEG_INF = float("-inf")
 
 
@@ -256,17 +259,53 @@ def _values(
         store(scratch, offsets + i * 16, T.broadcast(sum_, 16))
 
 
-def _expand(bits: int, isa: Isa, *arguments: Any) -> None:
-    """out[t, 0:dp] = s (u - z), dp = ceil(d, 32)."""
-    del isa
-    codes, params, out, tokens, d = arguments
-    dp = bind((d + 31) // 32 * 32)
-    with for_range(0, tokens) as t:
-        scale = bind(T.broadcast(load(params, t * 2, 1), 16))
-        zero = bind(T.broadcast(load(params, t * 2 + 1, 1), 16))
-        with for_range(0, dp // 32) as chunk:
-            for h, u in enumerate(_codes(bits, codes, t * (dp * bits // 8) + chunk * (32 * bits // 8))):
-                store(out, t * dp + chunk * 32 + 16 * h, scale * (u - zero))
+def _expand(bits: int, codes: Any, params: Any, at: Any, out: View, count: Any, width: Any) -> None:
+    """out[t, 0:width] = s (u - z) for ``count`` heads, or groups of them, from the at-th on."""
+    with for_range(0, count) as t:
+        scale = bind(T.broadcast(load(params, (at + t) * 2, 1), 16))
+        zero = bind(T.broadcast(load(params, (at + t) * 2 + 1, 1), 16))
+        start = bind((at + t) * (width * bits // 8))
+        with for_range(0, width // 32) as chunk:
+            for h, u in enumerate(_codes(bits, codes, start + chunk * (32 * bits // 8))):
+                out.store(t * width + chunk * 32 + 16 * h, scale * (u - zero))
+
+
+class _CodedBlock(Block):
+    """The block kernel on codes: a group with a pair of its own is, to `_expand`, a token of its own."""
+
+    def __init__(self, bits: int, *rest: Any) -> None:
+        self.bits = bits
+        super().__init__(*rest)
+
+    def start(self, *keys_and_values: Any) -> Any:
+        self.k, self.k_params, self.v, self.v_params, self.k_group, self.v_group = keys_and_values
+        self.k_width, self.v_width = (bind((n + 31) // 32 * 32) for n in (self.d, self.dv))
+        self.v_copy = View(self.scratch, self.copies)
+        self.k_copy = View(self.scratch, bind(self.copies + self.v_width * self.key_block))
+        return self.k_width + self.v_width
+
+    def fetch(self, t0: Any) -> None:
+        count = bind(tirx.min(self.keys - t0, tirx.const(self.key_block, "int64")))
+        for codes, params, group, width, copy in (
+            (self.k, self.k_params, self.k_group, self.k_width, self.k_copy),
+            (self.v, self.v_params, self.v_group, self.v_width, self.v_copy),
+        ):
+            groups = bind(width // group)
+            _expand(self.bits, codes, params, t0 * groups, copy, count * groups, group)
+
+    def key_rows(self, t0: Any, tokens: list[Any]) -> tuple[View, list[Any]]:
+        return self.k_copy, [bind(token * self.k_width) for token in tokens]
+
+    def values(self, t0: Any, keys: Any, corrections: list[Any]) -> None:
+        self.values_of(self.v_copy, self.v_width, t0, keys, corrections)
+
+
+def _block(
+    bits: int, vectors: int, isa: Isa, q: Any, k: Any, k_params: Any, v: Any, v_params: Any, mask_f: Any,
+    mask_b: Any, out: Any, scratch: Any, k_group: Any, v_group: Any, *others: Any,
+) -> None:  # fmt: skip
+    shared = (q, mask_f, mask_b, out, scratch, *others)
+    _CodedBlock(bits, isa, vectors, TOKENS, (k, k_params, v, v_params, k_group, v_group), shared).emit()
 
 
 def _pack(isa: Isa, *arguments: Any) -> None:
@@ -286,6 +325,10 @@ _SIZES = (
     "q_head: i64, out_head: i64, keys: i64, d: i64, dv: i64, k_group: i64, v_group: i64, mask_kind: i64, "
     "mask_head: i64, mask_t: i64, scale: f32, softcap: f32"
 )
+_BLOCK_SIZES = (
+    "k_group: i64, v_group: i64, nq: i64, q_row: i64, out_row: i64, keys: i64, d: i64, dv: i64, first_query: i64, "
+    "causal: i64, mask_kind: i64, mask_s: i64, mask_t: i64, scale: f32, softcap: f32"
+)
 
 KERNELS = [
     *(
@@ -298,14 +341,17 @@ KERNELS = [
         for bits in (8, 4)
         for heads in HEADS
     ),
+    # any number of queries (16: up to so many); scratch 32 (ceil(nq / 32) (d + dv + 10) + TOKENS + 8)
+    # + TOKENS (Dp + Dvp) floats, 64-byte aligned
     *(
         Kernel(
-            f"cache_expand{bits}",
-            "codes: const u8*, params: const f32*, out: f32*, tokens: i64, d: i64",
-            partial(_expand, bits),
+            f"attention_block{16 * vectors}_cache{bits}",
+            f"{_POINTERS}, {_BLOCK_SIZES}",
+            partial(_block, bits, vectors),
             "attention_cache",
         )
         for bits in (8, 4)
+        for vectors in (2, 1)
     ),
     Kernel("cache_pack", "u: const u8*, packed: u8*, blocks: i64", _pack, "attention_cache"),
 ]

@@ -12,10 +12,12 @@ epilogue are those of linear_float.py. Layout: compiler/dialect/packing_codebook
 8-bit codebooks are read as float32 (``codebook_expand``: 8 KiB each, two of them in the first-level cache), 16-bit
 ones (1 MiB) as the float16 that they are stored as.
 
-Why vectors are decoded, and no table ``x . C`` is made for each group of inputs (AQLM's CPU kernel): one row of x takes
-as many loads either way, one of a table's entry or one of a vector for each code, and that is the bound; tables are
-M 2^b floats for every group, 1 MiB at K = 4096 and 2x8, read anew for every panel unless all panels are cut into
-chunks of K, and 256 KiB for each group at 1x16. With more rows of x a vector is decoded once for all, a table is not.
+With AVX512-VBMI, few rows of 8-bit codes meet many output features another way: codebook_tables.py, whose lookups are
+in registers. For all else: why vectors are decoded, and no table ``x . C`` is made for each group of inputs (AQLM's CPU
+kernel): one row of x takes as many loads either way, one of a table's entry or one of a vector for each code, and that
+is the bound; tables are M 2^b floats for every group, 1 MiB at K = 4096 and 2x8, read anew for every panel unless all
+panels are cut into chunks of K, and 256 KiB for each group at 1x16. With more rows of x a vector is decoded once for
+all, a table is not.
 
 The bound of the 2x8 GEMV: 8 weights are 2 bytes. They take two shifts and two masks of indices (8 bytes of codes are
 one load), two loads of vectors (one folded into the add) and a multiply-add: 7 operations, on Zen 4 with its 6 a cycle

@@ -18,7 +18,8 @@ Scales of a group: float16, E8M0 (shifted into the exponent of a float32; 2**-12
 
 The bound of the 4-bit GEMV on v4 is arithmetic: 64 bytes are 128 codes, 8 shifts, 8 ``vpermps`` and 8 multiply-adds
 of 512 bits; Zen 4 does each as two halves, shifts and permutations on two of its four vector pipes, so 16 cycles
-for 64 bytes, 4 bytes a cycle and core.
+for 64 bytes, 4 bytes a cycle and core. Zen 5 starts two shifts or permutations of 512 bits a cycle: 7.5 cycles, 8.5
+bytes a cycle, a quarter less than its memory gives one core.
 """
 
 from __future__ import annotations

@@ -149,6 +149,8 @@ DEFAULT_SHAPES = (
     "linear w4g32 1024x3072 m16",
     "linear w4g32 1024x3072 m48",
     "linear w4g32 1024x3072 m128",
+    "linear w3g32 4096x4096 m1",
+    "linear w2g32 4096x4096 m1",
     "linear w8 4096x4096 m1",
     "linear w8 768x3072 m128",
     "linear_float w4g32 4096x4096 m1",

@@ -291,3 +291,16 @@ def test_rows_that_depend_on_the_data_count_as_one(recipe: str) -> None:
     assert work.rows == 1
     assert work.elements == 32 * 64
     assert prepared.program(x).shape == (int((x.sum(-1) > 0).sum()), 32)
+def test_a_machine_that_was_not_measured_is_like_the_shipped_one_of_its_processor(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ISOFOLD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(machine_module, "_DATA", tmp_path)
+    monkeypatch.setattr(machine_module, "_SHIPPED", tmp_path / "machine.json")
+    for file, name in (("machine.json", "old"), ("machine-new.json", "new")):
+        made = Machine(name, 2, 1e-6, [(1.0, 1e9)], {INT8: [(1.0, 1e-11)]})
+        (tmp_path / file).write_text(json.dumps(made.to_json()))
+    for here, wanted in (("new", "new"), ("old", "old"), ("unknown", "old")):
+        monkeypatch.setattr(machine_module, "processor", lambda here=here: here)
+        found, own = machine_module.known_machine(1)
+        assert (found.name, own) == (wanted, False)

@@ -4,7 +4,7 @@
 namespace isofold {
 namespace {
 
-enum { LANES = 32, FEW_QUERIES = 4, MOST_GROUPS = 4 };  // the first as in attention.py
+enum { LANES = 32, FEW_QUERIES = 4, MOST_GROUPS = 4, CACHE_TOKENS = 128 };  // as in attention.py; TOKENS of attention_cache.py
 
 struct AttentionKernel : KernelBase {
   int64_t heads, kv_heads, q_start, k_start, v_start;
@@ -53,18 +53,81 @@ OrtStatus* read_mask(const Context& c, const Tensor& mask, const Shape& full, Ma
                      describe(mask.type, mask.shape).text);
 }
 
-// Keys or values as floats: head g of batch element b is at data + b * batch + g * head, its tokens are `row` apart.
-struct Stream {
-  const float* data;
-  int64_t batch, head, row;
-};
-
 struct Sizes {
   int64_t batch, queries, keys, d, dv;
 };
 
-OrtStatus* run(Context& c, const AttentionKernel& a, const Sizes& n, const float* q, int64_t q_row, const Stream& k,
-               const Stream& v, const Tensor& mask_tensor, const Mask& mask, float* out);
+// What a kernel is called with for one task: queries of one head, or one query of heads that share their keys.
+struct Task {
+  int64_t batch, kv_head;  // whose keys and values
+  const float* q;
+  float* out;
+  int64_t count, q_row, out_row, keys, first, causal;
+  const float* mask_f;
+  const uint8_t* mask_b;
+  int64_t mask_kind, mask_s, mask_t;
+  bool single;  // one query of one head
+};
+
+// Cuts attention into tasks and calls attend(task, scratch) for each; floats(groups) says how much scratch memory
+// `groups` times 32 queries take, and with 0 a single one.
+template <class Floats, class Attend>
+OrtStatus* run(Context& c, const AttentionKernel& a, const Sizes& n, const float* q, int64_t q_row,
+               const Tensor& mask_tensor, const Mask& mask, float* out, const Floats& floats, const Attend& attend) {
+  int64_t batch = n.batch, queries = n.queries, keys = n.keys, d = n.d, dv = n.dv, out_row = a.heads * dv;
+  if (batch * queries * dv == 0) return nullptr;
+  int64_t group = a.heads / a.kv_heads;
+  // One query of several heads that share their keys is a block whose rows are the heads.
+  bool heads_as_rows = queries == 1 && group >= FEW_QUERIES;
+  bool single_rows = !heads_as_rows && queries < FEW_QUERIES;
+  int64_t rows = heads_as_rows ? group : queries, columns = heads_as_rows ? a.kv_heads : a.heads;
+  // Larger blocks read keys and values less often, smaller ones make enough tasks for all threads.
+  int64_t groups = 1, wanted = most_pieces();
+  while (groups < MOST_GROUPS && groups * LANES < rows && batch * columns * (rows / (2 * groups * LANES)) >= wanted)
+    groups *= 2;
+  int64_t block = single_rows ? 1 : LANES * groups;
+  int64_t blocks = (rows + block - 1) / block, tasks = batch * columns * blocks;
+  size_t bytes = size_t(floats(single_rows ? 0 : groups)) * sizeof(float);
+  double flops = 2.0 * double((rows < block ? rows : block) * keys * (d + dv));
+  bool failed = false;
+  ISOFOLD_TRY(c.parallel(tasks, flops / 60 + 100, [&](int64_t begin, int64_t end) {
+    auto* scratch = static_cast<float*>(thread_scratch(bytes));
+    if (!scratch) {
+      __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
+      return;
+    }
+    for (int64_t task = begin; task < end; ++task) {
+      int64_t b = task / (columns * blocks), column = task / blocks % columns, first = task % blocks * block;
+      int64_t count = rows - first < block ? rows - first : block;
+      int64_t h = heads_as_rows ? column * group + first : column, s = heads_as_rows ? 0 : first;
+      int64_t visible = keys;
+      if (a.causal) {
+        int64_t last = heads_as_rows ? 1 : s + count;
+        visible = visible < last ? visible : last;
+      }
+      int64_t mask_at = b * mask.strides[0] + h * mask.strides[1] + s * mask.strides[2];
+      Task t = {};
+      t.batch = b;
+      t.kv_head = h / group;
+      t.q = q + (b * queries + s) * q_row + (a.q_start + h) * d;
+      t.out = out + (b * queries + s) * out_row + h * dv;
+      t.count = count;
+      t.q_row = heads_as_rows ? d : q_row;
+      t.out_row = heads_as_rows ? dv : out_row;
+      t.keys = visible;
+      t.first = s;
+      t.causal = a.causal && !heads_as_rows;
+      t.mask_f = mask.kind == 1 ? mask_tensor.f32() + mask_at : nullptr;
+      t.mask_b = mask.kind == 2 ? mask_tensor.as<uint8_t>() + mask_at : nullptr;
+      t.mask_kind = mask.kind;
+      t.mask_s = mask.strides[heads_as_rows ? 1 : 2];
+      t.mask_t = mask.strides[3];
+      t.single = single_rows;
+      attend(t, scratch);
+    }
+  }));
+  return failed ? out_of_memory(c.api, c.op->name, bytes) : nullptr;
+}
 
 OrtStatus* compute(void* memory, Context& c) {
   const auto& a = *static_cast<const AttentionKernel*>(memory);
@@ -91,65 +154,23 @@ OrtStatus* compute(void* memory, Context& c) {
   float* out = nullptr;
   ISOFOLD_TRY(c.output(0, shape_of(batch, queries, a.heads, dv), &out));
   int64_t k_row = k.shape[2] * d, v_row = v.shape[2] * dv;
-  Stream keys_at = {k.f32() + a.k_start * d, keys * k_row, d, k_row};
-  Stream values_at = {v.f32() + a.v_start * dv, keys * v_row, dv, v_row};
-  return run(c, a, {batch, queries, keys, d, dv}, q.f32(), q.shape[2] * d, keys_at, values_at, mask_tensor, mask, out);
-}
-
-OrtStatus* run(Context& c, const AttentionKernel& a, const Sizes& n, const float* q, int64_t q_row, const Stream& k,
-               const Stream& v, const Tensor& mask_tensor, const Mask& mask, float* out) {
-  int64_t batch = n.batch, queries = n.queries, keys = n.keys, d = n.d, dv = n.dv, out_row = a.heads * dv;
-  if (batch * queries * dv == 0) return nullptr;
-  int64_t group = a.heads / a.kv_heads;
-  // One query of several heads that share their keys is a block whose rows are the heads.
-  bool heads_as_rows = queries == 1 && group >= FEW_QUERIES;
-  bool single_rows = !heads_as_rows && queries < FEW_QUERIES;
-  int64_t rows = heads_as_rows ? group : queries, columns = heads_as_rows ? a.kv_heads : a.heads;
-  // Larger blocks read keys and values less often, smaller ones make enough tasks for all threads.
-  int64_t groups = 1, wanted = most_pieces();
-  while (groups < MOST_GROUPS && groups * LANES < rows && batch * columns * (rows / (2 * groups * LANES)) >= wanted)
-    groups *= 2;
-  int64_t block = single_rows ? 1 : LANES * groups;
-  int64_t blocks = (rows + block - 1) / block, tasks = batch * columns * blocks;
+  const float *keys_at = k.f32() + a.k_start * d, *values_at = v.f32() + a.v_start * dv;
   int64_t together = kernels->attention_keys_attention;
-  size_t floats = single_rows ? size_t(keys + 32)
-                              : size_t(LANES * (groups * (d + dv + 10) + together + 8) + together * ceil_to(dv, 16));
-  double flops = 2.0 * double((rows < block ? rows : block) * keys * (d + dv));
-  bool failed = false;
-  ISOFOLD_TRY(c.parallel(tasks, flops / 60 + 100, [&](int64_t begin, int64_t end) {
-    auto* scratch = static_cast<float*>(thread_scratch(floats * sizeof(float)));
-    if (!scratch) {
-      __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
+  auto floats = [&](int64_t groups) {
+    return groups ? LANES * (groups * (d + dv + 10) + together + 8) + together * ceil_to(dv, 16) : keys + 32;
+  };
+  auto attend = [&](const Task& t, float* scratch) {
+    const float *k_at = keys_at + t.batch * keys * k_row + t.kv_head * d, *v_at = values_at + t.batch * keys * v_row + t.kv_head * dv;
+    if (t.single) {
+      kernels->attention_row(t.q, k_at, v_at, t.mask_f, t.mask_b, t.out, scratch, k_row, v_row, t.keys, d, dv, t.mask_kind,
+                             t.mask_t, a.scale, a.softcap);
       return;
     }
-    for (int64_t task = begin; task < end; ++task) {
-      int64_t b = task / (columns * blocks), column = task / blocks % columns, first = task % blocks * block;
-      int64_t count = rows - first < block ? rows - first : block;
-      int64_t h = heads_as_rows ? column * group + first : column, g = h / group, s = heads_as_rows ? 0 : first;
-      int64_t visible = keys;
-      if (a.causal) {
-        int64_t last = heads_as_rows ? 1 : s + count;
-        visible = visible < last ? visible : last;
-      }
-      const float* q_at = q + (b * queries + s) * q_row + (a.q_start + h) * d;
-      const float* k_at = k.data + b * k.batch + g * k.head;
-      const float* v_at = v.data + b * v.batch + g * v.head;
-      float* out_at = out + (b * queries + s) * out_row + h * dv;
-      int64_t mask_at = b * mask.strides[0] + h * mask.strides[1] + s * mask.strides[2];
-      const float* mask_f = mask.kind == 1 ? mask_tensor.f32() + mask_at : nullptr;
-      const uint8_t* mask_b = mask.kind == 2 ? mask_tensor.as<uint8_t>() + mask_at : nullptr;
-      if (single_rows) {
-        kernels->attention_row(q_at, k_at, v_at, mask_f, mask_b, out_at, scratch, k.row, v.row, visible, d, dv,
-                               mask.kind, mask.strides[3], a.scale, a.softcap);
-        continue;
-      }
-      auto run = count <= 16 ? kernels->attention_block16 : kernels->attention_block32;
-      run(q_at, k_at, v_at, mask_f, mask_b, out_at, scratch, count, heads_as_rows ? d : q_row, k.row, v.row,
-          heads_as_rows ? dv : out_row, visible, d, dv, s, a.causal && !heads_as_rows, mask.kind,
-          mask.strides[heads_as_rows ? 1 : 2], mask.strides[3], a.scale, a.softcap);
-    }
-  }));
-  return failed ? out_of_memory(c.api, c.op->name, floats * sizeof(float)) : nullptr;
+    auto run_block = t.count <= 16 ? kernels->attention_block16 : kernels->attention_block32;
+    run_block(t.q, k_at, v_at, t.mask_f, t.mask_b, t.out, scratch, t.count, t.q_row, k_row, v_row, t.out_row, t.keys, d, dv,
+              t.first, t.causal, t.mask_kind, t.mask_s, t.mask_t, a.scale, a.softcap);
+  };
+  return run(c, a, {batch, queries, keys, d, dv}, q.f32(), q.shape[2] * d, mask_tensor, mask, out, floats, attend);
 }
 
 // ---- CachedAttention
@@ -248,22 +269,19 @@ OrtStatus* compute_cached(void* memory, Context& c) {
   ISOFOLD_TRY(c.output(0, shape_of(n.batch, n.queries, a.heads, n.dv), &out));
   if (n.batch * n.queries == 0) return nullptr;
   if (n.queries < FEW_QUERIES) return run_on_codes(c, a, n, t, mask, out);
-  // Many queries: every code is used often, and as a float from the second time on.
-  int64_t tokens = n.batch * a.kv_heads * n.keys;
-  RunScratch scratch(size_t(tokens * (dp + dvp)) * sizeof(float));
-  if (tokens && !scratch.data) return out_of_memory(c.api, c.op->name, size_t(tokens * (dp + dvp)) * sizeof(float));
-  float *k = static_cast<float*>(scratch.data), *v = k + tokens * dp;
-  auto expand = a.bits == 8 ? kernels->cache_expand8 : kernels->cache_expand4;
-  ISOFOLD_TRY(c.parallel(tokens, double(dp + dvp) / 10, [&](int64_t begin, int64_t end) {
-    // A group is a token of its own to this kernel: its codes and its pair follow each other just so.
-    expand(t[1].as<uint8_t>() + begin * (dp * a.bits / 8), t[2].f32() + 2 * k_pairs * begin, k + begin * dp,
-           (end - begin) * k_pairs, n.d / k_pairs);
-    expand(t[3].as<uint8_t>() + begin * (dvp * a.bits / 8), t[4].f32() + 2 * v_pairs * begin, v + begin * dvp,
-           (end - begin) * v_pairs, n.dv / v_pairs);
-  }));
-  Stream keys_at = {k, a.kv_heads * n.keys * dp, n.keys * dp, dp};
-  Stream values_at = {v, a.kv_heads * n.keys * dvp, n.keys * dvp, dvp};
-  return run(c, a, n, t[0].f32(), q[2] * n.d, keys_at, values_at, t[5], mask, out);
+  int64_t k_bytes = n.keys * dp * a.bits / 8, v_bytes = n.keys * dvp * a.bits / 8;
+  auto floats = [&](int64_t groups) { return LANES * (groups * (n.d + n.dv + 10) + CACHE_TOKENS + 8) + CACHE_TOKENS * (dp + dvp); };
+  auto attend = [&](const Task& task, float* scratch) {
+    int64_t stream = task.batch * a.kv_heads + task.kv_head;
+    bool few = task.count <= 16;
+    auto run_block = a.bits == 8 ? (few ? kernels->attention_block16_cache8 : kernels->attention_block32_cache8)
+                                 : (few ? kernels->attention_block16_cache4 : kernels->attention_block32_cache4);
+    run_block(task.q, t[1].as<uint8_t>() + stream * k_bytes, t[2].f32() + stream * n.keys * 2 * k_pairs,
+              t[3].as<uint8_t>() + stream * v_bytes, t[4].f32() + stream * n.keys * 2 * v_pairs, task.mask_f, task.mask_b,
+              task.out, scratch, dp / k_pairs, dvp / v_pairs, task.count, task.q_row, task.out_row, task.keys, n.d, n.dv,
+              task.first, task.causal, task.mask_kind, task.mask_s, task.mask_t, a.scale, a.softcap);
+  };
+  return run(c, a, n, t[0].f32(), q[2] * n.d, t[5], mask, out, floats, attend);
 }
 
 OrtStatus* infer_cached(Inference& f) {

@@ -48,6 +48,7 @@ _MODULES = (
     "outliers",
     "coded",
     "codebook",
+    "codebook_tables",
     "dense",
     "norm",
     "attention",

@@ -29,6 +29,31 @@ OrtStatus* create_codebook(void* memory, const Attributes& a) {
   return nullptr;
 }
 
+// Few rows: products are looked up. *done: whether they could be for every row.
+OrtStatus* look_up(Context& c, const isofold_codebook& codebook, const uint16_t* books, const isofold_linear_float_call& call,
+                   bool* done) {
+  size_t bytes = size_t(isofold_lookup_bytes(&codebook));
+  // Kept for the next call: the pages of a fresh megabyte cost more than the tables in it. No task below asks for it.
+  void* scratch = thread_scratch(bytes);
+  if (!scratch) return out_of_memory(c.api, c.op->name, bytes);
+  isofold_lookup lookup = isofold_lookup_start(kernels, &codebook, books, scratch);
+  double each = 8.0 * double(codebook.total);
+  *done = true;
+  for (int64_t m = 0; m < call.m && *done; ++m) {
+    *done = isofold_lookup_row(&codebook, &lookup, call.x + m * call.k, call.k);
+    for (int64_t chunk = 0; *done && chunk < isofold_lookup_chunks(&codebook); ++chunk) {
+      int64_t groups = isofold_lookup_count(&codebook, chunk);
+      ISOFOLD_TRY(c.parallel(groups, 4 * each, [&](int64_t begin, int64_t end) {
+        isofold_lookup_tables(kernels, &codebook, &lookup, chunk, begin, end);
+      }));
+      ISOFOLD_TRY(c.parallel(isofold_lookup_tasks(&codebook), each * double(groups), [&](int64_t begin, int64_t end) {
+        isofold_lookup_run(kernels, &codebook, &lookup, &call, m, chunk, begin, end);
+      }));
+    }
+  }
+  return nullptr;
+}
+
 OrtStatus* compute_codebook(void* memory, Context& c) {
   const auto& kernel = *static_cast<const CodebookKernel*>(memory);
   isofold_codebook codebook = kernel.codebook;
@@ -53,12 +78,16 @@ OrtStatus* compute_codebook(void* memory, Context& c) {
   ISOFOLD_TRY(c.output(0, shape, &y));
   isofold_linear_float_call call = {x.f32(), residual.f32(), y, shape.rows(), kernel.k};
   if (call.m == 0) return nullptr;
-  size_t bytes = size_t(isofold_codebook_scratch_bytes(&codebook));
-  RunScratch scratch(bytes);
-  if (bytes && !scratch.data) return out_of_memory(c.api, c.op->name, bytes);
   l.weight = weight.data;
   l.scale = scale.data;
   l.bias = bias.f32();
+  bool done = false;
+  if (expands && isofold_codebook_looks_up(&codebook, call.m))
+    ISOFOLD_TRY(look_up(c, codebook, books.as<uint16_t>(), call, &done));
+  if (done) return nullptr;
+  size_t bytes = size_t(isofold_codebook_scratch_bytes(&codebook));
+  RunScratch scratch(bytes);
+  if (bytes && !scratch.data) return out_of_memory(c.api, c.op->name, bytes);
   codebook.books = books.data;
   if (bytes) {
     isofold_codebook_expand(kernels, &codebook, books.as<uint16_t>(), static_cast<float*>(scratch.data));

@@ -15,6 +15,7 @@ import torch
 from isofold.runtimes import kernels
 from isofold.runtimes.kernels import (
     codebook,
+    codebook_tables,
     coded,
     dense,
     hadamard,
@@ -90,6 +91,25 @@ void test_codebook_run(int isa, struct isofold_codebook* l, const struct isofold
 }
 void test_codebook_expand(int isa, const struct isofold_codebook* l, const uint16_t* stored, float* out) {
   isofold_codebook_expand(pick(isa), l, stored, out);
+}
+int64_t test_lookup_bytes(const struct isofold_codebook* c) { return isofold_lookup_bytes(c); }
+// All tasks, with tables made and rows looked up in `parts` pieces; 0: a row has no tables.
+int test_lookup(const struct isofold_codebook* c, const uint16_t* stored, const struct isofold_linear_float_call* call,
+                void* scratch, int64_t parts) {
+  const struct isofold_kernels* k = pick(4);
+  struct isofold_lookup l = isofold_lookup_start(k, c, stored, scratch);
+  int64_t tasks = isofold_lookup_tasks(c);
+  for (int64_t m = 0; m < call->m; ++m) {
+    if (!isofold_lookup_row(c, &l, call->x + m * call->k, call->k)) return 0;
+    for (int64_t chunk = 0; chunk < isofold_lookup_chunks(c); ++chunk) {
+      int64_t groups = isofold_lookup_count(c, chunk);
+      for (int64_t i = 0; i < parts; ++i)
+        isofold_lookup_tables(k, c, &l, chunk, groups * i / parts, groups * (i + 1) / parts);
+      for (int64_t i = 0; i < parts; ++i)
+        isofold_lookup_run(k, c, &l, call, m, chunk, tasks * i / parts, tasks * (i + 1) / parts);
+    }
+  }
+  return 1;
 }
 int test_core(int64_t order) { return isofold_hadamard_find(order); }
 void test_expand(int position, int transpose, float* matrix) {
@@ -231,7 +251,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         sparse_int4,
         sparse_panels,
     )
-    modules = (quantize, linear, linear_float, outliers, coded, codebook, dense, hadamard, *sparse_modules)
+    codes = (coded, codebook, codebook_tables)
+    modules = (quantize, linear, linear_float, outliers, *codes, dense, hadamard, *sparse_modules)
     objects = build_objects([k for module in modules for k in module.KERNELS], folder)
     (folder / "hadamard_signs.h").write_text(hadamard.signs_header())
     (folder / "test.c").write_text(SOURCE)
@@ -254,6 +275,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         "test_dense_tasks",
         "test_sparse_tasks",
         "test_sparse_scratch",
+        "test_lookup_bytes",
     ):
         getattr(loaded, name).restype = ctypes.c_int64
     loaded.test_sparse_table.restype = ctypes.c_void_p

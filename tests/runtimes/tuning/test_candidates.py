@@ -195,6 +195,8 @@ def test_default_shapes_cover_every_group_once_reduced() -> None:
     workloads = reduced(default_workloads(2), "v4")
     groups = {group for w in workloads for group in groups_of(w, "v4")}
     assert groups == {
+        "linear_gemv2",
+        "linear_gemv3",
         "linear_gemv4",
         "linear_g",
         "linear_pc",

@@ -21,7 +21,9 @@ from isofold.passes.code_ranges import quantize_codes
 Check = Callable[..., None]
 Run = Callable[..., list[Tensor]]
 WEIGHTS = ("weight", "scale", "table", "codebooks", "bias")
-NAMES = ["nf4", "table4", "e4m3", "mxfp6_e2m3", "nvfp4", "2x8", "1x16"]
+LOOKED_UP = 560
+"""Output features from which products with codebooks of 8 bits are looked up (ISOFOLD_LOOKUP_FEATURES), and some."""
+NAMES = ["nf4", "table4", "e4m3", "mxfp6_e2m3", "nvfp4", "1x8", "2x8", "1x16"]
 
 
 def arguments_of(name: str, rows: int, n: int, k: int) -> tuple[str, list[Any]]:
@@ -45,8 +47,14 @@ def arguments_of(name: str, rows: int, n: int, k: int) -> tuple[str, list[Any]]:
 @pytest.mark.parametrize("threads", [1, 2, 8])
 @pytest.mark.parametrize("rows", [1, 3, 70])
 def test_threads(check: Check, name: str, threads: int, rows: int) -> None:
-    operator, arguments = arguments_of(name, rows, 300, 1100)
+    operator, arguments = arguments_of(name, rows, 300 if name in FORMATS else LOOKED_UP, 1100)
     check(operator, arguments, constants=WEIGHTS, threads=threads)
+
+
+def test_rows_whose_products_cannot_be_looked_up(check: Check) -> None:
+    operator, arguments = arguments_of("2x8", 3, LOOKED_UP, 96)
+    arguments[0][1] = 0.0
+    check(operator, arguments, constants=WEIGHTS, threads=2)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -63,7 +71,7 @@ def test_several_sessions_at_once(check: Check, name: str) -> None:
 
     def run(seed: int) -> None:
         try:
-            operator, arguments = arguments_of(name, 1 + seed, 200, 520)
+            operator, arguments = arguments_of(name, 1 + seed, LOOKED_UP, 520)
             for _ in range(5):
                 check(operator, arguments, constants=WEIGHTS, threads=2)
         except BaseException as error:
