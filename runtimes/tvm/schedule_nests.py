@@ -131,6 +131,12 @@ def stride(access: Any, var: Any) -> int | None:
     return steps
 
 
+def is_multiple(size: Any, of: int) -> bool:
+    """Whether a size is known to be a multiple of a number."""
+    left = sym.Analyzer().simplify(tirx.floormod(size, of))
+    return isinstance(left, tirx.IntImm) and int(left) == 0
+
+
 _FAR = 1 << 30
 """A constant number of rows of unknown length."""
 
