@@ -114,7 +114,8 @@ class TvmBackend:
             from .cuda.tune import tune_subject as tune_cuda
 
             return tune_cuda(
-                subject, target, seconds=seconds, rpc=rpc, key=key, database=database, merge=merge, progress=progress
+                subject, target, seconds=seconds, rpc=rpc, key=key, database=database, merge=merge, progress=progress,
+                traces=traces,
             )  # fmt: skip
         from ..tuning.session import tune_subject
         from .tune_session import tune_generated

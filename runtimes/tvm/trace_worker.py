@@ -29,6 +29,9 @@ from .trace_model import SLOWEST, Kinship  # noqa: E402
 POPULATION, GENERATIONS, NEWCOMERS = 48, 3, 24
 """Traces of a generation, generations, and how many of the first are sampled: proposing eight takes seconds."""
 
+SHARED = 48 << 10
+"""Bytes of a block's shared memory on every GPU."""
+
 
 def invent(question: dict[str, Any]) -> dict[str, Any]:
     """{traces: texts of schedules that were not measured yet}.
@@ -81,9 +84,14 @@ def scheduled(text: str, module: tvm.IRModule) -> Schedule | None:
 
 
 def with_cores(target: Any, cores: int) -> Any:
-    """The target with the number of processors that MetaSchedule's rules ask for."""
+    """The target with what MetaSchedule's rules ask for: the number of processors, or a block's limits."""
     if target.kind.name != "llvm":
-        return target
+        limits = {
+            "max_threads_per_block": 1024,
+            "max_shared_memory_per_block": SHARED,
+            "thread_warp_size": 32,
+        }
+        return tvm.target.Target({"kind": "cuda", "arch": str(target.attrs["arch"]), **limits})
     known = {name: _plain(value) for name, value in target.attrs.items()}
     return tvm.target.Target({"kind": "llvm", **known, "num-cores": cores})
 
