@@ -59,8 +59,9 @@ def whole_vectors(width: Expr, most: int) -> Expr:
 def whole_rows(k: Kernel, size: Any, width: Expr, most: int) -> Expr:
     """`whole_vectors` of a row's size (torch's, and here).
 
-    An unknown one is always rounded up: what is left of a row would be computed
-    element by element, which for 7 results takes fifty times as long."""
+    An unknown one is always rounded up: what is left of a row would be computed element by element, which for 7 results
+    takes fifty times as long.
+    """
     if isinstance(width, (int, tirx.IntImm)):
         return whole_vectors(width, most)
     return k.size((size + VECTOR - 1) // VECTOR) * VECTOR
