@@ -21,7 +21,7 @@ from tvm_ffi import structural_hash
 
 from .schedule_lower import to_loops
 from .schedule_math import with_fast_math
-from .schedule_nests import Nest, nests
+from .schedule_nests import Nest, nests, without_empty
 from .schedule_rules import NEST_RULES, Rows, Shape, inline
 from .schedule_traces import Traced, TraceError, apply_trace
 
@@ -83,6 +83,7 @@ def schedule_report(mod: IRModule) -> dict[str, str]:
 def schedule_function(function: PrimFunc, target: Any, found: Shape | Traced | None = None) -> PrimFunc:
     """One function as loops with threads and vectors. Raises TraceError, for a trace."""
     shape = found if isinstance(found, Shape) else Shape.of(target)
+    function = without_empty(function)
     if not _has_blocks(function):
         return function.with_attr({SCHEDULED: True, ATTRIBUTE: "as it is: loops without blocks"})
     if isinstance(found, Traced):

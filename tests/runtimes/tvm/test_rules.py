@@ -230,6 +230,14 @@ def test_convolutions_with_rows_of_any_length(execute: Callable[..., Executor]) 
     check(execute, functions, shapes, (free,), 1e-5)
 
 
+def test_results_without_elements(execute: Callable[..., Executor]) -> None:
+    functions: list[Function] = [
+        lambda x: x[:, :0] * 2, lambda x: (x[:, :0] * 2).sum(1), lambda x: torch.cat([x[:, :0] * 2, x + 1], 1),
+        lambda x: (x[:, :0] + 1).unsqueeze(-1).expand(-1, -1, 7) * 3, lambda x: x[:, :0] @ torch.ones(0, 5),
+    ]  # fmt: skip
+    check(execute, functions, [(torch.randn(3, 6),), (torch.randn(5, 6),)], ({0: BATCH},))
+
+
 def test_sizes_that_only_expressions_determine(execute: Callable[..., Executor]) -> None:
     half = Dim("half", min=1, max=64)
     module = Together([lambda x: x.reshape(x.shape[0], -1, 2).sum(-1), lambda x: x * x.shape[1]])
