@@ -157,8 +157,12 @@ def without_empty(function: tirx.PrimFunc) -> tirx.PrimFunc:
     left = [step for step in steps if not _writes_nothing(step)]
     if len(left) == len(steps):
         return function
-    rest = tirx.SeqStmt(left) if len(left) > 1 else left[0] if left else tirx.Evaluate(tirx.IntImm("int32", 0))
-    whole = SBlock(block.iter_vars, block.reads, block.writes, block.name_hint, rest, block.init, block.alloc_buffers)
+    rest = (
+        tirx.SeqStmt(left) if len(left) > 1 else left[0] if left else tirx.Evaluate(tirx.IntImm("int32", 0))
+    )
+    whole = SBlock(
+        block.iter_vars, block.reads, block.writes, block.name_hint, rest, block.init, block.alloc_buffers
+    )
     return function.with_body(SBlockRealize(realize.iter_values, realize.predicate, whole))
 
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import tvm
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from tvm import IRModule, relax
+from tvm import IRModule, relax, sym, tirx
 from tvm.tirx import PrimFunc
 
 from ...compiler.errors import InputError
@@ -38,6 +38,7 @@ from ..tuning.machines import TURNS, Facts, Machine, Tracker, compared
 from ..tuning.search import TRACE, Batch, Candidate, Search, Space
 from ..tuning.selection import best, database_path
 from .schedule_cpu import function_key, schedulable, schedule_function
+from .schedule_nests import substitute, variables
 from .schedule_rules import Shape
 from .schedule_traces import Traced, sizes_of
 from .symbols import size_of, solve_for_symbol, variable_name
@@ -69,6 +70,17 @@ class Sizes:
         return {"sizes": dict(self.sizes), "size": self.size}
 
 
+@dataclass(frozen=True)
+class Generated:
+    """A function to be tuned, at its sizes, and how often its module calls it. smaller: other sizes, at which traces
+    must be right too."""
+
+    function: PrimFunc
+    sizes: Sizes
+    smaller: dict[str, int]
+    calls: int
+
+
 def tune_functions(
     mod: IRModule,
     target: Any,
@@ -83,38 +95,41 @@ def tune_functions(
     """Measure other schedules for the functions of a module (before `schedule_cpu`).
 
     rpc, key: `HOST:PORT` of a TVM tracker and the key of its servers, which then measure instead of this machine.
-    sizes: values of symbolic sizes by name. traces: so many of MetaSchedule's are measured for each function at most.
+    sizes: values of symbolic sizes by name: of the module's Relax functions (where they call a kernel, its own follow
+        from them), or of its kernels. traces: so many of MetaSchedule's are measured for each function at most.
     Returns what `runtimes.tuning.tune.tune` does, a row for each function.
     Raises InputError: an unreadable database, an address where no tracker is, or all machines were lost.
     """
-    functions: dict[str, tuple[str, PrimFunc]] = {}
-    calls, times = calls_of(mod), dict[str, int]()
+    functions: dict[str, Generated] = {}
+    calls = calls_of(mod)
     for variable, function in mod.functions.items():
         if schedulable(function):
             group, name = function_key(function), str(variable.name_hint)
-            functions.setdefault(group, (name, function))
-            times[group] = times.get(group, 0) + calls.get(name, 1)
+            mine = calls.get(name, [])
+            own, fewer = (sizes_in(function, mine, given) for given in (sizes or {}, smaller(sizes or {})))
+            known = Sizes(name, tuple(sorted(own.items())))
+            if not mine:
+                fewer = smaller({n: own.get(n, known.size) for n in sizes_of(function)})
+            one = functions.get(group) or Generated(function, known, fewer, 0)
+            functions[group] = replace(one, calls=one.calls + max(len(mine), 1))
     tracker = None if rpc is None else Tracker.at(rpc, key)
     scratch, workshop = Path(tempfile.mkdtemp(prefix="isofold-tuning-")), Workshop()
     try:
         with Builder(scratch, workers=1) as builder:
-            kernels = GeneratedKernels(
-                functions, target, sizes or {}, tracker, builder, workshop, traces, times
-            )
+            kernels = GeneratedKernels(functions, target, tracker, builder, workshop, traces)
             return Engine(kernels, Database(database), seconds, tracker, progress or (lambda _: None)).run()
     finally:
         workshop.close()
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def calls_of(mod: IRModule) -> dict[str, int]:
-    """How often the module's Relax functions call each kernel."""
-    found: dict[str, int] = {}
+def calls_of(mod: IRModule) -> dict[str, list[relax.Call]]:
+    """Calls of each kernel in the module's Relax functions."""
+    found: dict[str, list[relax.Call]] = {}
 
     def see(node: Any) -> None:
         if isinstance(node, relax.Call) and node.op == tvm.ir.Op.get("relax.call_tir"):
-            name = str(node.args[0].name_hint)
-            found[name] = found.get(name, 0) + 1
+            found.setdefault(str(node.args[0].name_hint), []).append(node)
 
     for function in mod.functions.values():
         if isinstance(function, relax.Function):
@@ -122,24 +137,60 @@ def calls_of(mod: IRModule) -> dict[str, int]:
     return found
 
 
+def smaller(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Odd sizes below others: ends of tiles are elsewhere."""
+    return {name: max(1, size * 2 // 3 | 1) for name, size in sizes.items()}
+
+
+def sizes_in(function: PrimFunc, calls: list[relax.Call], given: Mapping[str, int]) -> dict[str, int]:
+    """The function's unknown sizes, as its first call says, or else by name."""
+    known = {**given, **(sizes_at(calls[0], function, given) if calls else {})}
+    return {name: known[name] for name in sizes_of(function) if name in known}
+
+
+def sizes_at(call: relax.Call, function: PrimFunc, sizes: Mapping[str, int]) -> dict[str, int]:
+    """What a kernel's unknown sizes are at a call where the caller's are these; those that say themselves."""
+    found: dict[str, int] = {}
+
+    def bind(own: Any, given: Any) -> None:
+        values = {
+            v: tirx.IntImm("int64", sizes[str(v.name)]) for v in variables(given) if str(v.name) in sizes
+        }
+        number = sym.Analyzer().simplify(substitute(given, values))
+        if isinstance(own, tvm.ir.Var) and isinstance(number, tirx.IntImm):
+            found[str(own.name)] = int(number)
+
+    results = call.ty_args[0]
+    results = list(results.fields) if isinstance(results, relax.TupleType) else [results]
+    given = [*(getattr(a, "ty", None) for a in call.args[1].fields), *results]
+    scalars = [*call.args[1].fields, *results]
+    for parameter, kind, scalar in zip(function.params, given, scalars, strict=False):
+        if getattr(parameter, "shape", None) is None:
+            bind(parameter, scalar)
+        elif isinstance(kind, relax.TensorType) and kind.shape is not None:
+            for own, one in zip(parameter.shape, kind.shape.values, strict=False):
+                bind(own, one)
+    return found
+
+
 class GeneratedKernels:
-    """Functions that `schedule_cpu` schedules, as `engine.Kernels`. builder: of the library that says what a server is;
-    workshop, traces: who invents schedules, and how many for each function; calls: of a function, by its key."""
+    """Functions that `schedule_cpu` schedules, as `engine.Kernels`.
+
+    builder: of the library that says what a server is; workshop, traces: who invents schedules, and how many for each
+    function at most.
+    """
 
     def __init__(
         self,
-        functions: Mapping[str, tuple[str, PrimFunc]],
+        functions: Mapping[str, Generated],
         target: Any,
-        sizes: Mapping[str, int],
         tracker: Tracker | None,
         builder: Builder,
         workshop: Workshop,
         traces: int,
-        calls: Mapping[str, int],
     ) -> None:
         self.functions, self.target, self.tracker, self.builder = functions, target, tracker, builder
-        self.workshop, self.traces, self.calls = workshop, traces, calls
-        self.sizes = tuple(sorted(sizes.items()))
+        self.workshop, self.traces = workshop, traces
         self.rounds = ROUNDS, CONFIRMING_ROUNDS
 
     def hire(self) -> Machine:
@@ -163,26 +214,26 @@ class GeneratedKernels:
                 hint="tune with --isa v3, or give its server another key",
             )
         found = []
-        for key, (name, function) in self.functions.items():
+        for key, generated in self.functions.items():
+            function, sizes = generated.function, generated.sizes
             space = space_of(function, self.target)
             if len(space.values) == 0 and not self.traces:
                 continue
             records = known(isa, key, schedule_sources())
-            workload = Sizes(name, tuple((n, v) for n, v in self.sizes if n in sizes_of(function)))
             inventor = MetaSchedule(
-                self.workshop, function, self.target, dict(self.sizes), SIZE, facts.cores, self.traces
+                self.workshop, function, self.target, dict(sizes.sizes), sizes.size, facts.cores, self.traces
             )
             found.append(
                 Search(
                     isa,
                     key,
-                    [workload],
+                    [sizes],
                     records,
                     space=space,
                     sources=schedule_sources(),
-                    title=name,
+                    title=sizes.name,
                     inventor=inventor if self.traces else None,
-                    weight=partial(weight, self.calls.get(key, 1)),
+                    weight=partial(weight, generated.calls),
                 )
             )
         return found
@@ -195,10 +246,11 @@ class GeneratedKernels:
         for workload in batch.workloads:
             question = {
                 "do": "function",
-                "function": tvm.ir.save_json(self.functions[search.group][1]),
+                "function": tvm.ir.save_json(self.functions[search.group].function),
                 "target": tvm.ir.save_json(self.target),
                 "changes": [self._change(search, candidate) for candidate in batch.candidates],
                 "rounds": rounds,
+                "smaller": self.functions[search.group].smaller,
                 **workload.to_json(),
             }
             answer = machine.ask(question, TURNS)

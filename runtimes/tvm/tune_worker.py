@@ -68,11 +68,6 @@ def arguments_of(function: tirx.PrimFunc, sizes: dict[str, int], size: int) -> A
     return made
 
 
-def smaller_size(size: int) -> int:
-    """An odd size below another: ends of tiles are elsewhere."""
-    return max(1, size * 2 // 3 | 1)
-
-
 def differences(
     runs: Sequence[Callable[..., Any]], arrays: Arrays, tensors: Sequence[Any], tolerance: float
 ) -> list[str | None]:
@@ -127,8 +122,8 @@ class FunctionWorker(Worker):
         modules = [self._module(executable) for executable in built]
         sizes, size = question["sizes"], question["size"]
         wrong: list[str | None] = [None] * len(modules)
-        smaller = {name: smaller_size(sizes.get(name, size)) for name in sizes_of(function)}
-        if smaller and any(TRACE in change for change in question["changes"]):
+        smaller = question.get("smaller", {})
+        if smaller.keys() == sizes_of(function).keys() and any(TRACE in c for c in question["changes"]):
             fewer = arguments_of(function, smaller, size)
             if all(isinstance(a, int) or a.size for a in fewer):
                 wrong = self._wrong(modules, fewer)[0]

@@ -8,15 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import tvm
+from torch.export import Dim
 from tvm import te, tirx
 
+from isofold.compiler.capture import capture
 from isofold.compiler.processor import processor
 from isofold.runtimes.tuning.child import LostError
 from isofold.runtimes.tuning.database import Database, Record, read_records
+from isofold.runtimes.tuning.machines import Machine
 from isofold.runtimes.tuning.search import InventionError
 from isofold.runtimes.tvm import traces, tune_cpu
-from isofold.runtimes.tvm.compile_cpu import cpu_target
+from isofold.runtimes.tvm.compile_cpu import cpu_target, fused
+from isofold.runtimes.tvm.lower import lower
 from isofold.runtimes.tvm.schedule_cpu import TRACE_FAILED, TUNED, function_key, schedule_cpu, schedule_report
 from isofold.runtimes.tvm.schedule_traces import (
     Traced,
@@ -28,6 +33,7 @@ from isofold.runtimes.tvm.schedule_traces import (
 )
 from isofold.runtimes.tvm.traces import MetaSchedule, Workshop
 from isofold.runtimes.tvm.tune_cpu import tune_functions, tuned_schedules
+from isofold.runtimes.tvm.tune_worker import arguments_of
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +227,25 @@ def test_measuring_being_killed_resuming_and_merging(
     assert tuned_schedules(other, target) == tuned_schedules(database, target)
 
 
+def test_a_trace_for_unknown_sizes_must_be_right_at_other_sizes_too(
+    tmp_path: Path, target: Any, short: None, invented: dict[bool, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    whole = Machine.ask
+
+    def ask(self: Machine, question: dict[str, Any], timeout: float) -> dict[str, Any]:
+        asked.append(question)
+        return whole(self, question, timeout)
+
+    monkeypatch.setattr(Machine, "ask", ask)
+    monkeypatch.setattr(Workshop, "ask", lambda self, question: {"traces": invented[True][:1]})
+    module, database = tvm.IRModule({"pool": pooled(None)}), tmp_path / "tuning.jsonl"
+    tune_functions(module, target, 60, database, sizes={"n": 3, "w": 70}, traces=1)
+    assert {json.dumps(q["smaller"], sort_keys=True) for q in asked} == {'{"n": 3, "w": 47}'}
+    (record,) = {r.candidate: r for r in read_records(database)[0] if r.trace}.values()
+    assert (record.status, record.workload["sizes"]) == ("ok", {"n": 3, "w": 70})
+
+
 @pytest.mark.parametrize(
     "values", [{"processor": "another"}, {"sources": "0" * 16}, {"confirmed": False}, {"status": "wrong"}]
 )
@@ -262,3 +287,27 @@ def test_the_workers_own_errors_name_the_cause(target: Any) -> None:
             workshop.ask({"function": json.dumps("nothing"), "target": tvm.ir.save_json(target)})
     finally:
         workshop.close()
+
+
+def test_kernels_are_measured_at_the_sizes_of_the_programs_example(target: Any) -> None:
+    half = Dim("half", min=2, max=64)
+    module = torch.nn.Conv2d(4, 16, 3, stride=2, padding=1).eval()
+    program = capture(
+        module, (torch.randn(2, 4, 10, 70),), None, ({0: Dim("b"), 2: 2 * half, 3: 2 * Dim("w")},)
+    )
+    lowered = fused(lower(program).module, target)
+    sizes = tune_cpu.example_sizes(program)
+    ((name, (call,)),) = [(n, c) for n, c in tune_cpu.calls_of(lowered).items() if "conv2d" in n]
+    function = lowered[name]
+    found = tune_cpu.sizes_in(function, [call], sizes)
+    assert found.keys() == sizes_of(function).keys()
+    x, *_, y = arguments_of(function, found, 0)
+    assert not isinstance(x, int)
+    assert not isinstance(y, int)
+    assert (x.shape, y.shape) == ((2, 4, 10, 70), (2, 16, 5, 35))
+    units = [v for n, v in found.items() if n.startswith("size")]
+    assert units == [3], "vectors of sixteen results in a row of 35"
+    fewer = tune_cpu.sizes_in(function, [call], tune_cpu.smaller(sizes))
+    assert 16 * fewer[next(n for n in fewer if n.startswith("size"))] >= 23, (
+        "what follows from others, follows"
+    )
