@@ -397,6 +397,13 @@ def tune_command(
             help="What runs the model: cpu, tvm-cpu (also what TVM generates for MODEL), or cuda:sm_80 and its like."
         ),
     ] = "cpu",
+    traces: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Schedules of TVM's MetaSchedule to measure for each kernel that TVM generates; 0: none.",
+        ),
+    ] = 64,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -419,6 +426,7 @@ def tune_command(
                 merge=merge or (),
                 isa=isa,
                 target=target,
+                traces=traces,
                 progress=say,
             )
         except KeyboardInterrupt:

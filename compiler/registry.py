@@ -81,6 +81,7 @@ class Backend(Protocol):
         merge: Sequence[Path] = (),
         isa: str | None = None,
         target: str,
+        traces: int,
         progress: Callable[[str], None] | None = None,
     ) -> dict[str, Any]:
         """Tune the kernels that a program or artefact (None: the default shapes) uses, by measuring (`isofold tune`).

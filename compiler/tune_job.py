@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 
+TRACES = 64
+"""Schedules of MetaSchedule's that are measured for a kernel."""
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 
 
@@ -36,6 +38,7 @@ def tune(
     isa: str | None = None,
     target: str = "cpu",
     dynamic_shapes: Any = None,
+    traces: int = TRACES,
     progress: Say | None = None,
 ) -> dict[str, Any]:
     """Tune the target's kernels for this machine by measuring; what is found is used from then on.
@@ -49,10 +52,11 @@ def tune(
         has is not measured again; after a kill or Ctrl-C the next call goes on.
     merge: other databases whose measurements are taken over first. isa: "v3" or "v4"; default the best there is.
     target: "cpu", "tvm-cpu" (also what TVM generates for the model) or "cuda:sm_80" (a GPU, here or there).
+    traces: so many of MetaSchedule's schedules are measured for each kernel that TVM generates; 0: none.
 
     Returns a dict: database, processors, seconds, measured, merged, lost, notes, library (built, or None) and
-    workloads, a list of {workload, group, isa, processor, tried, before, after, ratio, noise, knobs}; before and
-    after are seconds of one layer.
+    workloads, a list of {workload, group, isa, processor, tried, before, after, ratio, noise, knobs, invented}; before
+    and after are seconds of one layer; invented: after is that of one of MetaSchedule's schedules.
 
     Raises InputError (addresses, files, models), ToolchainError (g++ or TVM missing).
     """
@@ -88,6 +92,7 @@ def tune(
         merge=[Path(path) for path in merge],
         isa=isa,
         target=target,
+        traces=traces,
         progress=say,
     )
 
@@ -130,6 +135,7 @@ def show_tuned(result: Mapping[str, Any]) -> None:
     rows = []
     for row in result["workloads"]:
         knobs = ", ".join(f"{name} {value}" for name, value in (row["knobs"] or {}).items())
+        knobs = "MetaSchedule's schedule" if row.get("invented") else knobs
         gain = "" if row["ratio"] is None else f"{1 / row['ratio']:.3f}x ± {row['noise'] / row['ratio']:.3f}"
         cells = [row["workload"], f"{row['group']} {row['isa']}", str(row["tried"]), micro(row["before"])]
         rows.append([*cells, micro(row["after"]), gain, knobs or "defaults stay"])

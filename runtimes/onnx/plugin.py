@@ -86,6 +86,7 @@ class OnnxBackend:
         merge: Sequence[Path] = (),
         isa: str | None = None,
         target: str = "cpu",
+        traces: int = 0,
         progress: Progress | None = None,
     ) -> dict[str, Any]:
         """Search the knobs of the kernels of a program's, an artefact's or the default linears (`runtimes/tuning`).
@@ -94,7 +95,7 @@ class OnnxBackend:
         """
         from ..tuning.session import tune_subject
 
-        del target
+        del target, traces  # all kernels of the op library are isofold's own
         return tune_subject(
             subject,
             seconds=seconds,

@@ -37,6 +37,7 @@ class Record:
             themselves.
         rounds: how many; confirmed: measured again after it had looked best, which alone lets it be chosen.
         date: UTC, ISO 8601; note: what went wrong.
+        trace: the schedule that the knob `trace` stands for, as text (`tvm/schedule_traces.py`).
     """
 
     processor: str
@@ -55,6 +56,7 @@ class Record:
     rounds: int = 0
     confirmed: bool = False
     note: str | None = None
+    trace: str | None = None
 
     @property
     def candidate(self) -> str:

@@ -2,8 +2,8 @@
 
 What is tuned says how (`Kernels`): the searches there are on a kind of machine, and how a batch is built and compared.
 Everything else is the same for the op library's knobs, for kernels that TVM generates, and for a GPU's: a thread for
-each machine, the search that has had the least time goes next, a lost machine's work is given to the others, and a
-candidate that goes down alone with its machine twice is recorded as crashed.
+each machine, the search that has had the least time for its weight goes next, a lost machine's work is given to the
+others, and a candidate that goes down alone with its machine twice is recorded as crashed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ...compiler.errors import InputError, IsofoldError
 from .child import LostError
 from .database import Database, Record
 from .machines import Comparison, Facts, Machine, Tracker
-from .search import Batch, Candidate, Measurable, Search
+from .search import TRACE, Batch, Candidate, InventionError, Measurable, Search
 
 __all__ = ["CONFIRMING_ROUNDS", "ROUNDS", "Engine", "Kernels", "Outcome", "SkippedError"]
 
@@ -209,7 +209,7 @@ class Engine:
         while not self.over():
             with self.lock:
                 mine = self._searches(facts)
-                for search in sorted(mine, key=lambda s: self._spent.get(id(s), 0.0)):
+                for search in sorted(mine, key=lambda s: self._spent.get(id(s), 0.0) / s.weight):
                     batch = search.next(BATCH)
                     if batch is not None:
                         self._running += 1
@@ -236,7 +236,9 @@ class Engine:
         started = time.monotonic()
         rounds = self.kernels.rounds[batch.confirm]
         self._progress(search)
-        outcomes = self.kernels.compare(machine, facts, search, batch, rounds)
+        if batch.invent:
+            self._invent(search, batch)
+        outcomes = self.kernels.compare(machine, facts, search, batch, rounds) if batch.candidates else ()
         for found in outcomes:
             self._add(facts, search, batch, found, rounds)
             self._progress(search)
@@ -246,6 +248,16 @@ class Engine:
             search.done(batch)
             self._running -= 1
             self._spent[id(search)] = self._spent.get(id(search), 0.0) + time.monotonic() - started
+
+    def _invent(self, search: Search, batch: Batch) -> None:
+        try:
+            texts = search.invent(batch.invent)
+        except InventionError as error:
+            texts = []
+            with self.lock:
+                self.database.notes.append(f"{search.title}: nothing more is invented: {error}")
+        with self.lock:
+            search.offer(texts)
 
     def _skip(self, search: Search, batch: Batch, why: str) -> None:
         with self.lock:
@@ -312,6 +324,7 @@ def record_of(facts: Facts, search: Search, outcome: Outcome, rounds: int, confi
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "rounds": rounds,
         "confirmed": confirmed,
+        "trace": search.traces.get(outcome.candidate.get(TRACE, -1)),
     }
     if isinstance(result, str):
         return Record(status=outcome.status, note=result[:2000], **fixed)
@@ -348,6 +361,7 @@ def summary(search: Search, processor: str, database: Database) -> list[dict[str
                 "ratio": None if record is None else record.ratio,
                 "noise": None if record is None else record.noise,
                 "knobs": None if now is None else changed(now[0], search.default),
+                "invented": now is not None and TRACE in now[0],
             }
         )
     return rows
@@ -355,4 +369,4 @@ def summary(search: Search, processor: str, database: Database) -> list[dict[str
 
 def changed(candidate: Mapping[str, int], default: Mapping[str, int]) -> dict[str, int]:
     """The values that are not the default's."""
-    return {name: value for name, value in candidate.items() if value != default[name]}
+    return {name: value for name, value in candidate.items() if value != default.get(name)}

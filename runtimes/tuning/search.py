@@ -4,6 +4,9 @@ Each batch mixes the untried neighbours of the best (one knob moved by one step)
 ones; a candidate that looks better than what is confirmed by more than its noise is measured again alone, with more
 rounds, since the best of many noisy times is always too good. The state is what the records say, so a resumed search
 goes on where the last one ended. Candidates in other machines' hands are left out until they are done or given back.
+
+A search may have an inventor too: whoever writes whole schedules from what was measured so far (MetaSchedule, for the
+kernels that TVM generates). Its schedules are candidates like the others, with one knob, the number of their text.
 """
 
 from __future__ import annotations
@@ -21,11 +24,23 @@ from ..kernels.knobs import knobs_of
 from .database import Record
 from .selection import best
 
-__all__ = ["Batch", "Candidate", "Measurable", "Search", "Space", "space_of"]
+__all__ = [
+    "TRACE",
+    "Batch",
+    "Candidate",
+    "InventionError",
+    "Inventor",
+    "Measurable",
+    "Search",
+    "Space",
+    "space_of",
+]
 
 Candidate = dict[str, int]
 _CROSSED = 4
 """How many of the best are crossed."""
+TRACE = "trace"
+"""The knob of invented candidates: the number of a schedule's text."""
 MOST_LOSSES = 2
 """So often a candidate may take its machine with it before it counts as the culprit."""
 
@@ -43,13 +58,35 @@ class Measurable(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """Candidates of one group to be measured on workloads; confirm: with more rounds."""
+    """Candidates of one group to be measured on workloads; confirm: with more rounds.
+
+    invent: there are none yet; so many are to be invented (`Search.invent`, then `Search.offer`).
+    """
 
     isa: str
     group: str
     candidates: tuple[Candidate, ...]
     workloads: tuple[Measurable, ...]
     confirm: bool
+    invent: int = 0
+
+
+class InventionError(RuntimeError):
+    """An inventor is of no use to a search: why."""
+
+
+class Inventor(Protocol):
+    """Who invents schedules."""
+
+    most: int
+    """So many of a search are measured at most."""
+
+    def __call__(self, measured: Sequence[tuple[str, float | None]], count: int) -> list[str]:
+        """Texts of schedules that are not measured yet; none: there are no more. measured: texts and times against the
+        default's (None: wrong, or it failed). Raises InventionError."""
+
+    def number(self, text: str) -> int:
+        """What a candidate has as the value of `TRACE`."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +123,7 @@ class Search:
     """The search of one group. workloads: what a candidate is measured on; records: of this group, processor, isa.
 
     space: None: the group's knobs, of which `values` may allow only some. title: for people; sources: for records.
+    inventor: of more candidates. weight: how much time the search should have, against others.
     """
 
     def __init__(
@@ -100,12 +138,19 @@ class Search:
         space: Space | None = None,
         sources: str = "",
         title: str | None = None,
+        inventor: Inventor | None = None,
+        weight: Callable[[float | None], float] = lambda _: 1.0,
     ) -> None:
         self.isa, self.group, self.workloads = isa, group, tuple(workloads)
         self.sources, self.title = sources, title or group
         whole = space or space_of(isa, group, values)
         self.space, self.default, self.exact = whole.values, whole.default, whole.exact
         self._needs, self._legal = whole.needs, whole.legal
+        self.inventor, self._weight = inventor, weight
+        self.traces: dict[int, str] = {}
+        """Texts of schedules by number."""
+        self._offered: list[Candidate] = []
+        self._inventing, self._invented_last = False, False
         self.skipped = False
         """Nothing more is proposed."""
         self._random = random.Random(f"{seed} {isa} {group}")
@@ -122,6 +167,8 @@ class Search:
     def add(self, record: Record) -> None:
         """Take a measurement into account."""
         self._records.append(record)
+        if record.trace is not None and TRACE in record.knobs:
+            self.traces[record.knobs[TRACE]] = record.trace
         if record.status != "ok":
             self._bad.add(record.candidate)
         elif record.shape in self.shapes:
@@ -129,13 +176,18 @@ class Search:
 
     @property
     def size(self) -> int:
-        """Candidates in the whole space, the default left out."""
-        return len(self._everything) - 1
+        """Candidates in the whole space, the default left out; of invented ones as many as are measured at most."""
+        return len(self._everything) - 1 + (0 if self.inventor is None else self.inventor.most)
 
     @property
     def tried(self) -> int:
         """Candidates that have been measured or found bad."""
         return len({c for (c, _), seen in self._seen.items() if len(seen) == len(self.shapes)} | self._bad)
+
+    @property
+    def weight(self) -> float:
+        """How much time it should have against others."""
+        return self._weight(next((r.baseline for r in self._records if r.baseline), None))
 
     def best(self) -> tuple[Candidate, dict[str, Record]] | None:
         """What would be chosen now."""
@@ -151,8 +203,51 @@ class Search:
         challenger = self._challenger()
         if challenger is not None:
             return self._take([challenger], confirm=True)
-        fresh = self._proposals(count)
-        return self._take(fresh, confirm=False) if fresh else None
+        fresh = self._offers(count)
+        if not fresh and self._may_invent() and not self._invented_last:
+            self._inventing = self._invented_last = True
+            return Batch(self.isa, self.group, (), (), confirm=False, invent=count)
+        if not fresh:
+            self._invented_last = False
+            fresh = self._proposals(count)
+        if fresh:
+            return self._take(fresh, confirm=False)
+        if not self._may_invent():
+            return None
+        self._inventing = self._invented_last = True
+        return Batch(self.isa, self.group, (), (), confirm=False, invent=count)
+
+    # ---- invented candidates
+
+    def invent(self, count: int) -> list[str]:
+        """What the inventor makes of what is known. Takes seconds: it is called without the engine's lock."""
+        assert self.inventor is not None
+        measured = [(text, self._time(number)) for number, text in list(self.traces.items())]
+        return self.inventor(measured, count)
+
+    def offer(self, texts: Sequence[str]) -> None:
+        """Take over what was invented; nothing: there is no more."""
+        if not texts or self.inventor is None:
+            self.inventor = None
+            return
+        for text in texts:
+            number = self.inventor.number(text)
+            if number not in self.traces:
+                self.traces[number] = text
+                self._offered.append({TRACE: number})
+
+    def _time(self, number: int) -> float | None:
+        score = self._score(_key({TRACE: number}))
+        return None if score is None else math.exp(score)
+
+    def _may_invent(self) -> bool:
+        return self.inventor is not None and not self._inventing and len(self.traces) < self.inventor.most
+
+    def _offers(self, count: int) -> list[Candidate]:
+        """Invented candidates that nobody has measured, those of an interrupted run among them."""
+        new = [c for c in self._offered if self._is_new(_key(c), c)]
+        self._offered = new[count:]
+        return new[:count]
 
     def _take(self, candidates: list[Candidate], *, confirm: bool) -> Batch:
         self._in_hand.update({_key(c): c for c in candidates})
@@ -165,6 +260,7 @@ class Search:
 
     def done(self, batch: Batch) -> None:
         """The batch's records have been added."""
+        self._inventing &= not batch.invent
         for candidate in batch.candidates:
             self._in_hand.pop(_key(candidate), None)
             self._losses.pop(_key(candidate), None)
@@ -172,6 +268,7 @@ class Search:
     def lost(self, batch: Batch) -> list[Candidate]:
         """The batch went down with its machine: its candidates come again, alone. Returns the likely culprits."""
         culprits = []
+        self._inventing &= not batch.invent
         for candidate in batch.candidates:
             key = _key(candidate)
             self._in_hand.pop(key, None)
@@ -212,6 +309,7 @@ class Search:
         """Untried candidates, best guesses first."""
         scores = {k: s for (k, _) in self._seen if (s := self._score(k)) is not None}
         ranked = [json.loads(k) for k in sorted(scores, key=lambda k: scores[k]) if scores[k] < 0]
+        ranked = [c for c in ranked if TRACE not in c]
         centre = ranked[0] if ranked else self.default
         neighbours = list(self._neighbours(centre))
         self._random.shuffle(neighbours)
@@ -227,6 +325,7 @@ class Search:
         begun = [
             json.loads(k) for (k, c), seen in self._seen.items() if not c and len(seen) < len(self.shapes)
         ]
+        begun = [c for c in begun if TRACE not in c]
         order = [*begun, *neighbours[:half], *crossed[:1], *wide[:1], *neighbours[half:], *crossed, *wide]
         every = [
             dict(zip(self.space, chosen, strict=True)) for chosen in itertools.product(*self.space.values())

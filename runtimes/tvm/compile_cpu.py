@@ -21,7 +21,7 @@ from tvm.support import cc
 from ...compiler.errors import ToolchainError
 from ..onnx.oplib.build import require_tools
 from .library import LINK_FLAGS, host_objects
-from .schedule_cpu import TUNED, schedule_cpu, schedule_report
+from .schedule_cpu import TRACE_FAILED, TUNED, schedule_cpu, schedule_report
 from .virtual_machine import executable_pipeline
 
 Progress = Callable[[str], None]
@@ -57,11 +57,11 @@ def _best_here() -> str:
 
 def scheduled(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
     """The module with everything legalized, fused and scheduled, before it becomes code."""
-    from .tune_cpu import shapes_for_build
+    from .tune_cpu import schedules_for_build
 
     module = fused(module, target)
     with target:
-        return schedule_cpu(module, target, shapes_for_build(target))
+        return schedule_cpu(module, target, schedules_for_build(target))
 
 
 def fused(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
@@ -95,11 +95,13 @@ def compile_library(
         executable = relax.build(module, target=target, relax_pipeline=executable_pipeline())
     say("link")
     link(executable, path, objects)
+    schedules = schedule_report(module)
     return {
         "kernels": len(kernels),
         "tuned": sum(TUNED in (module[name].attrs or {}) for name in kernels),
         "features": features_of(target),
-        "schedules": schedule_report(module),
+        "trace_failed": [name for name, said in schedules.items() if said.startswith(TRACE_FAILED)],
+        "schedules": schedules,
     }
 
 

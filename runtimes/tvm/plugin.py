@@ -104,15 +104,18 @@ class TvmBackend:
         isa: str | None = None,
         target: str = "tvm-cpu",
         progress: Progress | None = None,
+        traces: int = 64,
     ) -> dict[str, Any]:
         """Search the knobs of the op library's kernels, which both runtimes run (`runtimes/tuning`), and for a program
-        the tile sizes of the kernels that TVM makes for it (`tune_cpu`), in half of the time each. For CUDA: the
-        knobs of the GPU's kernels that a program has (`cuda/tune.py`)."""
+        schedules of the kernels that TVM makes for it (`tune_cpu`), in half of the time each. For CUDA: the knobs of
+        the GPU's kernels that a program has (`cuda/tune.py`). traces: so many of MetaSchedule's for each kernel that
+        TVM makes."""
         if target.partition(":")[0] == "cuda":
             from .cuda.tune import tune_subject as tune_cuda
 
             return tune_cuda(
-                subject, target, seconds=seconds, rpc=rpc, key=key, database=database, merge=merge, progress=progress
+                subject, target, seconds=seconds, rpc=rpc, key=key, database=database, merge=merge, progress=progress,
+                traces=traces,
             )  # fmt: skip
         from ..tuning.session import tune_subject
         from .tune_session import tune_generated
@@ -126,7 +129,9 @@ class TvmBackend:
             "progress": progress,
         }
         if seconds > 0 and not isinstance(subject, Path | None):
-            return tune_generated(subject, seconds=seconds, database=database, merge=merge, **shared)
+            return tune_generated(
+                subject, seconds=seconds, database=database, merge=merge, traces=traces, **shared
+            )
         return tune_subject(subject, seconds=seconds, database=database, merge=merge, **shared)
 
     def open(self, folder: Path, **options: Any) -> TvmModel:

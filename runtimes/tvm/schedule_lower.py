@@ -23,6 +23,7 @@ from tvm.s_tir import SBlock, SBlockRealize
 from .schedule_join import join_rows
 from .schedule_nests import every, substitute, variables
 from .schedule_sums import vector_sums
+from .schedule_tiles import keep_tiles
 
 Stmt = Any
 Expr = Any
@@ -60,7 +61,7 @@ def to_loops(function: tirx.PrimFunc, target: Any, lanes: int, chains: int) -> t
         module = tvm.ir.transform.Sequential([make() for make in _TO_LOOPS])(tvm.IRModule({"main": function}))
     lowered = module["main"]
     body = vector_sums(join_rows(lowered.body), lanes, chains)
-    peeled = lowered.with_body(_peel(body, _bound(body)))
+    peeled = lowered.with_body(keep_tiles(_peel(body, _bound(body))))
     peeled = peeled.with_body(_whole_registers(peeled.body))
     unique = s_tir.transform.ConvertSSA()(tvm.IRModule({"main": peeled}))["main"]
     root = SBlock([], [], [], "root", unique.body)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tvm import ir, sym, tirx
-from tvm.s_tir import Schedule
+from tvm.s_tir import SBlock, SBlockRealize, Schedule
 from tvm_ffi import structural_map, structural_walk
 
 Block = Any
@@ -131,6 +131,12 @@ def stride(access: Any, var: Any) -> int | None:
     return steps
 
 
+def is_multiple(size: Any, of: int) -> bool:
+    """Whether a size is known to be a multiple of a number."""
+    left = sym.Analyzer().simplify(tirx.floormod(size, of))
+    return isinstance(left, tirx.IntImm) and int(left) == 0
+
+
 _FAR = 1 << 30
 """A constant number of rows of unknown length."""
 
@@ -138,6 +144,35 @@ _FAR = 1 << 30
 def has_call(stmt: Any, names: tuple[str, ...]) -> bool:
     """Whether a block calls one of these operators."""
     return any(str(getattr(call.op, "name", "")).rpartition(".")[2] in names for call in every(stmt, ir.Call))
+
+
+def without_empty(function: tirx.PrimFunc) -> tirx.PrimFunc:
+    """The function without loops whose results have no elements, which TVM divides by when it vectorizes them."""
+    realize = function.body
+    block = getattr(realize, "block", None)
+    if block is None:
+        return function
+    body = block.body
+    steps = list(body.seq) if isinstance(body, tirx.SeqStmt) else [body]
+    left = [step for step in steps if not _writes_nothing(step)]
+    if len(left) == len(steps):
+        return function
+    rest = (
+        tirx.SeqStmt(left) if len(left) > 1 else left[0] if left else tirx.Evaluate(tirx.IntImm("int32", 0))
+    )
+    whole = SBlock(
+        block.iter_vars, block.reads, block.writes, block.name_hint, rest, block.init, block.alloc_buffers
+    )
+    return function.with_body(SBlockRealize(realize.iter_values, realize.predicate, whole))
+
+
+def _writes_nothing(step: Any) -> bool:
+    written = [store.buffer for store in every(step, tirx.BufferStore)]
+    return bool(written) and all(any(_is_zero(extent) for extent in buffer.shape) for buffer in written)
+
+
+def _is_zero(extent: Any) -> bool:
+    return isinstance(extent, tirx.IntImm) and int(extent) == 0
 
 
 def nests(sch: Schedule) -> list[Nest]:

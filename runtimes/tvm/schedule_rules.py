@@ -14,7 +14,7 @@ from typing import Any
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import ScheduleError
 
-from .schedule_nests import SMALL, Axis, Nest, buffer_of, has_call, loads, nests, stores
+from .schedule_nests import SMALL, Axis, Nest, buffer_of, has_call, is_multiple, loads, nests, stores
 
 
 @dataclass(frozen=True)
@@ -192,8 +192,9 @@ class Contraction:
         tiles: list[Any] = []
         loops[id(lane)] = [] if outer is None else [outer]
         inner = [lanes]
+        tall = shape.rows * max(1, shape.columns // columns) if lane.extent is None else shape.rows
         if rows is not None:
-            count = shape.rows if rows.extent is None else min(shape.rows, rows.extent)
+            count = tall if rows.extent is None else min(tall, rows.extent)
             if rows.extent is not None and rows.extent <= count:
                 loops[id(rows)] = []
                 tile = rows.loop
@@ -203,7 +204,12 @@ class Contraction:
             inner = [tile, lanes]
             tiles.append(tile)
         others = [one for a in nest.spatial if a is not lane and a is not rows for one in loops[id(a)]]
-        before = [*others, *loops[id(lane)], *(loops[id(rows)] if rows is not None else [])]
+        above = loops[id(rows)] if rows is not None else []
+        before = [*others, *loops[id(lane)], *above]
+        if (
+            lane.extent is None and above
+        ):  # rows of unknown length may be short: then weights are read again for each
+            before = [*others[:1], *above, *others[1:], *loops[id(lane)]]
         sums = [a.loop for a in nest.reduced]
         sch.reorder(*before, *sums, *inner)
         sch.vectorize(lanes)
@@ -216,7 +222,7 @@ class Contraction:
             start = sch.decompose_reduction(nest.block, sums[0])
             self._like(sch, start, len(tiles))
         what = f"{columns if outer is not None else lane.extent} neighbouring results"
-        return f"{what}, {shape.rows} rows of them at once" if rows is not None else what
+        return f"{what}, {tall} rows of them at once" if rows is not None else what
 
     @staticmethod
     def _like(sch: Schedule, start: Any, tiles: int) -> None:
@@ -257,9 +263,10 @@ class Contraction:
     @staticmethod
     def _columns(lane: Axis, shape: Shape, tiled: bool) -> int:
         width = shape.columns
-        if lane.extent is not None and lane.extent < width:
-            return max(shape.lanes, 1)
-        return width
+        if lane.extent is not None:
+            return max(shape.lanes, 1) if lane.extent < width else width
+        whole = [w for w in (width, shape.lanes) if is_multiple(lane.size, w)]
+        return whole[0] if whole else width
 
 
 def _stride_of(nest: Nest, access: Any, axis: Axis) -> int | None:

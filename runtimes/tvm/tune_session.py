@@ -28,13 +28,14 @@ def tune_generated(
     merge: Sequence[Path],
     isa: str | None,
     progress: Callable[[str], None] | None,
+    traces: int,
 ) -> dict[str, Any]:
     """Half of the time for each, all of it for what TVM generates where the model has no packed linear."""
     path = database or database_path()
     merged, notes = merge_into(path, merge)
     packed = bool(packed_linears(program, 1))
     share = seconds / 2 if packed else seconds
-    generated = tune_program(program, share, path, isa, progress, rpc, key)
+    generated = tune_program(program, share, path, isa, progress, rpc, key, traces)
     generated |= {"merged": merged, "notes": [*notes, *generated["notes"]], "library": None}
     if not packed:
         return generated

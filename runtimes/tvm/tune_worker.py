@@ -3,7 +3,8 @@
     python -m isofold.runtimes.tvm.tune_worker [TRACKER_HOST TRACKER_PORT KEY]
 
 A function is compiled here, with the default schedule and with each candidate's; then all run on the same tensors.
-What differs from the default's results is wrong and not timed; the others are timed in turns.
+What differs from the default's results is wrong and not timed; the others are timed in turns. A trace of a function
+with unknown sizes is also compared at smaller ones.
 """
 
 from __future__ import annotations
@@ -20,23 +21,27 @@ import numpy as np
 import tvm
 from tvm import tirx
 
+from ..tuning.search import TRACE
 from ..tuning.worker import Here, There, Worker, in_turns, main
 from .schedule_cpu import schedule_function
 from .schedule_nests import substitute, variables
 from .schedule_rules import Shape
+from .schedule_traces import Traced, sizes_of
 
 TOLERANCE = 1e-5
 """Of the largest result: the order of sums differs."""
 SHORT = 2e-3
 """Seconds that one timing should take at least; a faster function is called several times."""
+HOPELESS = 4.0
+"""What takes so many times the default's time in its first run is not timed again: traces may take a hundred times."""
 NAME = "isofold_main"
 
 Arrays = list[np.ndarray[Any, Any] | int]
 
 
-def compiled(function: tirx.PrimFunc, target: Any, shape: Shape) -> Any:
-    """The function with a schedule of this shape, as an executable."""
-    scheduled = schedule_function(function, target, shape).with_attr("global_symbol", NAME)
+def compiled(function: tirx.PrimFunc, target: Any, found: Shape | Traced) -> Any:
+    """The function with a schedule of this shape, or by this trace, as an executable."""
+    scheduled = schedule_function(function, target, found).with_attr("global_symbol", NAME)
     with target:
         return tvm.compile(tvm.IRModule({NAME: scheduled}), target=target)
 
@@ -110,20 +115,36 @@ class FunctionWorker(Worker):
         failed: dict[int, str] = {}
         for i, change in enumerate(question["changes"]):
             try:
-                built.append(compiled(function, target, replace(default, **change)))
+                found = Traced(change[TRACE]) if TRACE in change else replace(default, **change)
+                built.append(compiled(function, target, found))
             except Exception as error:
                 failed[i] = f"{type(error).__name__}: {str(error).strip()[:1000]}"
         modules = [self._module(executable) for executable in built]
-        arrays = arguments_of(function, question["sizes"], question["size"])
-        tensors = [a if isinstance(a, int) else self.device.put(a) for a in arrays]
-        wrong = differences([m[NAME] for m in modules], arrays, tensors, TOLERANCE)
+        sizes, size = question["sizes"], question["size"]
+        wrong: list[str | None] = [None] * len(modules)
+        smaller = question.get("smaller", {})
+        if smaller.keys() == sizes_of(function).keys() and any(TRACE in c for c in question["changes"]):
+            fewer = arguments_of(function, smaller, size)
+            if all(isinstance(a, int) or a.size for a in fewer):
+                wrong = self._wrong(modules, fewer)[0]
+        arrays = arguments_of(function, sizes, size)
+        also, tensors = self._wrong(modules, arrays)
+        wrong = [one or other for one, other in zip(wrong, also, strict=True)]
         device = self._cpu()
-        once = modules[0].time_evaluator(NAME, device, number=1)(*tensors).mean
-        calls = max(1, int(SHORT / max(once, 1e-7)))
+        first = [float(m.time_evaluator(NAME, device, number=1)(*tensors).mean) for m in modules]
+        calls = max(1, int(SHORT / max(first[0], 1e-7)))
         evaluators = [m.time_evaluator(NAME, device, number=calls) for m in modules]
-        timers = [lambda e=e: float(e(*tensors).mean) for e in evaluators]
+        timers = [
+            (lambda e=e: float(e(*tensors).mean)) if once < HOPELESS * first[0] else (lambda once=once: once)
+            for e, once in zip(evaluators, first, strict=True)
+        ]
         seconds = in_turns([timers[0], *timers], [None, *wrong], question["rounds"])
         return {"wrong": [None, *wrong], "seconds": seconds, "failed": failed}
+
+    def _wrong(self, modules: Sequence[Any], arrays: Arrays) -> tuple[list[str | None], list[Any]]:
+        """What is wrong with each module's results, and the tensors they were asked with."""
+        tensors = [a if isinstance(a, int) else self.device.put(a) for a in arrays]
+        return differences([m[NAME] for m in modules], arrays, tensors, TOLERANCE), tensors
 
     def _module(self, executable: Any) -> Any:
         if not isinstance(self.device, There):

@@ -112,6 +112,8 @@ class Toolchain:
             if "There is no nvcc" in error.what:
                 raise
             return Library(error.text()[:2000])
+        except (RuntimeError, ValueError, TypeError) as error:  # TVM's, of a schedule that was invented
+            return Library(f"{type(error).__name__}: {str(error).strip()[-1000:]}")
 
     def library(self, functions: dict[str, Any]) -> Library:
         """One library. Raises ToolchainError."""
@@ -134,7 +136,7 @@ class Toolchain:
 
         with creating(create):
             for functions in every:
-                with suppress(RuntimeError):
+                with suppress(RuntimeError, ValueError, TypeError):  # `library` says what is wrong
                     build_kernels(functions, target_for(self.arch))
 
         def compile_one(source: str) -> None:

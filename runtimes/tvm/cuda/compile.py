@@ -19,7 +19,6 @@ from typing import Any
 import tvm
 from tvm import relax, tirx
 from tvm.relax import transform
-from tvm.s_tir import dlight
 from tvm.tirx import compilation_pipeline
 
 from ....compiler.errors import InputError
@@ -27,6 +26,7 @@ from ....compiler.processor import cache_folder
 from ..virtual_machine import executable_pipeline
 from .device_module import DeviceSource, build_kernels, creating, target_for, with_header
 from .driver import cubin_module, prepare
+from .generic import fused, with_dlight, with_traces
 from .knobs import choosing
 from .rewrite import rewrite_dialect
 from .toolkit import ARCHS, Cubin, Resources, architectures, compile_cubin
@@ -50,7 +50,9 @@ class CompiledCuda:
     resources: tuple[Resources, ...]
     cubin_bytes: int
     tuned: int = 0
-    """Kernels with values that were measured."""
+    """Kernels with values or traces that were measured."""
+    trace_failed: tuple[str, ...] = ()
+    """Kernels whose tuned trace could not be applied; they have the default schedule."""
 
     @property
     def spilled(self) -> tuple[Resources, ...]:
@@ -74,6 +76,7 @@ class CompiledCuda:
             "kernels": len({r.kernel for r in self.resources}),
             "cubin_bytes": self.cubin_bytes,
             "tuned": self.tuned,
+            "trace_failed": list(self.trace_failed),
             "resources": rows,
         }
 
@@ -100,27 +103,18 @@ def planned(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
         return mark_own(rewrite_dialect(tvm.transform.Sequential(first)(module)))
 
 
-def scheduled(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
-    """The module with the dialect's kernels in it and everything else fused and scheduled."""
-    module = planned(module, target)
-    with target:
-        return tvm.transform.Sequential(
-            [
-                transform.CanonicalizeBindings(),
-                transform.AnnotateTIROpPattern(),
-                transform.FoldConstant(),
-                transform.FuseOps(),
-                transform.FuseTIR(),
-                transform.DeadCodeElimination(),
-                dlight.ApplyDefaultSchedule(
-                    dlight.gpu.Matmul(),
-                    dlight.gpu.GEMV(),
-                    dlight.gpu.Reduction(),
-                    dlight.gpu.GeneralReduction(),
-                    dlight.gpu.Fallback(),
-                ),
-            ]
-        )(module)
+def scheduled(
+    module: tvm.IRModule, target: tvm.target.Target, choice: TunedValues | None = None
+) -> tvm.IRModule:
+    """The module with the dialect's kernels in it and everything else fused and scheduled.
+
+    choice: what tuning found; a trace that cannot be applied is noted there, and its function has dlight's schedule.
+    """
+    module = fused(planned(module, target), target)
+    if choice is not None:
+        module, failed = with_traces(module, choice.trace)
+        choice.failed.update(failed)
+    return with_dlight(module, target)
 
 
 def mark_own(module: tvm.IRModule) -> tvm.IRModule:
@@ -215,10 +209,11 @@ def compile_module(
         say("schedule")
         choice = TunedValues(architectures(arch))
         with choosing(choice):
-            module = scheduled(module, target)
+            module = scheduled(module, target, choice)
         executable = build(module, target, cuda_graphs)
     resources = sorted((r for cubin in made for r in cubin.resources), key=lambda r: r.kernel)
-    return CompiledCuda(executable, arch, tuple(resources), sum(len(c.data) for c in made), len(choice.used))
+    size = sum(len(c.data) for c in made)
+    return CompiledCuda(executable, arch, tuple(resources), size, len(choice.used), tuple(choice.failed))
 
 
 def compile_library(

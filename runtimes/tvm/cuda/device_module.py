@@ -84,5 +84,7 @@ def target_for(arch: str, device_type: int = 2) -> tvm.target.Target:
 
 
 def build_kernels(functions: dict[str, tirx.PrimFunc], target: tvm.target.Target) -> Any:
-    """Build TIR kernels (of `builder.prim_func`) with whatever makes device modules at the moment."""
-    return tvm.tirx.build(tvm.IRModule(functions), target, "tirx")
+    """Build TIR kernels with whatever makes device modules at the moment: those of `builder.prim_func`, or scheduled
+    ones of TVM's, which its other pipeline is for."""
+    blocks = any((f.attrs or {}).get("s_tir") for f in functions.values())
+    return tvm.tirx.build(tvm.IRModule(functions), target, "s_tir" if blocks else "tirx")

@@ -5,6 +5,9 @@ search, the machines and the database are those of the CPU's kernels (`runtimes/
 chip's name and the architecture. Candidates become cubins here, also where there is no GPU: what does not fit a chip is
 left out before (`spaces.py`), what nvcc must spill after. What remains is measured in a process of its own
 (`tune_worker`) on this machine's GPU, or on those of a tracker's servers.
+
+What TVM generates beside them is tuned too, where its sizes are known: MetaSchedule's traces against dlight's schedule
+(`generic.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from platform import node
@@ -22,12 +25,15 @@ from ....compiler.errors import InputError
 from ...tuning.database import Database
 from ...tuning.engine import CONFIRMING_ROUNDS, ROUNDS, Engine, Known, Outcome, SkippedError
 from ...tuning.machines import START, TURNS, Facts, Machine, Tracker, compared
-from ...tuning.search import Batch, Candidate, Search, Space
+from ...tuning.search import TRACE, Batch, Candidate, Inventor, Measurable, Search, Space
 from ...tuning.selection import database_path
 from ...tuning.session import merge_into
-from .candidates import Toolchain, Unit, unit_of
+from ..schedule_traces import Traced, TraceError
+from ..traces import MOST, MetaSchedule, Workshop
+from .candidates import Toolchain, unit_of
 from .compile import arch_of, planned
 from .device_module import target_for
+from .generic import Generic, GenericUnit, by_trace, default_of, fused, generic_functions
 from .gpu import has_gpu
 from .knobs import choosing, group_of, sources_of, with_values
 from .spaces import size_of, space_of
@@ -82,6 +88,7 @@ def tune_subject(
     database: Path | None,
     merge: Sequence[Path],
     progress: Progress | None,
+    traces: int = MOST,
 ) -> dict[str, Any]:
     """See `registry.Backend.tune`. Raises InputError: no program, no GPU, or a database that cannot be used."""
     path = database or database_path()
@@ -100,15 +107,23 @@ def tune_subject(
             )
         say = progress or (lambda _: None)
         say("plan the kernels")
-        kernels = kernels_of_program(subject, target)
+        kernels, generics = kernels_of_program(subject, target)
         result = tune_kernels(
-            kernels, arch_of(target).split(","), seconds, path, rpc=rpc, key=key, progress=say
+            kernels,
+            arch_of(target).split(","),
+            seconds,
+            path,
+            rpc=rpc,
+            key=key,
+            progress=say,
+            generics=generics if traces else (),
+            traces=traces,
         )
     return {**result, "merged": merged, "notes": [*notes, *result["notes"]], "library": None}
 
 
-def kernels_of_program(program: Program, target: str) -> list[Any]:
-    """The kernels with knobs that a program's plans are made of, each once."""
+def kernels_of_program(program: Program, target: str) -> tuple[list[Any], list[Generic]]:
+    """The kernels with knobs that a program's plans are made of, each once, and what TVM generates for it."""
     from ..lower import lower
 
     found: dict[str, Any] = {}
@@ -117,9 +132,10 @@ def kernels_of_program(program: Program, target: str) -> list[Any]:
         found.setdefault(group_of(kernel), kernel)
         return {}
 
+    chip = target_for(arch_of(target).split(",")[0])
     with choosing(collect):
-        planned(lower(program).module, target_for(arch_of(target).split(",")[0]))
-    return list(found.values())
+        module = planned(lower(program).module, chip)
+    return list(found.values()), generic_functions(fused(module, chip))
 
 
 def tune_kernels(
@@ -133,29 +149,37 @@ def tune_kernels(
     progress: Progress | None = None,
     hire: Callable[[], Machine] | None = None,
     toolchain: Callable[[Path, str], Toolchain] = Toolchain,
+    generics: Sequence[Generic] = (),
+    traces: int = MOST,
 ) -> dict[str, Any]:
-    """Measure other values for kernels on a GPU of one of these architectures; returns what `tuning.tune.tune` does.
+    """Measure other values for kernels, and so many traces for what TVM generates at most, on a GPU of one of these
+    architectures; returns what `tuning.tune.tune` does.
 
     hire, toolchain: who measures, and what makes libraries (for tests: an emulated GPU). Raises InputError where there
     is no GPU, here or at the address; it says what would have been measured.
     """
     spaces = [(kernel, space) for kernel in kernels if (space := space_of(kernel, archs)) is not None]
-    if not spaces:
+    if not spaces and not generics:
         raise InputError("There is no kernel to tune", got="a program without linears, attention and norms")
     if rpc is None and hire is None and not has_gpu():
         raise InputError(
             "There is no GPU to measure on",
-            expected=counted(spaces),
+            expected=counted(spaces, generics, traces),
             got="no NVIDIA driver with a GPU on this machine",
             hint="run this on a machine with a GPU and nvcc, or give the address of a tracker that lends one (--rpc)",
         )
     tracker = None if rpc is None else Tracker.at(rpc, key)
     scratch = Path(tempfile.mkdtemp(prefix="isofold-tuning-"))
-    records = Database(database)
+    records, workshop = Database(database), Workshop()
     try:
         found = GpuKernels(spaces, archs, tracker, lambda arch: toolchain(scratch, arch), hire)
+        found.generics = {generic.group: generic for generic in generics}
+        found.inventor_of = lambda generic, arch: MetaSchedule(
+            workshop, generic.function, target_for(arch), {}, 1, 0, traces
+        )
         result = Engine(found, records, seconds, tracker, progress or (lambda _: None)).run()
     finally:
+        workshop.close()
         shutil.rmtree(scratch, ignore_errors=True)
     if found.found and all(search.skipped for search in found.found) and not result["measured"]:
         raise InputError(
@@ -164,15 +188,17 @@ def tune_kernels(
             hint="end what else runs on the GPU; the same command goes on from here",
         )
     spilled = f"{found.spilled} were left out because nvcc spills their registers"
-    result["notes"].append(f"{counted(spaces)}; {spilled}")
+    result["notes"].append(f"{counted(spaces, generics, traces)}; {spilled}")
     return result
 
 
-def counted(spaces: Sequence[tuple[Any, Space]]) -> str:
+def counted(spaces: Sequence[tuple[Any, Space]], generics: Sequence[Generic] = (), traces: int = MOST) -> str:
     """How many kernels and candidates there are."""
     sizes = [size_of(space) for _, space in spaces]
-    good, bad = (sum(column) for column in zip(*sizes, strict=True))
-    return f"{len(spaces)} kernels with {good} candidates ({bad} more do not fit the chip)"
+    good, bad = sum(size[0] for size in sizes), sum(size[1] for size in sizes)
+    text = f"{len(spaces)} kernels with {good} candidates ({bad} more do not fit the chip)"
+    more = f", {len(generics)} that TVM generates with up to {traces} traces of MetaSchedule each"
+    return text + more if generics else text
 
 
 class GpuKernels:
@@ -191,6 +217,8 @@ class GpuKernels:
         self.rounds = ROUNDS, CONFIRMING_ROUNDS
         self.spilled = 0
         self.found: list[Search] = []
+        self.generics: dict[str, Generic] = {}
+        self.inventor_of: Callable[[Generic, str], Inventor | None] = lambda generic, arch: None
         self._make, self._toolchains = toolchain, dict[str, Toolchain]()
 
     def hire(self) -> Machine:
@@ -228,6 +256,19 @@ class GpuKernels:
             self.found.append(
                 Search(arch, group, [launch], records, space=space, sources=sources, title=kernel.name)
             )
+        for group, generic in self.generics.items():
+            self.found.append(
+                Search(
+                    arch,
+                    group,
+                    [generic.launch],
+                    known(arch, group, generic.sources),
+                    space=Space({}, {}, exact=False),
+                    sources=generic.sources,
+                    title=generic.name,
+                    inventor=self.inventor_of(generic, arch),
+                )
+            )
         return self.found
 
     def compare(
@@ -235,18 +276,25 @@ class GpuKernels:
     ) -> Iterator[list[Outcome]]:
         """Compile a batch and compare it on the GPU."""
         del facts
-        kernel = self.kernels[search.group][0]
-        units = [unit_of(kernel), *(unit_of(with_values(kernel, values)) for values in batch.candidates)]
         arch = search.isa
+        if search.group in self.generics:
+            candidates, units = yield from self._generic_units(search, batch)
+            launch: Measurable = self.generics[search.group].launch
+            sizes, tolerance = dict[str, int](), TOLERANCE
+        else:
+            kernel = self.kernels[search.group][0]
+            candidates = list(batch.candidates)
+            units = [unit_of(kernel), *(unit_of(with_values(kernel, values)) for values in candidates)]
+            launch, sizes = launch_of(kernel), dict(launch_of(kernel).sizes)
+            tolerance = HALVES if type(kernel).__name__ == "ManyQueries" else TOLERANCE
         if arch not in self._toolchains:
             self._toolchains[arch] = self._make(arch)
         default, *others = self._toolchains[arch].libraries(units)
         if isinstance(default.path, str):
             raise SkippedError(f"it does not compile: {default.path}")
-        launch = launch_of(kernel)
-        kept: list[tuple[Candidate, Unit, Any]] = []
+        kept: list[tuple[Candidate, Any, Any]] = []
         failed: list[Outcome] = []
-        for values, unit, made in zip(batch.candidates, units[1:], others, strict=True):
+        for values, unit, made in zip(candidates, units[1:], others, strict=True):
             why = made.path if isinstance(made.path, str) else made.worse_than(default)
             if why is not None:
                 self.spilled += not isinstance(made.path, str)
@@ -254,9 +302,7 @@ class GpuKernels:
             else:
                 kept.append((values, unit, made))
         yield failed
-        sizes = dict(launch.sizes)
         specs = [units[0].spec(default, sizes), *(unit.spec(made, sizes) for _, unit, made in kept)]
-        tolerance = HALVES if type(kernel).__name__ == "ManyQueries" else TOLERANCE
         if kept and batch.workloads:
             question = {"do": "compare", "specs": specs, "rounds": rounds, "tolerance": tolerance}
             answer = machine.ask(question, TURNS)
@@ -267,6 +313,22 @@ class GpuKernels:
         for spec in specs:
             if os.path.exists(spec["library"]):
                 os.unlink(spec["library"])
+
+    def _generic_units(
+        self, search: Search, batch: Batch
+    ) -> Generator[list[Outcome], None, tuple[list[Candidate], list[Any]]]:
+        """The candidates whose traces can be applied, and their units, dlight's first."""
+        generic = self.generics[search.group]
+        units: list[Any] = [GenericUnit(default_of(generic.function, target_for(search.isa)))]
+        candidates = []
+        for candidate in batch.candidates:
+            try:
+                traced = Traced(search.traces[candidate[TRACE]])
+                units.append(GenericUnit(by_trace(generic.function, traced)))
+                candidates.append(candidate)
+            except TraceError as error:
+                yield [Outcome(candidate, generic.launch, str(error), "failed")]
+        return candidates, units
 
 
 def runs_on(arch: str, chip: str) -> bool:

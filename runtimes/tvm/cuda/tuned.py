@@ -9,13 +9,15 @@ from typing import Any
 from ....compiler.errors import InputError
 from ...tuning.database import Record, read_records
 from ...tuning.selection import best, database_path
+from ..schedule_traces import Traced
+from ..tune_cpu import schedule_sources
 from .knobs import group_of, sources_of
 from .spaces import space_of
 
 
 class TunedValues:
-    """Values by kernel, for `knobs.choosing`; `used` has the groups that got some. database: None: this user's; a
-    damaged one counts as none.
+    """Values by kernel, for `knobs.choosing`, and traces; `used` has the groups that got some, `failed` the functions
+    whose trace could not be applied. database: None: this user's; a damaged one counts as none.
 
     A compilation does not know the chip it is for: of several of an architecture the one with the most measurements
     counts. Code for several architectures takes the values of the first that has some, where all of them can run it.
@@ -28,6 +30,7 @@ class TunedValues:
         except InputError:
             records = []
         self.archs, self.used = archs, set[str]()
+        self.failed: dict[str, str] = {}
         self._groups: dict[str, list[Record]] = {}
         for record in records:
             if record.group.startswith("cuda_") and record.isa in archs:
@@ -47,6 +50,17 @@ class TunedValues:
                 self.used.add(group)
                 return found[0]
         return {}
+
+    def trace(self, group: str) -> Traced | None:
+        """MetaSchedule's trace for a function that TVM generates (`generic.group_of`)."""
+        current = [r for r in self._groups.get(group, []) if r.sources == schedule_sources()]
+        for arch in self.archs:
+            found = best(_of_one_chip(r for r in current if r.isa == arch))
+            text = None if found is None else next(iter(found[1].values())).trace
+            if text is not None:
+                self.used.add(group)
+                return Traced(text)
+        return None
 
 
 def _of_one_chip(records: Iterable[Record]) -> list[Record]:

@@ -43,13 +43,28 @@ def _convolution(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
     return convolution(b, node, source, weight, bias, stride, padding, dilation, a["groups"])
 
 
+VECTOR = 16
+"""Results that are computed at once; on narrower machines two vectors of them."""
+
+
 def whole_vectors(width: Expr, most: int) -> Expr:
     """A number of results in a row that fills vectors: computing some too many costs less than parts of vectors."""
     size = int(width) if isinstance(width, (int, tirx.IntImm)) else None
-    if size is None or size < 4 or size % 16 == 0 or size > most:
+    if size is None or size < 4 or size % VECTOR == 0 or size > most:
         return width
-    unit = 8 if size <= 8 else 16
+    unit = 8 if size <= 8 else VECTOR
     return width if size % unit == 0 else tirx.IntImm("int64", -(-size // unit) * unit)
+
+
+def whole_rows(k: Kernel, size: Any, width: Expr, most: int) -> Expr:
+    """`whole_vectors` of a row's size (torch's, and here).
+
+    An unknown one is always rounded up: what is left of a row would be computed element by element, which for 7 results
+    takes fifty times as long.
+    """
+    if isinstance(width, (int, tirx.IntImm)):
+        return whole_vectors(width, most)
+    return k.size((size + VECTOR - 1) // VECTOR) * VECTOR
 
 
 def convolution(
@@ -72,15 +87,21 @@ def convolution(
         inner = int(sizes(weight)[1])
         apart = stride[-1]  # results of a row read every apart-th element: those are put next to each other
         copied = any(padding) or apart > 1
-        results = [*out[:-1], whole_vectors(out[-1], 256 if copied else 16)]
+        results = [*out[:-1], whole_rows(k, fake(node).shape[-1], out[-1], 256 if copied else 16)]
         if copied or results[-1] is not out[-1]:
             extended = [s + 2 * p for s, p in zip(spatial, padding, strict=True)]
             # As wide as the last position reads, which with padding "same" may be one more on the right.
             reach = [(o - 1) * s + d * (int(q) - 1) + 1 for o, s, d, q in zip(
                 results[2:], stride, dilation, sizes(weight)[2:], strict=True)]  # fmt: skip
-            extended = [tirx.max(e, r) for e, r in zip(extended, reach, strict=True)]
+            if isinstance(results[-1], tirx.IntImm | int):
+                extended = [tirx.max(e, r) for e, r in zip(extended, reach, strict=True)]
+                last = tirx.floordiv(extended[-1] + apart - 1, apart)
+            else:
+                # Exactly what is read, without divisions of unknown sizes: only so can TVM tell that it is enough.
+                extended = reach
+                last = results[-1] + dilation[-1] * (int(sizes(weight)[-1]) - 1) // apart
             if apart > 1:
-                extended = [*extended[:-1], apart, tirx.floordiv(extended[-1] + apart - 1, apart)]
+                extended = [*extended[:-1], apart, last]
 
             def filled(n: Expr, c: Expr, *i: Expr) -> Expr:
                 if apart > 1:
@@ -155,7 +176,12 @@ def transposed(
         channel = te.reduce_axis((0, inner), "c")
         tap = [te.reduce_axis((0, t), f"t{d}") for d, t in enumerate(taps)]
         # Place i of every phase, for all that the results need: i stride + phase = p + padding.
-        steps = [tirx.floordiv(o - 1 + p, s) + 1 for o, p, s in zip(out[2:], padding, stride, strict=True)]
+        steps = [
+            k.size((o - 1 + p) // s + 1)
+            for o, p, s in zip(fake(node).shape[2:], padding, stride, strict=True)
+        ]
+        last = (fake(node).shape[-1] - 1 + padding[-1]) // stride[-1] + 1
+        steps[-1] = whole_rows(k, last, steps[-1], 0)
         extended = [tirx.max(n, s) + 2 * (t - 1) for n, s, t in zip(steps, spatial, taps, strict=True)]
 
         def filled(n: Expr, c: Expr, *i: Expr) -> Expr:

@@ -211,6 +211,33 @@ def test_convolutions(execute: Callable[..., Executor]) -> None:
     )
 
 
+def test_convolutions_with_rows_of_any_length(execute: Callable[..., Executor]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    whole, strided, turned, depthwise = (
+        torch.randn(*s, generator=generator)
+        for s in ((32, 16, 3, 3), (32, 16, 2, 2), (16, 16, 3, 3), (16, 1, 5, 5))
+    )
+    bias = torch.randn(32, generator=generator)
+    functions: list[Function] = [
+        lambda z: F.conv2d(z, whole, bias, padding=1), lambda z: F.conv2d(z, whole[:, :, :1, :1], bias),
+        lambda z: F.conv2d(z, strided, stride=2), lambda z: F.conv2d(z, whole, stride=(1, 3), padding=(0, 2)),
+        lambda z: F.conv2d(z, depthwise, padding=2, groups=16),
+        lambda z: F.conv_transpose2d(z, turned, stride=2, padding=1, output_padding=1),
+    ]  # fmt: skip
+    widths = (34, 4, 7, 16, 17, 31, 49)
+    shapes = [(torch.randn(2, 16, 4 + width % 3, width, generator=generator),) for width in widths]
+    free = {0: BATCH, 2: Dim("height", min=4, max=64), 3: LENGTH}
+    check(execute, functions, shapes, (free,), 1e-5)
+
+
+def test_results_without_elements(execute: Callable[..., Executor]) -> None:
+    functions: list[Function] = [
+        lambda x: x[:, :0] * 2, lambda x: (x[:, :0] * 2).sum(1), lambda x: torch.cat([x[:, :0] * 2, x + 1], 1),
+        lambda x: (x[:, :0] + 1).unsqueeze(-1).expand(-1, -1, 7) * 3, lambda x: x[:, :0] @ torch.ones(0, 5),
+    ]  # fmt: skip
+    check(execute, functions, [(torch.randn(3, 6),), (torch.randn(5, 6),)], ({0: BATCH},))
+
+
 def test_sizes_that_only_expressions_determine(execute: Callable[..., Executor]) -> None:
     half = Dim("half", min=1, max=64)
     module = Together([lambda x: x.reshape(x.shape[0], -1, 2).sum(-1), lambda x: x * x.shape[1]])

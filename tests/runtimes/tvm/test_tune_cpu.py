@@ -1,9 +1,13 @@
-"""Tuning of generated kernels: records persist, resume and merge; what is chosen computes the same."""
+"""Tuning of generated kernels' own parameters: records persist, resume and merge; what is chosen computes the same.
+
+MetaSchedule's traces: `test_traces.py`.
+"""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +28,13 @@ from isofold.runtimes.tvm import tune_cpu, tune_worker
 from isofold.runtimes.tvm.compile_cpu import cpu_target
 from isofold.runtimes.tvm.schedule_cpu import TUNED, function_key, schedule_cpu, schedule_report
 from isofold.runtimes.tvm.schedule_rules import Shape
-from isofold.runtimes.tvm.tune_cpu import tune_functions, tuned_shapes
+from isofold.runtimes.tvm.tune_cpu import tuned_schedules
 
 from ..lent_machines import free_port, killed_at_the_first_result, tracker
 
 __all__ = ["tracker"]
+
+tune_functions = partial(tune_cpu.tune_functions, traces=0)
 
 
 @pytest.fixture
@@ -120,7 +126,7 @@ def record_of(target: Any, function: tirx.PrimFunc, change: dict[str, int], **va
 def test_what_is_chosen_computes_the_same(tmp_path: Path, target: Any) -> None:
     database = tmp_path / "tuning.jsonl"
     Database(database).add([record_of(target, product(), {"rows": 3, "columns": 16})])
-    shapes = tuned_shapes(database, target)
+    shapes = tuned_schedules(database, target)
     module = tvm.IRModule({"product": product()})
     default, tuned = schedule_cpu(module, target), schedule_cpu(module, target, shapes)
     assert "16 neighbouring results, 3 rows" in schedule_report(tuned)["product"]
@@ -152,7 +158,7 @@ def test_what_is_chosen_computes_the_same(tmp_path: Path, target: Any) -> None:
 def test_records_that_do_not_count(tmp_path: Path, target: Any, values: dict[str, Any]) -> None:
     database = tmp_path / "tuning.jsonl"
     Database(database).add([record_of(target, product(), {"rows": 3}, **values)])
-    assert tuned_shapes(database, target) == {}
+    assert tuned_schedules(database, target) == {}
 
 
 def test_merging_and_a_cut_line(tmp_path: Path, target: Any) -> None:
@@ -160,9 +166,9 @@ def test_merging_and_a_cut_line(tmp_path: Path, target: Any) -> None:
     Database(two).add([record_of(target, product(), {"rows": 3})])
     two.write_bytes(two.read_bytes() + b'{"v":1,"proc')
     assert Database(one).merge(two) == 1
-    assert list(tuned_shapes(one, target).values()) == [replace(Shape.of(target), rows=3)]
-    assert tuned_shapes(two, target) == tuned_shapes(one, target)
-    assert tuned_shapes(tmp_path / "none.jsonl", target) == {}
+    assert list(tuned_schedules(one, target).values()) == [replace(Shape.of(target), rows=3)]
+    assert tuned_schedules(two, target) == tuned_schedules(one, target)
+    assert tuned_schedules(tmp_path / "none.jsonl", target) == {}
 
 
 def test_a_candidate_that_takes_its_process_with_it_is_recorded_and_the_search_goes_on(
@@ -183,7 +189,7 @@ def test_a_candidate_that_takes_its_process_with_it_is_recorded_and_the_search_g
     assert {r.note for r in records if r.status == "crashed"} == {"its process ended with code -11"}
     assert {r.candidate for r in records if r.status == "ok"} == {'{"columns": 16, "rows": 8}'}
     assert len(found["lost"]) >= 4
-    assert all(shape.rows != 2 for shape in tuned_shapes(database, target).values())
+    assert all(shape != replace(shape, rows=2) for shape in tuned_schedules(database, target).values())
 
 
 def test_an_interrupted_run_goes_on_and_strange_records_are_kept(
@@ -290,7 +296,7 @@ def test_the_backend_tunes_what_it_generates(
     program = capture(torch.nn.Conv1d(8, 16, 3).eval(), (torch.randn(1, 8, 66),))
     database, other = tmp_path / "tuning.jsonl", tmp_path / "other.jsonl"
     Database(other).add([record_of(cpu_target("tvm-cpu"), product(), {"rows": 3})])
-    found = TvmBackend().tune(program, seconds=600, database=database, merge=[other])
+    found = TvmBackend().tune(program, seconds=600, database=database, merge=[other], traces=0)
     assert told == {}, "there is no packed linear"
     assert [row["tried"] for row in found["workloads"]] == [3]
     assert found["merged"] == 1
@@ -300,7 +306,7 @@ def test_the_backend_tunes_what_it_generates(
 
     linears = [Workload("linear", 4, 32, 64, 64, 1)]
     monkeypatch.setattr(tune_session, "packed_linears", lambda program, threads: linears)
-    again = TvmBackend().tune(program, seconds=600, database=database)
+    again = TvmBackend().tune(program, seconds=600, database=database, traces=0)
     assert told["seconds"] == 300
     assert (again["measured"], again["library"], again["processors"]) == (1, "built", ["a", processor()])
     assert [row["tried"] for row in again["workloads"]] == [3]
