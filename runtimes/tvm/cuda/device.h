@@ -31,9 +31,12 @@ using cuda::std::uint8_t;
 #define ISO_FN static inline
 #define ISO_ARCH ISOFOLD_EMULATE
 #endif
-// Products of FP8 operands: sm_89 and later.
-#if defined(ISO_ARCH) && ISO_ARCH >= 890
-#define ISO_FP8
+// sm_89 multiplies FP8 in `mma`. sm_90a does only in `wgmma`: there ptxas makes of an FP8 `mma` conversions to halves and
+// their products, which are better written out (registers); its conversion is one instruction.
+#if defined(ISO_ARCH) && ISO_ARCH == 890
+#define ISO_FP8_MMA
+#elif defined(ISO_ARCH) && ISO_ARCH >= 900
+#define ISO_FP8_CONVERT
 #endif
 
 // ---- memory
@@ -218,7 +221,7 @@ ISO_FN void iso_mma_sparse_s8u8(int32_t* c, const uint32_t* a, const uint32_t* b
 
 // ---- FP8 products: a of E4M3 or E5M2, b of E4M3, 8-bit fragments; c is in units of iso_unit_e4m3(), iso_unit_e5m2()
 //
-// Where the chip has no such product, codes become halves in registers, exactly, and two products of them take bytes 0, 1
+// Elsewhere codes become halves in registers, exactly, and two products of them take bytes 0, 1
 // and 2, 3 of every word: which input meets which is free as long as a and b agree.
 
 ISO_FN uint32_t iso_float_bits(uint32_t tops, uint32_t magnitude, int shift);
@@ -234,7 +237,7 @@ static inline float iso_fp8_value(uint32_t code, int mantissa) {
   return iso_half_value((uint16_t)(code << 8));
 }
 #endif
-#ifdef ISO_FP8
+#ifdef ISO_FP8_MMA
 ISO_FN float iso_unit_e4m3() { return 1.0f; }
 ISO_FN float iso_unit_e5m2() { return 1.0f; }
 #ifndef ISOFOLD_EMULATE
@@ -265,11 +268,27 @@ ISO_FN void iso_mma_e4m3(float* c, const uint32_t* a, const uint32_t* b) { iso_m
 ISO_FN void iso_mma_e5m2(float* c, const uint32_t* a, const uint32_t* b) { iso_mma_fp8(c, a, b, 2); }
 #endif
 #else
+#ifdef ISO_FP8_CONVERT
+ISO_FN float iso_unit_e4m3() { return 1.0f; }
+ISO_FN float iso_unit_e5m2() { return 1.0f; }
+// Bytes 0, 1 or 2, 3 of a word as halves.
+ISO_FN uint32_t iso_half2_e4m3(uint32_t word, int high) {
+#ifndef ISOFOLD_EMULATE
+  uint32_t h;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(h) : "h"((unsigned short)(word >> 16 * high)));
+  return h;
+#else
+  word >>= 16 * high;
+  return iso_half_bits(iso_value_e4m3(word & 255)) | (uint32_t)iso_half_bits(iso_value_e4m3(word >> 8 & 255)) << 16;
+#endif
+}
+#else
 ISO_FN float iso_unit_e4m3() { return 65536.0f; }
 ISO_FN float iso_unit_e5m2() { return 256.0f; }
-ISO_FN uint32_t iso_half2_e4m3(uint32_t word, int high) {  // 2^-8 of the values
+ISO_FN uint32_t iso_half2_e4m3(uint32_t word, int high) {  // 2^-8 of the values; NaN is 480
   return iso_float_bits(iso_spread(word, high), 0x7F007F00u, 1);
 }
+#endif
 ISO_FN void iso_mma_e4m3(float* c, const uint32_t* a, const uint32_t* b) {
   for (int high = 0; high < 2; ++high) {
     uint32_t left[4], right[2];
