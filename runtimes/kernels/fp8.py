@@ -30,6 +30,7 @@ LARGEST, LEAST_SCALE = 448.0, 2.0**-126
 _CUT = 20  # bits of a float32's mantissa that E4M3 has not
 _EXPONENTS = (127 - 7) << 3
 _MAGIC = 0x46800000  # bits of 2**14
+_INFINITY = 0x7F800000
 
 
 def _splat(value: Any, lanes: int, dtype: str = "float32") -> Any:
@@ -57,7 +58,8 @@ def encoded(y: Any, lanes: int) -> Any:
     small = T.reinterpret(kind, magnitude + _splat(2.0**14, lanes)) - word(_MAGIC)
     code = T.Select(magnitude < _splat(2.0**-6, lanes), small, normal)
     code = code + T.Select(y < zero, word(128), word(0))
-    return T.cast(T.Select(y == y, code, word(0x7F)), _typed("uint8", lanes))
+    number = (T.reinterpret(kind, y) & word(0x7FFFFFFF)) <= word(_INFINITY)  # TVM takes y == y for true
+    return T.cast(T.Select(number, code, word(0x7F)), _typed("uint8", lanes))
 
 
 def decoded(codes: Any, lanes: int) -> Any:

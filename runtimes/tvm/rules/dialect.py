@@ -343,7 +343,7 @@ def _quantize_dequantize_fp8(b: Builder, node: fx.Node, a: dict[str, Any]) -> An
                 "int32", 0x7F800000
             )
             step = tirx.reinterpret("float32", power) * constant(0.125, dtype)
-            return tirx.Select(x(*i) == x(*i), tirx.nearbyint(y / step) * step, x(*i)) * scale(i)
+            return tirx.Select(tirx.isnan(x(*i)), x(*i), tirx.nearbyint(y / step) * step) * scale(i)
 
         return te.compute(shape, element, name="y")
 

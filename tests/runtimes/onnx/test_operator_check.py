@@ -49,6 +49,7 @@ def compressed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str],
     [
         ("bert", "w8a8"),
         ("t5", "w4a8"),
+        ("bert", "fp8"),
         pytest.param("t5", "w8a8", marks=pytest.mark.slow),
         pytest.param("minilm", "w8a8", marks=pytest.mark.slow),
         pytest.param("minilm", "w4a8", marks=pytest.mark.slow),
