@@ -24,7 +24,11 @@ from isofold.runtimes.onnx.export import export_onnx
 from isofold.runtimes.onnx.operator_check import operator_differences
 
 Case = tuple[Program, registry.ModelCase, Path]
-LINEARS = (torch.ops.isofold.linear_packed.default, torch.ops.isofold.quantize_linear_packed.default)
+LINEARS = (
+    torch.ops.isofold.linear_packed.default,
+    torch.ops.isofold.quantize_linear_packed.default,
+    torch.ops.isofold.linear_fp8.default,
+)
 
 
 @pytest.fixture(scope="module")
