@@ -68,8 +68,8 @@ class WeightFormat(_Strict):
 
     format: `int`; codes of a table or of small floats (nf4, table4, e4m3, e5m2, mxfp4, mxfp6_e3m2, mxfp6_e2m3,
     mxfp8_e4m3, mxfp8_e5m2, nvfp4); `codebook`, sums of vectors of 8 weights; or `auto`. All but `int` and `auto` meet
-    float activations, 8-bit floats also activations of `e4m3`. bits, symmetric: of `int`: width, and no zero points (at 2 and 3 bits they are in sixteenths of
-    a code, and worth their byte a group). group_size: inputs that share a scale (0: the whole row, not at 2 and 3
+    float activations, 8-bit floats also activations of `e4m3`. bits, symmetric: of `int`: width, and no zero points
+    (at 2 and 3 bits they are in sixteenths of a code, and worth their byte a group). group_size: inputs that share a scale (0: the whole row, not at 2 and 3
     bits; without it the format's own). range: how the scale is found, `absmax` (largest magnitude; what the MX
     specification says) or `mse` (least squared error over a grid). solver: of `int`: codes by rounding each weight
     to the nearest, or by GPTQ, which needs calibration data. low_rank: rank of a thin part that stays float and
@@ -598,8 +598,8 @@ PRESETS: dict[str, Recipe] = {
     )
 }
 """Named recipes. `w` is the width of weights, `a` that of activations (a16: float), `kv` that of keys and
-values; `fp8` E4M3 for weights and activations, `w8-fp8` for weights alone; `smooth` (scales and shifts), `rotate` and `learned` name the transforms that are folded in first; `auto`
-chooses a width for each layer by the cost model."""
+values; `fp8` E4M3 for weights and activations, `w8-fp8` for weights alone; `smooth` (scales and shifts), `rotate` and
+`learned` name the transforms that are folded in first; `auto` chooses a width for each layer by the cost model."""
 
 
 def resolve(recipe: Recipe | str | os.PathLike[str] | dict[str, Any]) -> Recipe:

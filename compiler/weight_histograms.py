@@ -98,9 +98,7 @@ def decoded(program: Program, node: fx.Node) -> Tensor:
     k, group_size, multiplier = (argument(node, name) for name in ("k", "group_size", "scale_multiplier"))
     if declared.name in ("linear_coded", "linear_fp8"):
         form, table = argument(node, "format"), constant("table") if declared.name == "linear_coded" else None
-        matrix = unpack_coded(
-            weight, scale, table, rows, k, form, group_size, multiplier, torch.float32
-        )
+        matrix = unpack_coded(weight, scale, table, rows, k, form, group_size, multiplier, torch.float32)
         return torch.cat(split_gated(matrix, n)) if gated else matrix
     bits = argument(node, "bits")
     matrix = unpack_weight(

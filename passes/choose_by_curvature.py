@@ -48,7 +48,7 @@ STEPS, RATE = 100, 0.03
 """Of the search for a rotation: its steps, and the angle by which one turns each channel at first."""
 
 FP8_NOISE = 6.6e-4
-"""Squared error of E4M3 relative to the energy, measured on normal values: it depends little on their number (a test)."""
+"""Squared error of E4M3 relative to the energy, measured on normal values, whatever their number (a test)."""
 
 FLOOR = 1e-6
 """Of the mean: less variance or curvature in a channel is taken as that."""

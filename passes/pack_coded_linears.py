@@ -3,10 +3,10 @@
     linear(x, dequantize_coded(codes, scale, multiplier, table)) + b → linear_coded(x, pack(codes), scale, table, b)
     linear(quantize_dequantize_fp8(x), the same of FP8)           → linear_fp8(quantize_activation_fp8(x), the same)
 
-REAL: codes and scales are kept bit for bit; only the order of roundings differs. Any other quantizer in front of x, which
-recipes do not ask for with these formats, stays where it is. Linears that read one value share its codes as long as
-they agree on the padded number of inputs, those with one dequantized weight the packed bytes. Refused: codes that are
-computed in the graph, results that are not float32.
+REAL: codes and scales are kept bit for bit; only the order of roundings differs. Any other quantizer in front of x,
+which recipes do not ask for with these formats, stays where it is. Linears that read one value share its codes as long
+as they agree on the padded number of inputs, those with one dequantized weight the packed bytes. Refused: codes that
+are computed in the graph, results that are not float32.
 """
 
 from __future__ import annotations
@@ -49,13 +49,23 @@ def pack_coded_linears(editor: Editor) -> None:
         packable.append((layer, *packed[layer.weight]))
     activations = _quantize_activations(editor, packable)
     for layer, stored, (weight, scale, table) in packable:
-        attributes = (stored.n, stored.k, stored.format, stored.group_size, stored.scale_multiplier, "none", False)
+        attributes = (
+            stored.n,
+            stored.k,
+            stored.format,
+            stored.group_size,
+            stored.scale_multiplier,
+            "none",
+            False,
+        )
         rest = (argument(layer.node, "bias"), None, *attributes)
         if layer.node in activations:
             u, params = activations[layer.node]
             new = editor.call(linear_fp8.overload, u, params, weight, scale, *rest, like=layer.node)
         else:
-            new = editor.call(linear_coded.overload, layer.input, weight, scale, table, *rest, like=layer.node)
+            new = editor.call(
+                linear_coded.overload, layer.input, weight, scale, table, *rest, like=layer.node
+            )
         editor.replace(layer.node, new)
         editor.applied(
             new,

@@ -6,8 +6,8 @@ It marks where an activation becomes FP8 before weights are packed; the packed f
 `linear_fp8`) computes with the same c and s (`quantization_fp8.py`). The gradient is straight-through inside the range
 and 0 where x saturates. The error of a value is at most 2^-4 of it, or s 2^-10 below s 2^-6.
 
-Example: a row with the largest magnitude 448 has s = 1; 17 becomes 16 (tie, even), 18.5 becomes 18, 0.001 becomes 2^-9, the
-least value, 0.0009 becomes 0.
+Example: a row with the largest magnitude 448 has s = 1; 17 becomes 16 (tie, even), 18.5 becomes 18, 0.001 becomes
+2^-9, the least value, 0.0009 becomes 0.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ from .quantization_fp8 import LARGEST, decode, encode, scale_for
 def _straight_through(x: Tensor, params: Tensor | None) -> Tensor:
     held = x.detach()
     scale = scale_for(held, params)
-    inside = held.abs() * (1.0 / scale) <= LARGEST if params is not None else torch.ones_like(held, dtype=torch.bool)
+    inside = (
+        held.abs() * (1.0 / scale) <= LARGEST
+        if params is not None
+        else torch.ones_like(held, dtype=torch.bool)
+    )
     rounded = scale * decode(encode(held, scale), x.dtype)
     return rounded + torch.where(inside, x - held, torch.zeros_like(held))
 

@@ -1,4 +1,4 @@
-"""FP8 activations: float32 rows to E4M3 codes and back, bit for bit the formula of compiler/dialect/quantization_fp8.py.
+"""FP8 activations: float32 rows to E4M3 codes and back, bit for bit as compiler/dialect/quantization_fp8.py says.
 
 Per row (dynamic)::
 
@@ -146,9 +146,7 @@ def _quantize_rows_static(
     choose_affine(flags, shift, scale, body)
 
 
-def _decode_rows(
-    isa: Isa, u: Any, params: Any, stride: Any, out: Any, rows: Any, k: Any, kp: Any
-) -> None:
+def _decode_rows(isa: Isa, u: Any, params: Any, stride: Any, out: Any, rows: Any, k: Any, kp: Any) -> None:
     """out[rows, k] = s value[u]; the scale of row m is params[m * stride]."""
     with for_range(0, rows) as m:
         s = bind(load(params, m * stride, 1))

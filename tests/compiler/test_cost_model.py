@@ -179,7 +179,9 @@ def test_fp8_activations_cost_what_fp8_weights_do_and_are_named_slower_than_int8
         assert found["unmeasured"] == []
         (row,) = found["layers"]
         (slow,) = found["slower"] or [None]
-        if recipe == "fp8":  # against int8 with int8 activations; FP8 weights alone against int8 with float ones
+        if (
+            recipe == "fp8"
+        ):  # against int8 with int8 activations; FP8 weights alone against int8 with float ones
             assert slow is not None
             assert slow["faster"] == "int8"
             assert slow["microseconds"] == row["predicted_microseconds"] > 1.5 * slow["faster_microseconds"]

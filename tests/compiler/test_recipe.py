@@ -120,7 +120,7 @@ BAD: list[tuple[Any, str]] = [
     ),
     (
         {"weights": {"bits": 8}, "activations": {"format": "e4m3"}},
-        r"activations of e4m3 meet weights of e4m3, .* only; use one of these, or activations.format int \(weights: int\)",
+        r"activations of e4m3 meet weights of e4m3, .* only; use one of these, or activations.format int \(weights",
     ),
     (
         {

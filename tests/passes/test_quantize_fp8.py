@@ -29,7 +29,9 @@ def recipe(mode: Any = "dynamic", weights: str = "e4m3", group: Any = 0, **more:
     return Recipe(weights=chosen, activations=ActivationFormat(mode=mode, format="e4m3"), **more)
 
 
-def run(model: nn.Module, args: tuple[Any, ...], chosen: Recipe, **more: Any) -> tuple[Program, dict[str, PassReport]]:
+def run(
+    model: nn.Module, args: tuple[Any, ...], chosen: Recipe, **more: Any
+) -> tuple[Program, dict[str, PassReport]]:
     captured = capture(model.eval(), args)
     program, reports = run_steps(captured, plan(captured, chosen, **more))
     return program, {r.name: r for r in reports}
@@ -48,7 +50,9 @@ def test_linears_and_their_inputs_become_codes(weights: str, group: int) -> None
     model, x = Mlp(), normal(3, 48)
     program, reports = run(model, (x,), recipe("dynamic", weights, group))
     assert count(program, OPS.linear_fp8.default) == count(program, OPS.quantize_activation_fp8.default) == 3
-    assert count(program, OPS.quantize_dequantize_fp8.default) == count(program, OPS.linear_coded.default) == 0
+    assert (
+        count(program, OPS.quantize_dequantize_fp8.default) == count(program, OPS.linear_coded.default) == 0
+    )
     assert reports["pack_coded_linears"].error is not None
     assert reports["pack_coded_linears"].error <= 1e-12
     assert {a.facts["activations"] for a in reports["pack_coded_linears"].applied} == {"e4m3"}

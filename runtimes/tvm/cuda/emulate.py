@@ -4,9 +4,9 @@
     module["double"](x, y)                  # tensors of the CPU
 
 The source is compiled with the C++ compiler for the emulator's CUDA; each kernel becomes a function of TVM's calling
-convention, and the library takes the place of the cubin under the host module. Device functions that differ by
-architecture (FP8 products) are those of sm_89, or of ISOFOLD_EMULATOR_ARCH=800 or 900. The grid, the branches on symbolic
-sizes and the launch parameters are therefore those of the GPU. What differs: tensors are the CPU's, and matrix
+convention, and the library takes the place of the cubin under the host module. The grid, the branches on symbolic
+sizes and the launch parameters are therefore those of the GPU. Device functions that differ by architecture (FP8
+products) are those of sm_89, or of ISOFOLD_EMULATOR_ARCH=800 or 900. What differs: tensors are the CPU's, and matrix
 products follow PTX's tables in float32 or int32 arithmetic, in the order of their inputs.
 """
 

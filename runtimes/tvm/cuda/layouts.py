@@ -192,7 +192,9 @@ def coded_layout(name: str) -> CodedLayout:
 def fp8_layout(name: str) -> CodedLayout:
     """The layout of a `linear_fp8` format: the same bytes, which products take as they are."""
     form = element_format(name)
-    return replace(coded_layout(name), name=f"{name}_fp8", factor=1.0, product=f"e{form.exponent}m{form.mantissa}")
+    return replace(
+        coded_layout(name), name=f"{name}_fp8", factor=1.0, product=f"e{form.exponent}m{form.mantissa}"
+    )
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,8 @@ class Rows:
     """One kernel of this family.
 
     norm: kind of norm or None. sum, y, transformed: which float results are written. codes: pairs of the quantizer,
-    or None. fp8: codes of E4M3 instead of `bits`. orders: of the Hadamard transform. nibbles: two codes to a byte, of elements 16 apart. block:
-    threads, 0: chosen for the row.
+    or None. fp8: codes of E4M3 instead of `bits`. orders: of the Hadamard transform. nibbles: two codes to a byte, of
+    elements 16 apart. block: threads, 0: chosen for the row.
     """
 
     rows: Size

@@ -1,7 +1,7 @@
 """Quantizers of long rows, which do not fit shared memory and may have a symbolic length: samples of a batch.
 
-`quantize_dequantize` (per token and per sample), its FP8 form, and for convolutions the pair (s, z) of each sample. A block goes
-over its row in global memory twice: the range, then the values.
+`quantize_dequantize` (per token and per sample), its FP8 form, and for convolutions the pair (s, z) of each sample. A
+block goes over its row in global memory twice: the range, then the values.
 """
 
 from __future__ import annotations

@@ -127,11 +127,19 @@ def test_the_sum_is_that_of_the_formula() -> None:
 
 
 def test_other_weights_are_refused() -> None:
-    given: list[Any] = [torch.zeros(1, 32, dtype=torch.uint8), ONE, torch.zeros(1, 4, 16, 4, dtype=torch.uint8)]
+    given: list[Any] = [
+        torch.zeros(1, 32, dtype=torch.uint8),
+        ONE,
+        torch.zeros(1, 4, 16, 4, dtype=torch.uint8),
+    ]
     given += [torch.zeros(1, 1, 16), None, None, 1, 32, "nf4", 32, 1.0, "none", False]
     for call in (linear_fp8.reference, linear_fp8.overload):
-        with pytest.raises(InputError, match=r"FP8 activations meet FP8 weights only[\s\S]*mxfp8_e5m2[\s\S]*'nf4'"):
-            call(*(a.to("meta") if isinstance(a, Tensor) and call is linear_fp8.overload else a for a in given))
+        with pytest.raises(
+            InputError, match=r"FP8 activations meet FP8 weights only[\s\S]*mxfp8_e5m2[\s\S]*'nf4'"
+        ):
+            call(
+                *(a.to("meta") if isinstance(a, Tensor) and call is linear_fp8.overload else a for a in given)
+            )
 
 
 def test_the_recipe_names_the_same_formats() -> None:
