@@ -69,15 +69,15 @@ class WeightFormat(_Strict):
     format: `int`; codes of a table or of small floats (nf4, table4, e4m3, e5m2, mxfp4, mxfp6_e3m2, mxfp6_e2m3,
     mxfp8_e4m3, mxfp8_e5m2, nvfp4); `codebook`, sums of vectors of 8 weights; or `auto`. All but `int` and `auto` meet
     float activations, 8-bit floats also activations of `e4m3`. bits, symmetric: of `int`: width, and no zero points
-    (at 2 and 3 bits they are in sixteenths of a code, and worth their byte a group). group_size: inputs that share a scale (0: the whole row, not at 2 and 3
-    bits; without it the format's own). range: how the scale is found, `absmax` (largest magnitude; what the MX
-    specification says) or `mse` (least squared error over a grid). solver: of `int`: codes by rounding each weight
-    to the nearest, or by GPTQ, which needs calibration data. low_rank: rank of a thin part that stays float and
-    makes up for the error of rounding (0: none). outliers, outlier_sigma: of `int`: the share of each row's weights,
-    or all that lie so many standard deviations from its mean, that are kept as float16 beside the codes. codebooks,
-    code_bits: of `codebook`: how many vectors are summed, and the width of the code that chooses each. max_error: of
-    `auto`, which takes the format that the cost model says is fastest here among those whose rounding moves the
-    weight by at most that share of its norm.
+    (at 2 and 3 bits they are in sixteenths of a code, and worth their byte a group). group_size: inputs that share a
+    scale (0: the whole row, not at 2 and 3 bits; without it the format's own). range: how the scale is found, `absmax`
+    (largest magnitude; what the MX specification says) or `mse` (least squared error over a grid). solver: of `int`:
+    codes by rounding each weight to the nearest, or by GPTQ, which needs calibration data. low_rank: rank of a thin
+    part that stays float and makes up for the error of rounding (0: none). outliers, outlier_sigma: of `int`: the share
+    of each row's weights, or all that lie so many standard deviations from its mean, that are kept as float16 beside
+    the codes. codebooks, code_bits: of `codebook`: how many vectors are summed, and the width of the code that chooses
+    each. max_error: of `auto`, which takes the format that the cost model says is fastest here among those whose
+    rounding moves the weight by at most that share of its norm.
     """
 
     format: Literal[

@@ -116,8 +116,8 @@ class SiteError:
         return [round_(x, params[i % 2], site.granularity, site.bits) for i, x in enumerate(moved)]
 
     def _static_params(self, moved: list[Tensor], transform: EdgeTransform) -> Tensor:
-        """What `quantize_activations` would find here, with the exact extremes of all data: scale and zero point, of FP8
-        the scale."""
+        """Scale and zero point (of FP8: the scale) that `quantize_activations` would find here, with the exact
+        extremes of all data."""
         form, histogram = self.site.activations, Histogram()
         for x in moved:
             histogram.add(x, granularity_dims(x, "sample" if self.site.kind == "convolutions" else "token"))

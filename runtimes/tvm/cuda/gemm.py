@@ -4,8 +4,9 @@ cores.
 A block computes `features` x `tokens` outputs. Weights (16-byte pieces of panels, as they are packed) and activations
 (64 bytes of a token: 64 codes, or 32 halves) come by asynchronous copies into a ring of stages, one barrier a
 stage. Weights are the 16-row operand: a lane's four rows of a panel and unit are one 16-byte piece (int4; two for
-int8, four for halves), which decodes in registers to its operands (FP8: four half pieces). Pieces are stored at places
-permuted within a line of 128 bytes so that the eight lanes that a shared-memory access serves at once hit 32 different banks.
+int8, four for halves, four half ones for FP8), which decodes in registers to its operands. Pieces are stored at places
+permuted within a line of 128 bytes so that the eight lanes that a shared-memory access serves at once hit 32 different
+banks.
 
     weights   the lanes (g = 0, 1; t = 0..3) of an access differ in piece g and unit t
     tokens    the lanes (g = 0..3; t = 0..3) differ in token g and 8 bytes at 8 t
