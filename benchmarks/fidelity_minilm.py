@@ -53,6 +53,8 @@ BARS = {
     "w3a8": None,
     "w2a8": None,
     "w8a16": None,
+    "fp8": None,
+    "fp8-static": None,
     "w4a16": None,
     "w4a4": None,
 }

@@ -69,6 +69,9 @@ def _coded(name: str, bits: int, group: int) -> Kind:
     return Kind(name, "isofold", bits, group, 0, True, format=name)
 
 
+INT8 = _integers(8, 0)
+
+
 def _int4_with(what: str, group: int = 32, shared: bool = True, **more: Any) -> Kind:
     """int4 in groups with something beside it."""
     return Kind(f"int4 g{group}{what}", "isofold", 4, group, shared_quantizer=shared, **more)
@@ -107,6 +110,8 @@ FORMATS = [
     Format(_coded("mxfp6_e2m3", 6, 32), INT4_FLOAT),
     Format(_coded("e4m3", 8, 0), INT4_FLOAT),
     Format(_coded("e5m2", 8, 0), INT4_FLOAT),
+    Format(INT8),
+    Format(Kind("e4m3 g0, FP8 activations", "isofold", 8, 0, format="e4m3", fp8_activations=True), INT8),
     Format(_coded("2x8", 2, 8), INT4_FLOAT, WITHIN),
     Format(_coded("1x8", 1, 8), INT4_FLOAT),
     Format(_coded("1x16", 2, 8), INT4_FLOAT),

@@ -26,7 +26,7 @@ import torch
 from gpu_compressed import compressed_rows
 from gpu_device import Gpu
 from gpu_llama import decode_rows
-from gpu_runner import Runner, call_of, linear_arguments, time_operator
+from gpu_runner import Runner, call_of, fp8_arguments, linear_arguments, time_operator
 from harness import HERE, Results, main, parse
 from isofold.compiler.dialect import OPERATORS
 from isofold.runtimes.tvm.cuda.operators import EMITTERS
@@ -91,9 +91,9 @@ def time_linear(
     floats: bool,
     rounds: int,
 ) -> tuple[list[float], int]:
-    """Seconds of one product inside a graph of many layers, and its bytes of weights and scales."""
-    arguments = linear_arguments(n, k, bits, group, rows, floats)
-    name = "linear_packed_float" if floats else "linear_packed"
+    """Seconds of one product inside a graph of many layers, and its bytes of weights and scales; bits 0: FP8."""
+    arguments = linear_arguments(n, k, bits, group, rows, floats) if bits else fp8_arguments(n, k, rows)
+    name = "linear_fp8" if not bits else "linear_packed_float" if floats else "linear_packed"
     size = sum(arguments[each].numel() * arguments[each].element_size() for each in ("weight", "scale"))
     layers = max(2, -(-COLD_BYTES // size)) if rows <= 32 else 4
     return time_operator(gpu, arch, folder, name, arguments, layers, rounds), size
@@ -109,6 +109,7 @@ def gemv_rows(results: Results, gpu: Gpu, arch: str, folder: Path, quick: bool) 
         ("W4A8 g128", 4, 128, False),
         ("W8A8", 8, 0, False),
         ("W8A16", 8, 0, True),
+        ("FP8", 0, 0, False),
     ]
     for what, bits, group, floats in kinds[:1] if quick else kinds:
         for n, k in [(4096, 4096), (8192, 8192), (14336, 4096), (4096, 14336)]:
@@ -140,6 +141,12 @@ def matrix_rates(results: Results, size: int = 8192) -> dict[str, float]:
     found["bfloat16"] = _torch_rate(lambda: torch.mm(a, b), size)
     c, d = (torch.randint(-127, 127, (size, size), device="cuda", dtype=torch.int8) for _ in range(2))
     found["int8"] = _torch_rate(lambda: torch._int_mm(c, d.t()), size)
+    if torch.cuda.get_device_capability() >= (8, 9):
+        e, f = (a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t())
+        one = torch.ones((), device="cuda")
+        found["float8"] = _torch_rate(
+            lambda: torch._scaled_mm(e, f, scale_a=one, scale_b=one, out_dtype=torch.bfloat16), size
+        )
     for name, rate in found.items():
         results.add(f"torch {name} product, {size}", rate / 1e12, "TOPS")
     return found
@@ -162,7 +169,8 @@ def gemm_rows(results: Results, gpu: Gpu, arch: str, folder: Path, quick: bool) 
     """Many tokens: shares of the rates."""
     rates = matrix_rates(results)
     rate = rates.get("int8") or rates.get("bfloat16")
-    kinds = [("W8A8", 8, 0, False), ("W4A8 g128", 4, 128, False), ("W4A16 g128", 4, 128, True)]
+    kinds = [("W8A8", 8, 0, False), ("FP8", 0, 0, False), ("W4A8 g128", 4, 128, False)]
+    kinds.append(("W4A16 g128", 4, 128, True))
     for what, bits, group, floats in kinds[:1] if quick else kinds:
         for rows in (512, 2048, 8192):
             times, _ = time_linear(
@@ -178,6 +186,9 @@ def gemm_rows(results: Results, gpu: Gpu, arch: str, folder: Path, quick: bool) 
                     results.sampled(f"{name}: share of torch's rate", share, "", bar)
                 else:
                     results.add(f"{name}: share of torch's rate", None, "", bar)
+            if bits == 0 and "float8" in rates:
+                share = [s / rates["float8"] for s in speed]
+                results.sampled(f"{name}: share of torch's FP8 rate", share, "")
 
 
 def attention_rows(results: Results, gpu: Gpu, arch: str, folder: Path, quick: bool) -> None:

@@ -84,6 +84,20 @@ def time_operator(
     return [t / layers for t in gpu.seconds(gpu.graph(every), rounds)]
 
 
+def fp8_arguments(n: int, k: int, rows: int) -> dict[str, Any]:
+    """A linear_fp8 with a scale a row on random codes that are numbers."""
+    g = torch.Generator().manual_seed(n + k + rows)
+    weight, u = (
+        torch.randint(0, 0x7F, shape, generator=g, dtype=torch.int32).to(torch.uint8)
+        for shape in ((n // 16, k // 2, 16, 2), (rows, k))
+    )
+    return {
+        "u": u, "params": torch.rand(rows, 1, generator=g), "weight": weight,
+        "scale": torch.rand(n // 16, 1, 16, generator=g), "bias": None, "residual": None, "n": n, "k": k,
+        "format": "e4m3", "group_size": 0, "scale_multiplier": 1.0, "activation": "none", "gated": False,
+    }  # fmt: skip
+
+
 def linear_arguments(n: int, k: int, bits: int, group: int, rows: int, floats: bool) -> dict[str, Any]:
     """A linear on random bytes: speed does not depend on them."""
     g = torch.Generator().manual_seed(n + k + rows)

@@ -42,6 +42,8 @@ class Kind:
     """Share of each row that is kept beside integers in float16."""
     rank: int = 0
     """Of a thin float part beside them (LoRC)."""
+    fp8_activations: bool = False
+    """Codes of small floats meet activations of E4M3, in one quantizer for all layers, instead of floats."""
     hadamard: bool = False
     """The layer's own quantizer turns its input by a Hadamard matrix first."""
 
@@ -182,15 +184,19 @@ def _coded_node(
         tensors = {"weight": packed.weight, "scale": packed.scale}
         tensors |= {} if packed.table is None else {"table": packed.table}
         common |= {"group_size": packed.group_size, "scale_multiplier": packed.scale_multiplier}
-        operator = "CodedLinear"
+        operator = "Fp8Linear" if kind.fp8_activations else "CodedLinear"
     inputs = [data.add(f"{name}{layer}", tensor.numpy()) for name, tensor in tensors.items()]
-    return helper.make_node(operator, [source, *inputs], [target], domain="ai.isofold", **common)
+    sources = ["u", "params"] if kind.fp8_activations else [source]
+    return helper.make_node(operator, [*sources, *inputs], [target], domain="ai.isofold", **common)
 
 
 def _isofold_nodes(
     kind: Kind, data: ExternalData, n: int, k: int, layer: int, source: str, target: str
 ) -> Iterator[onnx.NodeProto]:
     if kind.format:
+        if kind.fp8_activations and layer == 0:
+            quantizer = ("QuantizeActivationFp8", [source], ["u", "params"])
+            yield _with_hadamard(helper.make_node(*quantizer, domain="ai.isofold", align=32), [])
         yield _coded_node(kind, data, n, k, layer, source, target)
         return
     import torch

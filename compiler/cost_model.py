@@ -49,6 +49,9 @@ _LIKE = {
 }
 """Formats of codes → one that kernels decode alike, whose pace serves where their own was not measured."""
 
+_LIKE_OPERATOR = {"linear_fp8": "linear_coded"}
+"""The same for operators: FP8 activations become floats first, and are few beside the weights."""
+
 Curve = Sequence[tuple[float, float]]
 
 
@@ -106,7 +109,8 @@ class Machine:
         grouped = kind.endswith(" in groups")
         name = kind.removesuffix(" in groups")
         operator, _, codes = name.partition(" ")
-        names = [name, f"{operator} {_LIKE[codes]}"] if codes in _LIKE else [name]
+        operators = [operator, *([_LIKE_OPERATOR[operator]] if operator in _LIKE_OPERATOR else [])]
+        names = [f"{o} {c}" for o in operators for c in (codes, _LIKE.get(codes)) if c] if codes else [name]
         spelled = [f"{n}{' in groups' if g else ''}" for n in names for g in (grouped, not grouped)]
         return next((self.paces[s] for s in spelled if s in self.paces), None)
 

@@ -23,6 +23,7 @@ from .dialect import (
     operator_of,
     packing,
     quantize_activation,
+    quantize_activation_fp8,
     quantize_cache,
     quantize_linear_packed,
 )
@@ -136,10 +137,12 @@ def rounds_activations(program: Program) -> bool:
     """Whether the program quantizes activations, so that a different last bit may become a different code."""
     quantizers = {
         "quantize_activation",
+        "quantize_activation_fp8",
         "quantize_linear_packed",
         "norm_quantize",
         "conv_packed",
         "quantize_dequantize",
+        "quantize_dequantize_fp8",
         "quantize_cache",
     }
     declared = (operator_of(node.target) for node in program.graph.nodes if node.op == "call_function")
@@ -189,7 +192,13 @@ def step_of(node: fx.Node, values: Mapping[fx.Node, Any]) -> float:
 def plain_codes(
     node: fx.Node, pairs: Sequence[tuple[np.ndarray, np.ndarray]]
 ) -> Sequence[tuple[np.ndarray, np.ndarray]]:
-    """Results of an operator (got, expected), codes of a cache a byte each and by groups, for `compare_results`."""
+    """Results of an operator (got, expected), codes of a cache a byte each and by groups, codes of FP8 in the order of
+    their values, for `compare_results`."""
+    if node.target == quantize_activation_fp8.overload:
+        codes, scales = pairs
+        ordered = [np.where(c >= 128, 255 - c.astype(np.int64), 127 + c.astype(np.int64)) for c in codes]
+        zero = [np.stack([s, np.zeros_like(s)], -1)[..., 0, :] for s in scales]
+        return [(ordered[0].astype(np.uint8), ordered[1].astype(np.uint8)), (zero[0], zero[1])]
     if node.target != quantize_cache.overload or any(a.shape != b.shape for a, b in pairs):
         return pairs
     depth, bits = int(value(argument(node, "x")).shape[-1]), int(argument(node, "bits"))

@@ -57,6 +57,9 @@ GROUP_SIZES: dict[str, tuple[int, ...]] = {
 """Sizes of the groups that each format of codes has, the default first (`dialect.element_formats.FORMATS`)."""
 
 
+FP8_WEIGHTS = ("e4m3", "e5m2", "mxfp8_e4m3", "mxfp8_e5m2")
+"""Formats of weights that FP8 activations meet (`dialect.linear_fp8.WEIGHT_FORMATS`)."""
+
 _OUTLIERS = ("outliers", "outlier_sigma")
 
 
@@ -65,16 +68,16 @@ class WeightFormat(_Strict):
 
     format: `int`; codes of a table or of small floats (nf4, table4, e4m3, e5m2, mxfp4, mxfp6_e3m2, mxfp6_e2m3,
     mxfp8_e4m3, mxfp8_e5m2, nvfp4); `codebook`, sums of vectors of 8 weights; or `auto`. All but `int` and `auto` meet
-    float activations. bits, symmetric: of `int`: width, and no zero points (at 2 and 3 bits they are in sixteenths of
-    a code, and worth their byte a group). group_size: inputs that share a scale (0: the whole row, not at 2 and 3
-    bits; without it the format's own). range: how the scale is found, `absmax` (largest magnitude; what the MX
-    specification says) or `mse` (least squared error over a grid). solver: of `int`: codes by rounding each weight
-    to the nearest, or by GPTQ, which needs calibration data. low_rank: rank of a thin part that stays float and
-    makes up for the error of rounding (0: none). outliers, outlier_sigma: of `int`: the share of each row's weights,
-    or all that lie so many standard deviations from its mean, that are kept as float16 beside the codes. codebooks,
-    code_bits: of `codebook`: how many vectors are summed, and the width of the code that chooses each. max_error: of
-    `auto`, which takes the format that the cost model says is fastest here among those whose rounding moves the
-    weight by at most that share of its norm.
+    float activations, 8-bit floats also activations of `e4m3`. bits, symmetric: of `int`: width, and no zero points
+    (at 2 and 3 bits they are in sixteenths of a code, and worth their byte a group). group_size: inputs that share a
+    scale (0: the whole row, not at 2 and 3 bits; without it the format's own). range: how the scale is found, `absmax`
+    (largest magnitude; what the MX specification says) or `mse` (least squared error over a grid). solver: of `int`:
+    codes by rounding each weight to the nearest, or by GPTQ, which needs calibration data. low_rank: rank of a thin
+    part that stays float and makes up for the error of rounding (0: none). outliers, outlier_sigma: of `int`: the share
+    of each row's weights, or all that lie so many standard deviations from its mean, that are kept as float16 beside
+    the codes. codebooks, code_bits: of `codebook`: how many vectors are summed, and the width of the code that chooses
+    each. max_error: of `auto`, which takes the format that the cost model says is fastest here among those whose
+    rounding moves the weight by at most that share of its norm.
     """
 
     format: Literal[
@@ -176,12 +179,14 @@ class ActivationFormat(_Strict):
     """How the inputs of quantized layers are stored.
 
     mode: `float` (not quantized), `dynamic` (per token, per sample for convolutions) or `static` (per tensor, needs
-    calibration data). bits: 8 or 4, for linears; convolutions always read 8 bits. percentile: for static ranges, the
-    share of values kept inside (100: all). range: how static ranges are found within that, `minmax` (all of it) or
-    `mse` (least squared error, each token relative to its own power).
+    calibration data). format: `int`, unsigned codes with a zero point, or `e4m3`, FP8 with a scale alone, for linears
+    with weights of 8-bit floats. bits: of `int`: 8 or 4, for linears. Convolutions always read integers of 8 bits.
+    percentile: for static ranges, the share of values kept inside (100: all). range: how static ranges are found within
+    that, `minmax` (all of it) or `mse` (least squared error, each token relative to its own power).
     """
 
     mode: Literal["float", "dynamic", "static"] = "dynamic"
+    format: Literal["int", "e4m3"] = "int"
     bits: Literal[4, 8] = 8
     percentile: float = Field(default=100.0, gt=50.0, le=100.0)
     range: Literal["minmax", "mse"] = "mse"
@@ -190,7 +195,22 @@ class ActivationFormat(_Strict):
     def _float_has_no_width(self) -> ActivationFormat:
         if self.mode == "float" and self.bits != 8:
             raise ValueError("bits is the width of quantized activations: mode must not be float")
+        if self.mode == "float" and self.format != "int":
+            raise ValueError(
+                f"format {self.format} is of quantized activations: mode must be dynamic or static"
+            )
         return self
+
+    @model_validator(mode="after")
+    def _small_floats_have_no_bits(self) -> ActivationFormat:
+        if self.format != "int" and "bits" in self.model_fields_set:
+            raise ValueError(f"format {self.format} has no bits")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_bits(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = dump(self)
+        return {name: given for name, given in data.items() if name != "bits" or self.format == "int"}
 
 
 class EmbeddingFormat(_Strict):
@@ -375,20 +395,46 @@ class Recipe(_Strict):
         return self
 
     @model_validator(mode="after")
-    def _codes_meet_float_activations(self) -> Recipe:
+    def _weights_meet_their_activations(self) -> Recipe:
         chosen = [("weights", self.weights, self.activations)]
         for i, rule in enumerate(self.layers):
             weights = rule.weights if "weights" in rule.model_fields_set else self.weights
             chosen.append((f"layers.{i}", weights, rule.activations or self.activations))
-        wrong = [
-            f"{where}: {weights.format}"
-            for where, weights, activations in chosen
-            if weights is not None and weights.format not in ("int", "auto") and activations.mode != "float"
-        ]
-        if wrong:
+        floats, small_floats, integers = [], [], []
+        for where, weights, activations in chosen:
+            if weights is None or activations.mode == "float":
+                continue
+            found = f"{where}: {weights.format}"
+            if activations.format == "e4m3" and weights.format not in FP8_WEIGHTS:
+                integers.append(found)
+            elif activations.format == "int" and weights.format in FP8_WEIGHTS:
+                small_floats.append(found)
+            elif activations.format == "int" and weights.format not in ("int", "auto"):
+                floats.append(found)
+        if floats:
             raise ValueError(
                 "weights of these formats meet float activations, so activations.mode must be float "
-                f"({'; '.join(wrong)})"
+                f"({'; '.join(floats)})"
+            )
+        if small_floats:
+            raise ValueError(
+                "weights of 8-bit floats meet float or FP8 activations, so activations.mode must be float, or "
+                f"activations.format e4m3 ({'; '.join(small_floats)})"
+            )
+        if integers:
+            raise ValueError(
+                f"activations of e4m3 meet weights of {', '.join(FP8_WEIGHTS)} only; use one of these, or "
+                f"activations.format int ({'; '.join(integers)})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _small_floats_need_readers(self) -> Recipe:
+        weighted = self.weights is not None or any(rule.weights is not None for rule in self.layers)
+        if any(form.format == "e4m3" for form in self.activation_formats) and not weighted:
+            raise ValueError(
+                "activations.format: e4m3 is for inputs of quantized linears, but weights are float everywhere "
+                "(convolutions read integers of 8 bits)"
             )
         return self
 
@@ -490,6 +536,8 @@ _W3 = WeightFormat(bits=3, group_size=32, symmetric=False)
 _W2 = WeightFormat(bits=2, group_size=32, symmetric=False)
 _DYNAMIC = ActivationFormat(mode="dynamic")
 _DYNAMIC4 = ActivationFormat(mode="dynamic", bits=4)
+_FP8 = WeightFormat(format="e4m3")
+_DYNAMIC_FP8 = ActivationFormat(mode="dynamic", format="e4m3")
 
 
 def _preset(name: str, weights: WeightFormat, activations: ActivationFormat, **more: Any) -> Recipe:
@@ -523,6 +571,8 @@ PRESETS: dict[str, Recipe] = {
         _preset("w2a8", _W2, _DYNAMIC),
         _preset("w4a4", _W4, _DYNAMIC4),
         _preset("w4a4kv4", _W4, _DYNAMIC4, kv=_KV4),
+        _preset("fp8", _FP8, _DYNAMIC_FP8),
+        _preset("fp8-static", _FP8, ActivationFormat(mode="static", format="e4m3")),
         _preset("w8a8-smooth", _W8, _DYNAMIC, fold=_SMOOTH),
         _preset("w4a8-smooth", _W4, _DYNAMIC, fold=_SMOOTH),
         _preset("w4a8-rotate", _W4, _DYNAMIC, fold=_ROTATE),
@@ -540,7 +590,7 @@ PRESETS: dict[str, Recipe] = {
         Recipe(name="w3a16", weights=_W3, embeddings=EmbeddingFormat()),
         Recipe(name="w2a16", weights=_W2, embeddings=EmbeddingFormat()),
         Recipe(name="w4-nf4", weights=WeightFormat(format="nf4"), embeddings=EmbeddingFormat()),
-        Recipe(name="w8-fp8", weights=WeightFormat(format="e4m3"), embeddings=EmbeddingFormat()),
+        Recipe(name="w8-fp8", weights=_FP8, embeddings=EmbeddingFormat()),
         Recipe(name="w4-mxfp4", weights=WeightFormat(format="mxfp4"), embeddings=EmbeddingFormat()),
         Recipe(name="w2-codebook", weights=WeightFormat(format="codebook"), embeddings=EmbeddingFormat()),
         _preset("auto-a8", _AUTO, _DYNAMIC),
@@ -548,8 +598,8 @@ PRESETS: dict[str, Recipe] = {
     )
 }
 """Named recipes. `w` is the width of weights, `a` that of activations (a16: float), `kv` that of keys and
-values; `smooth` (scales and shifts), `rotate` and `learned` name the transforms that are folded in first; `auto`
-chooses a width for each layer by the cost model."""
+values; `fp8` E4M3 for weights and activations, `w8-fp8` for weights alone; `smooth` (scales and shifts), `rotate` and
+`learned` name the transforms that are folded in first; `auto` chooses a width for each layer by the cost model."""
 
 
 def resolve(recipe: Recipe | str | os.PathLike[str] | dict[str, Any]) -> Recipe:

@@ -96,11 +96,9 @@ def decoded(program: Program, node: fx.Node) -> Tensor:
         )
         return torch.cat(split_gated(matrix, n)) if gated else matrix
     k, group_size, multiplier = (argument(node, name) for name in ("k", "group_size", "scale_multiplier"))
-    if declared.name == "linear_coded":
-        form = argument(node, "format")
-        matrix = unpack_coded(
-            weight, scale, constant("table"), rows, k, form, group_size, multiplier, torch.float32
-        )
+    if declared.name in ("linear_coded", "linear_fp8"):
+        form, table = argument(node, "format"), constant("table") if declared.name == "linear_coded" else None
+        matrix = unpack_coded(weight, scale, table, rows, k, form, group_size, multiplier, torch.float32)
         return torch.cat(split_gated(matrix, n)) if gated else matrix
     bits = argument(node, "bits")
     matrix = unpack_weight(

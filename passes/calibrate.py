@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from ..compiler.dialect.quantization import LEAST_SCALE, levels
+from ..compiler.dialect.quantization_fp8 import LARGEST, decode, encode
 from ..compiler.dialect.quantize_dequantize import granularity_dims
 from ..compiler.errors import InputError
 from ..compiler.program import Program
@@ -84,6 +85,20 @@ class Histogram:
             high = max(min(high, (last + 1 - BINS) * self.width), 0.0)
         return self._least_error(low, high, levels(bits)) if search == "mse" else (low, high)
 
+    def largest(self, percentile: float = 100.0, search: str = "minmax") -> float:
+        """The magnitude that the largest FP8 code stands for: of the range, or shrunken to the least squared error."""
+        whole = max(abs(end) for end in self.range(percentile))
+        if search != "mse" or whole == 0:
+            return whole
+        used = self.counts > 0
+        centre = (torch.arange(-BINS, BINS, dtype=torch.float64)[used] + 0.5) * self.width
+        errors = []
+        for shrink in _SHRINK:
+            scale = torch.tensor(whole * shrink / LARGEST, dtype=torch.float64)
+            rounded = scale * decode(encode(centre, scale), torch.float64)
+            errors.append(float((rounded - centre).square() @ self.relative[used]))
+        return whole * _SHRINK[errors.index(min(errors))]
+
     def _least_error(self, low: float, high: float, largest: float) -> tuple[float, float]:
         """The shrunken ends whose codes have the least squared error, relative to each token's power.
 
@@ -114,6 +129,11 @@ def static_params(low: float, high: float, bits: int = 8) -> Tensor:
     scale = torch.where(scale >= LEAST_SCALE, scale, torch.ones_like(scale))
     zero = torch.round(torch.tensor(-low, dtype=torch.float32) / scale).clamp(0, largest)
     return torch.stack([scale, zero])
+
+
+def static_scale(largest: float) -> Tensor:
+    """Scale float32 `[1]` at which the largest FP8 code stands for this magnitude."""
+    return torch.tensor([largest / LARGEST if largest > 0 else 1.0], dtype=torch.float32)
 
 
 def calibrate(

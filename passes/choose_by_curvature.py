@@ -47,6 +47,9 @@ from .stiefel import RiemannianAdam
 STEPS, RATE = 100, 0.03
 """Of the search for a rotation: its steps, and the angle by which one turns each channel at first."""
 
+FP8_NOISE = 6.6e-4
+"""Squared error of E4M3 relative to the energy, measured on normal values, whatever their number (a test)."""
+
 FLOOR = 1e-6
 """Of the mean: less variance or curvature in a channel is taken as that."""
 
@@ -121,7 +124,10 @@ def weight_noise(reader: Reader) -> float:
 
 
 def _readers(site: Site, measured: SiteCurvature, dim: Dim, fold: Fold) -> _Readers:
-    noise = 0.0 if site.activations.mode == "float" else activation_noise(site.bits, site.channels)
+    noise = 0.0
+    if site.activations.mode != "float":
+        fp8 = site.activations.format == "e4m3"
+        noise = FP8_NOISE if fp8 else activation_noise(site.bits, site.channels)
     curvature = measured.gradient.square * noise
     for reader in site.readers:
         weight = reader.weight.double().flatten(1)

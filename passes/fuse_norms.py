@@ -24,7 +24,7 @@ import torch
 from torch import fx
 
 from ..compiler.canonicalize.match import equal_shapes, is_call
-from ..compiler.dialect import norm, norm_quantize, quantize_activation
+from ..compiler.dialect import norm, norm_quantize, quantize_activation, quantize_activation_fp8
 from ..compiler.editor import Editor
 from ..compiler.graph import argument, dtype, shape
 from ..compiler.passes import Guarantee, define_pass
@@ -88,6 +88,9 @@ def _fuse(editor: Editor, node: fx.Node) -> None:
 def _quantizer(editor: Editor, node: fx.Node) -> fx.Node | None:
     """The quantizer of the norm's result that most operators read, or None."""
     found = [user for user in node.users if is_call(user, quantize_activation.overload)]
+    for other in node.users:
+        if is_call(other, quantize_activation_fp8.overload):
+            editor.refused(other, "its codes are FP8, and norms that quantize make integers")
     found.sort(key=lambda q: -sum(len(part.users) for part in q.users))
     for other in found[1:]:
         editor.refused(

@@ -1,7 +1,7 @@
 """A shift, a scale and a Hadamard transform in front of an activation quantizer become part of it.
 
     quantize_activation(hadamard(mul(sub(x, shift), scale), orders), params)
-        → quantize_activation(x, params, shift, scale, orders)
+        → quantize_activation(x, params, shift, scale, orders)      and quantize_activation_fp8 likewise
 
 The quantizer reads x anyway, and its kernel subtracts and multiplies in registers and transforms in the cache: the
 sweeps over memory go, and so do the nodes. This is how transforms on an edge (a shift and scale per channel, or a
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx
 
 from ..compiler.canonicalize.match import ADDITIONS, MULTIPLICATIONS, SUBTRACTIONS, equal_shapes, is_call
-from ..compiler.dialect import hadamard, quantize_activation
+from ..compiler.dialect import hadamard, quantize_activation, quantize_activation_fp8
 from ..compiler.editor import Editor
 from ..compiler.graph import argument, dtype, shape, static_size
 from ..compiler.passes import Guarantee, define_pass
@@ -32,13 +32,14 @@ from .packed_rows import arguments, call_with
 
 _SHIFTS = (*SUBTRACTIONS, *ADDITIONS)
 _AFFINE = (*_SHIFTS, *MULTIPLICATIONS)
+_QUANTIZERS = (quantize_activation.overload, quantize_activation_fp8.overload)
 
 
 @define_pass(Guarantee.BITWISE)
 def fuse_quantizer_inputs(editor: Editor) -> None:
     """See the module."""
     constants: dict[fx.Node, fx.Node] = {}
-    for quantizer in editor.calls(quantize_activation.overload):
+    for quantizer in editor.calls(*_QUANTIZERS):
         absorbed: list[str] = []
         while True:
             name = _absorb(editor, quantizer, constants)
@@ -148,7 +149,7 @@ def _reason_against(editor: Editor, step: fx.Node, given: dict[str, Any], name: 
 def _other_reader(editor: Editor, step: fx.Node) -> fx.Node | None:
     """A reader of the node that needs its value, or None where all are quantizers."""
     for user in step.users:
-        if is_call(user, quantize_activation.overload):
+        if is_call(user, *_QUANTIZERS):
             continue
         if not (
             is_call(user, hadamard.overload)

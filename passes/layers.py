@@ -20,6 +20,7 @@ from ..compiler.dialect import (
     dequantize_outliers,
     dequantize_weight,
     quantize_dequantize,
+    quantize_dequantize_fp8,
 )
 from ..compiler.dialect.element_formats import element_format
 from ..compiler.dialect.outlier_packing import LARGEST_K, outlier_bytes
@@ -30,7 +31,7 @@ from ..compiler.editor import Editor
 from ..compiler.errors import InputError, RecipeError
 from ..compiler.graph import argument, dtype, module_path, place_of, shape
 from ..compiler.passes import Guarantee, define_pass
-from ..compiler.recipe import Kind, Recipe, WeightFormat
+from ..compiler.recipe import ActivationFormat, Kind, Recipe, WeightFormat
 from .outliers import Outliers, most_outliers, wants_outliers
 
 aten = torch.ops.aten
@@ -54,6 +55,8 @@ DEQUANTIZERS = (
     dequantize_codebook.overload,
 )
 """What a quantized weight is read through before it is packed."""
+ROUNDERS = (quantize_dequantize.overload, quantize_dequantize_fp8.overload)
+"""What a quantized activation is read through before the weights of its readers are packed."""
 ATTENTIONS = (aten.scaled_dot_product_attention.default,)
 """Operators whose keys and values a recipe's `kv` is for."""
 _TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input)
@@ -158,6 +161,12 @@ def selected(editor: Editor, recipe: Recipe, kind: Kind) -> Iterator[tuple[Layer
             chosen = recipe.format_for(layer.path, kind)
             if chosen is not None:
                 yield layer, chosen, _reason_against(editor, recipe, layer, chosen)
+
+
+def activation_format(recipe: Recipe, layer: Layer) -> ActivationFormat:
+    """How the layer's input is stored: as the recipe says, but for convolutions, which read integers of 8 bits."""
+    form: ActivationFormat = recipe.format_for(layer.path, "activations")
+    return form.model_copy(update={"format": "int", "bits": 8}) if layer.kind == "convolutions" else form
 
 
 def _reason_against(editor: Editor, recipe: Recipe, layer: Layer, chosen: Any) -> str | None:
@@ -341,7 +350,7 @@ def check_recipe(editor: Editor, *, recipe: Recipe) -> None:
     asked = [
         kind for kind in kinds if getattr(recipe, kind) or any(getattr(rule, kind) for rule in recipe.layers)
     ]
-    done = any(is_call_of(n, *DEQUANTIZERS, quantize_dequantize.overload) for n in editor.graph.nodes)
+    done = any(is_call_of(n, *DEQUANTIZERS, *ROUNDERS) for n in editor.graph.nodes)
     chosen = any(x.kind in asked and recipe.format_for(x.path, x.kind) for x in found)
     chosen = chosen or any(recipe.format_for(path, "kv") for path in attentions)
     if asked and not done and not chosen:

@@ -32,7 +32,6 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from ..compiler.dialect import quantize_dequantize
 from ..compiler.graph import argument
 from ..compiler.hadamard import apply_hadamard
 from ..compiler.program import Program
@@ -47,7 +46,7 @@ from .choose_edges import choose_edges
 from .choose_rotations import choose_rotations
 from .fold_rotation import fold_rotation
 from .kl_top import loss_against
-from .layers import group_size_for
+from .layers import ROUNDERS, group_size_for
 from .quantize_activations import quantize_activations
 from .quantize_cache import quantize_cache
 from .ranges import QuantizedMatrix, requantized
@@ -230,7 +229,7 @@ class _Student:
         self.input_of: dict[str, _SiteParameters] = {}
         for parameters in self.sites:
             source = argument(nodes[parameters.site.readers[0].node], "input")
-            if source.target == quantize_dequantize.overload:
+            if source.target in ROUNDERS:
                 self.input_of[source.name] = parameters
         self.ranges: dict[str, QuantizedMatrix] = {}
         self.runs = 0
@@ -348,7 +347,7 @@ class _Interpreter(fx.Interpreter):
         if n.name in self.student.input_of:
             site = self.student.input_of[n.name]
             x, params, *rest = self.fetch_args_kwargs_from_env(n)[0]
-            return quantize_dequantize.overload(_moved(site, x), params, *rest)
+            return n.target(_moved(site, x), params, *rest)  # type: ignore[operator]  # one of ROUNDERS
         if n.name in self.student.reader_of:
             return self._read(n, *self.student.reader_of[n.name])
         return super().run_node(n)

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from ..compiler.dialect import (
     linear_codebook,
     linear_coded,
+    linear_fp8,
     linear_outliers,
     linear_outliers_float,
     linear_packed,
@@ -36,6 +37,7 @@ LINEARS = (
     linear_outliers.overload,
     linear_outliers_float.overload,
     linear_coded.overload,
+    linear_fp8.overload,
     linear_codebook.overload,
 )
 

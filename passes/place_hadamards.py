@@ -28,14 +28,14 @@ import torch
 from torch import Tensor, fx
 
 from ..compiler.canonicalize.match import vector
-from ..compiler.dialect import dequantize_cache, hadamard, quantize_dequantize
+from ..compiler.dialect import dequantize_cache, hadamard
 from ..compiler.editor import Editor
 from ..compiler.errors import InputError
 from ..compiler.graph import argument, dtype, module_path, shape, static_size, value
 from ..compiler.hadamard import apply_hadamard, steps
 from ..compiler.hadamard_orders import factor
 from ..compiler.passes import Guarantee, define_pass
-from .layers import is_call_of, set_argument
+from .layers import ROUNDERS, is_call_of, set_argument
 
 aten = torch.ops.aten
 LINEAR = aten.linear.default
@@ -104,7 +104,7 @@ def _against_attention(node: fx.Node) -> str | None:
 
 def _against_value(x: fx.Node) -> str | None:
     kind, size = dtype(x), static_size((shape(x) or (None,))[-1])
-    if is_call_of(x, quantize_dequantize.overload, dequantize_cache.overload):
+    if is_call_of(x, *ROUNDERS, dequantize_cache.overload):
         return f"{x.name} is quantized already; transforms go in front of quantizers"
     if is_call_of(x, hadamard.overload):
         return f"{x.name} is a Hadamard transform already"

@@ -24,7 +24,7 @@ from ..compiler.editor import Editor
 from ..compiler.graph import argument, dtype, module_path, shape
 from ..compiler.passes import Guarantee, define_pass
 from ..compiler.recipe import CacheFormat, Recipe
-from .layers import ATTENTIONS, is_call_of, set_argument
+from .layers import ATTENTIONS, ROUNDERS, is_call_of, set_argument
 
 _READ = ("key", "value")
 
@@ -69,7 +69,7 @@ def _quantize(
 
 
 def _reason_against(x: fx.Node) -> str | None:
-    if is_call_of(x, quantize_dequantize.overload, dequantize_cache.overload):
+    if is_call_of(x, *ROUNDERS, dequantize_cache.overload):
         return "they are already quantized"
     if dtype(x) != torch.float32:
         return f"they are {dtype(x)}, not float32"

@@ -4,7 +4,7 @@
     x' = ((x - z) / s) H,   W' = W diag(s) H
 
 on the site's sample, with both Q as the recipe has them: the activation format (dynamic, or a static range found as
-in `quantize_activations`; its bits) and each reader's weight format (bits, groups, range search).
+in `quantize_activations`; its bits, or FP8) and each reader's weight format (bits, groups, range search).
 
 Each token counts relative to its own output (each sample, for convolutions). Behind a GELU or in a residual stream
 a few tokens are a hundred times larger than the rest (Sun et al., arXiv 2402.17762), and a plain sum of squares
@@ -23,8 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..compiler.dialect.quantize_dequantize import granularity_dims, quantize_dequantize
-from .calibrate import Histogram, static_params
+from ..compiler.dialect import quantize_dequantize, quantize_dequantize_fp8
+from ..compiler.dialect.quantize_dequantize import granularity_dims
+from .calibrate import Histogram, static_params, static_scale
 from .site_statistics import SiteStatistics
 from .sites import EdgeTransform, Reader, Site, along
 
@@ -109,17 +110,22 @@ class SiteError:
                 self._static_params(moved[1::2] or moved, transform),
                 self._static_params(moved[::2], transform),
             )
+        if form.format == "e4m3":
+            return [quantize_dequantize_fp8.overload(x, params[i % 2]) for i, x in enumerate(moved)]
         round_ = quantize_dequantize.overload
         return [round_(x, params[i % 2], site.granularity, site.bits) for i, x in enumerate(moved)]
 
     def _static_params(self, moved: list[Tensor], transform: EdgeTransform) -> Tensor:
-        """Scale and zero point that `quantize_activations` would find here, with the exact extremes of all data."""
+        """Scale and zero point (of FP8: the scale) that `quantize_activations` would find here, with the exact
+        extremes of all data."""
         form, histogram = self.site.activations, Histogram()
         for x in moved:
             histogram.add(x, granularity_dims(x, "sample" if self.site.kind == "convolutions" else "token"))
         if not transform.hadamard:
             ends = transform.apply(torch.stack([self.statistics.low, self.statistics.high]))
             histogram.low, histogram.high = float(ends.min()), float(ends.max())
+        if form.format == "e4m3":
+            return static_scale(histogram.largest(form.percentile, form.range))
         bits = self.site.bits
         return static_params(*histogram.range(form.percentile, form.range, bits), bits)
 

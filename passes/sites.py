@@ -19,14 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..compiler.dialect import quantize_dequantize
 from ..compiler.editor import Editor
 from ..compiler.errors import InputError
 from ..compiler.graph import argument, dtype, static_size
 from ..compiler.hadamard import apply_hadamard
 from ..compiler.program import Program
 from ..compiler.recipe import ActivationFormat, Kind, Recipe
-from .layers import Layer, check_finite, is_call_of, selected
+from .layers import ROUNDERS, Layer, activation_format, check_finite, is_call_of, selected
 from .ranges import QuantizedMatrix
 from .rounded_weight import integer_codes, rounded_weight
 
@@ -162,7 +161,7 @@ def find_sites(program: Program, recipe: Recipe) -> list[Site]:
     for kind in KINDS:
         for layer, chosen, reason in selected(editor, recipe, kind):
             if reason is None and _is_float_value(layer.input):
-                form = recipe.format_for(layer.path, "activations")
+                form = activation_format(recipe, layer)
                 found.setdefault((layer.input, form, kind), []).append((layer, chosen))
     check_finite(editor, [layer for group in found.values() for layer, _ in group])
     order = {node: index for index, node in enumerate(editor.graph.nodes)}
@@ -171,7 +170,7 @@ def find_sites(program: Program, recipe: Recipe) -> list[Site]:
 
 
 def _is_float_value(x: fx.Node) -> bool:
-    return dtype(x) == torch.float32 and not is_call_of(x, quantize_dequantize.overload)
+    return dtype(x) == torch.float32 and not is_call_of(x, *ROUNDERS)
 
 
 def _site(

@@ -17,6 +17,7 @@ from .hadamard import hadamard
 from .linear_codebook import linear_codebook
 from .linear_coded import linear_coded
 from .linear_dense import linear_dense
+from .linear_fp8 import linear_fp8
 from .linear_outliers import linear_outliers
 from .linear_outliers_float import linear_outliers_float
 from .linear_packed import linear_packed
@@ -27,8 +28,10 @@ from .norm import norm
 from .norm_quantize import norm_quantize
 from .operator import NAMESPACE, ONNX_DOMAIN, ONNX_VERSION, OPERATORS, Cost, Operator, operator_of
 from .quantize_activation import quantize_activation
+from .quantize_activation_fp8 import quantize_activation_fp8
 from .quantize_cache import quantize_cache
 from .quantize_dequantize import quantize_dequantize
+from .quantize_dequantize_fp8 import quantize_dequantize_fp8
 from .quantize_linear_packed import quantize_linear_packed
 from .rotary import rotary
 
@@ -53,6 +56,7 @@ __all__ = [
     "linear_codebook",
     "linear_coded",
     "linear_dense",
+    "linear_fp8",
     "linear_outliers",
     "linear_outliers_float",
     "linear_packed",
@@ -63,8 +67,10 @@ __all__ = [
     "norm_quantize",
     "operator_of",
     "quantize_activation",
+    "quantize_activation_fp8",
     "quantize_cache",
     "quantize_dequantize",
+    "quantize_dequantize_fp8",
     "quantize_linear_packed",
     "rotary",
 ]

@@ -26,6 +26,7 @@ from ...compiler.dialect import ONNX_DOMAIN, OPERATORS
 from ...compiler.dialect.element_formats import element_format, scale_values
 from ...compiler.dialect.packing import LANES, ceil_to, zero_steps
 from ...compiler.dialect.quantization import LEAST_SCALE, levels
+from ...compiler.dialect.quantization_fp8 import LARGEST, NAN_CODE
 from ...compiler.errors import UnsupportedError
 from ...compiler.hadamard import steps
 from ...compiler.hadamard_orders import signs
@@ -117,18 +118,61 @@ def _quantize(
 
 def _quantize_activation(body: Body, call: Call, x: ir.Value) -> Results:
     """Codes and pairs of a row x, with the params, shift, scale, align and bits of the call."""
-    params, shift, factor = call.get("params"), call.get("shift"), call.get("scale")
+    params = call.get("params")
+    x = _transformed(body, call, x)
+    codes, scale, offset = _quantize(body, x, params, [-1], call.attributes["bits"])
+    pair = body("Identity", params) if params is not None else body("Concat", scale, offset, axis=-1)
+    return _padded_codes(body, call, codes), pair
+
+
+def _transformed(body: Body, call: Call, x: ir.Value) -> ir.Value:
+    """`((x - shift) * scale) H` of a quantizer."""
+    shift, factor = call.get("shift"), call.get("scale")
     x = x if shift is None else body("Sub", x, shift)
     x = x if factor is None else body("Mul", x, factor)
-    if call.attributes["hadamard"]:
-        x = _hadamard(body, x, call.attributes["hadamard"], False)
-    codes, scale, offset = _quantize(body, x, params, [-1], call.attributes["bits"])
+    return _hadamard(body, x, call.attributes["hadamard"], False) if call.attributes["hadamard"] else x
+
+
+def _padded_codes(body: Body, call: Call, codes: ir.Value) -> ir.Value:
+    """Codes (as floats) as bytes, padded to the call's `align`."""
     width = call.size("x", -1)
     padding = ceil_to(width, call.attributes["align"]) - width
     if padding:
         codes = body("Pad", codes, body.ints(0, padding), body.real(0.0), body.ints(-1))
-    pair = body("Identity", params) if params is not None else body("Concat", scale, offset, axis=-1)
-    return body.cast(codes, ir.DataType.UINT8), pair
+    return body.cast(codes, ir.DataType.UINT8)
+
+
+def _scaled_fp8(body: Body, x: ir.Value, params: ir.Value | None) -> tuple[ir.Value, ir.Value]:
+    """x over its FP8 scale within the range of E4M3, and that scale."""
+    if params is None:
+        largest = body("ReduceMax", body("Abs", x), body.ints(-1), keepdims=1)
+        scale = body("Div", largest, body.real(LARGEST))
+        scale = body("Where", body("Less", scale, body.real(LEAST_SCALE)), body.real(1.0), scale)
+    else:
+        scale = params
+    # 1 / scale, spelled so that ONNX Runtime does not make x / scale of it, which rounds elsewhere.
+    two = body.real(2.0)
+    y = body("Mul", x, body("Div", two, body("Mul", scale, two)))
+    return body("Clip", y, body.real(-LARGEST), body.real(LARGEST)), scale
+
+
+def _codes_fp8(body: Body, y: ir.Value) -> ir.Value:
+    """E4M3 codes (as floats) of y: with m steps of 2^(e - 3), 8 (e + 6) + m, which carries where m is rounded up to 16.
+
+    e is the exponent of the magnitude, -6 below 2^-6. Where it is one too large, just below a power of two, the
+    coarser steps round to the same value.
+    """
+    magnitude = body("Abs", y)
+    logarithm = body("Mul", body("Log", magnitude), body.real(1 / math.log(2)))
+    exponent = body(
+        "Clip", body("Floor", body("Add", logarithm, body.real(0.01))), body.real(-6.0), body.real(8.0)
+    )
+    place = body("Add", exponent, body.real(6.0))
+    steps = body.constant(np.ldexp(np.float32(1), 9 - np.arange(15)).astype(np.float32))
+    step = body("Gather", steps, body.cast(place, ir.DataType.INT32), axis=0)
+    code = body("Add", body("Mul", place, body.real(8.0)), body("Round", body("Mul", magnitude, step)))
+    sign = body("Where", body("Less", y, body.real(0.0)), body.real(128.0), body.real(0.0))
+    return body("Where", body("IsNaN", y), body.real(float(NAN_CODE)), body("Add", code, sign))
 
 
 def _byte(body: Body, value: int) -> ir.Value:
@@ -200,7 +244,7 @@ def _codes(body: Body, call: Call, bits: int, rows: int) -> tuple[ir.Value, int]
 
 def _decoded(body: Body, call: Call, codes: ir.Value) -> ir.Value:
     """Values of codes in the call's `format`."""
-    entries = call.get("table")
+    entries = call.inputs.get("table")
     if entries is None:
         # No code of a weight is NaN or infinity: finite entries keep padding, which meets zeros, finite too.
         values = element_format(call.attributes["format"]).values().nan_to_num(0.0, 0.0, 0.0)
@@ -414,6 +458,29 @@ def linear_coded(call: Call, body: Body) -> Results:
 def linear_codebook(call: Call, body: Body) -> Results:
     """`linear_codebook`."""
     return (_packed_linear(body, call, call["x"], _codebook_weight),)
+
+
+def quantize_activation_fp8(call: Call, body: Body) -> Results:
+    """`quantize_activation_fp8`."""
+    params = call.get("params")
+    y, scale = _scaled_fp8(body, _transformed(body, call, call["x"]), params)
+    found = body("Identity", params) if params is not None else scale
+    return _padded_codes(body, call, _codes_fp8(body, y)), found
+
+
+def quantize_dequantize_fp8(call: Call, body: Body) -> Results:
+    """`quantize_dequantize_fp8`: ONNX's own conversion."""
+    y, scale = _scaled_fp8(body, call["x"], call.get("params"))
+    rounded = body.floats(body.cast(y, ir.DataType.FLOAT8E4M3FN))
+    return (body("Mul", rounded, scale),)
+
+
+def linear_fp8(call: Call, body: Body) -> Results:
+    """`linear_fp8`."""
+    codes = body.cast(body.slice(call["u"], 0, call.attributes["k"], -1), ir.DataType.INT32)
+    values = body.constant(element_format("e4m3").values().numpy().astype(np.float32))
+    x = body("Mul", body("Gather", values, codes, axis=0), call["params"])
+    return (_packed_linear(body, call, x, _coded_weight),)
 
 
 def dequantize_codebook(call: Call, body: Body) -> Results:
@@ -719,6 +786,7 @@ BODIES: dict[str, Builder] = {
         linear_codebook,
         linear_coded,
         linear_dense,
+        linear_fp8,
         linear_outliers,
         linear_outliers_float,
         linear_packed,
@@ -728,8 +796,10 @@ BODIES: dict[str, Builder] = {
         norm,
         norm_quantize,
         quantize_activation,
+        quantize_activation_fp8,
         quantize_cache,
         quantize_dequantize,
+        quantize_dequantize_fp8,
         quantize_linear_packed,
         rotary,
     )

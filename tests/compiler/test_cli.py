@@ -142,6 +142,16 @@ def test_json_is_all_of_stdout(folder: Path) -> None:
     assert (folder / "make-w4a16" / "model.onnx").is_file()
 
 
+def test_the_fp8_preset_compiles_and_runs(folder: Path) -> None:
+    done = invoke("compile", "python:net.py:make", "-r", "fp8", "-o", "net-fp8", "-q")
+    assert done.exit_code == 0, done.stderr
+    report = json.loads((folder / "net-fp8" / "report.json").read_text())
+    assert report["recipe"]["activations"]["format"] == "e4m3"
+    assert "bits" not in report["recipe"]["activations"]
+    assert {row["op"] for row in report["layers"]} == {"Fp8Linear"}
+    assert invoke("run", "net-fp8", "--json", "-q").exit_code == 0
+
+
 def test_export_writes_one_file_that_onnxruntime_opens(folder: Path) -> None:
     import onnxruntime
 
@@ -329,6 +339,7 @@ def test_build_is_quick_the_second_time() -> None:
         ),
         (("compile", "python:net.py:branching"), ("net.py:29", "torch.where")),
         (("compile", "python:net.py:make", "-r", "w8a8-static"), ("static activation ranges", "calibration")),
+        (("compile", "python:net.py:make", "-r", "fp8-static"), ("static activation ranges", "calibration")),
         (
             ("compile", "python:net.py:make", "--calibration", "none.npz"),
             ("There is no such data file", "where: none.npz"),

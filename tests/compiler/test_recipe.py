@@ -116,7 +116,33 @@ BAD: list[tuple[Any, str]] = [
             "activations": {"mode": "dynamic"},
             "layers": [{"match": "x", "weights": {"format": "e4m3"}}],
         },
-        r"activations.mode must be float \(layers.0: e4m3\)",
+        r"activations.mode must be float, or activations.format e4m3 \(layers.0: e4m3\)",
+    ),
+    (
+        {"weights": {"bits": 8}, "activations": {"format": "e4m3"}},
+        r"activations of e4m3 meet weights of e4m3, .* only; use one of these, or activations.format int \(weights",
+    ),
+    (
+        {
+            "weights": {"format": "e4m3"},
+            "activations": {"format": "e4m3"},
+            "layers": [{"match": "x", "weights": {"format": "nf4"}}],
+        },
+        r"activations of e4m3 meet weights .* \(layers.0: nf4\)",
+    ),
+    ({"weights": {"format": "auto"}, "activations": {"format": "e4m3"}}, r"e4m3 meet .* \(weights: auto\)"),
+    ({"weights": {"format": "e4m3"}, "activations": {"format": "e5m2"}}, r"activations.format: .*got 'e5m2'"),
+    (
+        {"weights": {"format": "e4m3"}, "activations": {"format": "e4m3", "bits": 8}},
+        r"activations: .*format e4m3 has no bits",
+    ),
+    (
+        {"weights": {"format": "e4m3"}, "activations": {"mode": "float", "format": "e4m3"}},
+        r"format e4m3 is of quantized activations: mode must be dynamic or static",
+    ),
+    (
+        {"convolutions": {}, "activations": {"format": "e4m3"}},
+        r"activations.format: e4m3 is for inputs of quantized linears, but weights are float everywhere",
     ),
     ({"weights": {"bits": 4, "code_bits": 16}}, r"format int has no code_bits"),
     ({"weights": {"format": "codebook", "range": "mse"}}, r"format codebook has no range"),

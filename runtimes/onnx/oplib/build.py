@@ -47,6 +47,7 @@ _MODULES = (
     "linear_float",
     "outliers",
     "coded",
+    "fp8",
     "codebook",
     "codebook_tables",
     "dense",

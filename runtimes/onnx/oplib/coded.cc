@@ -1,4 +1,5 @@
-// CodedLinear: weights as codes of a table or of small floats (compiler/dialect/element_formats.py).
+// CodedLinear: weights as codes of a table or of small floats (compiler/dialect/element_formats.py); Fp8Linear: 8-bit
+// floats on activations of E4M3, which become floats in scratch memory (they are few beside the weights).
 #include "op.h"
 
 namespace isofold {
@@ -114,7 +115,80 @@ OrtStatus* compute_coded(void* memory, Context& c) {
   });
 }
 
+// ---- Fp8Linear
+
+OrtStatus* create_fp8(void* memory, const Attributes& a) {
+  ISOFOLD_TRY(create_coded(memory, a));
+  const auto& kernel = *static_cast<const CodedKernel*>(memory);
+  if (kernel.coded.element != ISOFOLD_CODED_E4M3 && kernel.coded.element != ISOFOLD_CODED_E5M2)
+    return fail(a.api, ORT_INVALID_ARGUMENT, "%s: attribute 'format' is %s; expected e4m3, e5m2, mxfp8_e4m3 or mxfp8_e5m2",
+                a.op->name, formats[kernel.format].name);
+  return nullptr;
+}
+
+OrtStatus* compute_fp8(void* memory, Context& c) {
+  const auto& kernel = *static_cast<const CodedKernel*>(memory);
+  isofold_coded coded = kernel.coded;
+  isofold_linear& l = coded.linear;
+  Tensor u, params, weight, scale, bias, residual;
+  ISOFOLD_TRY(c.input(0, &u));
+  ISOFOLD_TRY(c.input(1, &params));
+  ISOFOLD_TRY(c.input(2, &weight));
+  ISOFOLD_TRY(c.input(3, &scale));
+  ISOFOLD_TRY(c.input(4, &bias));
+  ISOFOLD_TRY(c.input(5, &residual));
+  int64_t panels = isofold_linear_panels(&l);
+  OrtElementType scale_type = coded.scale == ISOFOLD_SCALE_CHANNEL   ? ORT_FLOAT
+                              : coded.scale == ISOFOLD_SCALE_FLOAT16 ? ORT_FLOAT16
+                                                                     : ORT_UINT8;
+  ISOFOLD_TRY(c.expect(2, weight, ORT_UINT8, shape_of(panels, l.kp / 2, 16, 2)));
+  ISOFOLD_TRY(c.expect(3, scale, scale_type, shape_of(panels, isofold_linear_groups(&l), 16)));
+  ISOFOLD_TRY(c.expect(4, bias, ORT_FLOAT, shape_of(l.gated ? 16 * panels : l.n)));
+  if (u.shape.rank < 1 || u.shape[-1] < kernel.k)
+    return c.bad_input(0, "expected at least %lld codes in the last dimension, got %s", (long long)kernel.k,
+                       describe(u.type, u.shape).text);
+  bool fixed = params.shape.rank == 1 && params.shape[0] == 1;
+  if (!fixed) ISOFOLD_TRY(c.expect(1, params, ORT_FLOAT, with_last(u.shape, 1)));
+  Shape shape = with_last(u.shape, l.n);
+  ISOFOLD_TRY(c.expect(5, residual, ORT_FLOAT, shape));
+  float* y = nullptr;
+  ISOFOLD_TRY(c.output(0, shape, &y));
+  l.weight = weight.data;
+  l.scale = scale.data;
+  l.bias = bias.f32();
+  int64_t m = shape.rows(), k = kernel.k, width = u.shape[-1];
+  if (m == 0) return nullptr;
+  RunScratch scratch(size_t(m * k) * sizeof(float));
+  if (!scratch.data) return out_of_memory(c.api, c.op->name, size_t(m * k) * sizeof(float));
+  auto* x = static_cast<float*>(scratch.data);
+  ISOFOLD_TRY(c.parallel(m, 0.1 * double(k), [&](int64_t begin, int64_t end) {
+    kernels->fp8_decode_rows(u.as<uint8_t>() + begin * width, params.f32() + (fixed ? 0 : begin), fixed ? 0 : 1,
+                             x + begin * k, end - begin, k, width);
+  }));
+  isofold_linear_float_call call = {x, residual.f32(), y, m, k};
+  return parallel_float_linear(c, l, m, 20, [&](int64_t begin, int64_t end) {
+    isofold_coded_run(kernels, &coded, &call, begin, end);
+  });
+}
+
 }  // namespace
+
+void define_fp8_linear(Op* op) {
+  op->name = "Fp8Linear";
+  op->input_count = 6;
+  op->inputs[0] = {"u", ORT_UINT8};
+  op->inputs[1] = {"params", ORT_FLOAT};
+  op->inputs[2] = {"weight", ORT_UINT8};
+  op->inputs[3] = {"scale", ORT_UNDEFINED};
+  op->inputs[4] = {"bias", ORT_FLOAT, ORT_OPTIONAL};
+  op->inputs[5] = {"residual", ORT_FLOAT, ORT_OPTIONAL};
+  op->output_count = 1;
+  op->outputs[0] = {"y", ORT_FLOAT};
+  op->kernel_size = sizeof(CodedKernel);
+  op->create = create_fp8;
+  op->compute = compute_fp8;
+  op->infer = infer_linear;
+}
 
 void define_coded_linear(Op* op) {
   op->name = "CodedLinear";

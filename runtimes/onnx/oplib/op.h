@@ -289,6 +289,8 @@ void define_packed_linear_float(Op*);
 void define_outlier_linear(Op*);
 void define_outlier_linear_float(Op*);
 void define_coded_linear(Op*);
+void define_fp8_linear(Op*);
+void define_quantize_activation_fp8(Op*);
 void define_dense_linear(Op*);
 void define_sparse_linear(Op*);
 void define_sparse_linear_float(Op*);

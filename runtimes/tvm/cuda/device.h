@@ -13,6 +13,7 @@
 #pragma once
 #ifndef ISOFOLD_EMULATE
 #include <cuda_fp16.h>
+#define ISO_ARCH __CUDA_ARCH__
 #ifdef __CUDACC_RTC__
 #include <cuda/std/cstdint>
 using cuda::std::int32_t;
@@ -28,6 +29,14 @@ using cuda::std::uint8_t;
 #define ISO_FN static __device__ __forceinline__
 #else
 #define ISO_FN static inline
+#define ISO_ARCH ISOFOLD_EMULATE
+#endif
+// sm_89 multiplies FP8 in `mma`. sm_90a does only in `wgmma`: there ptxas makes of an FP8 `mma` conversions to halves and
+// their products, which are better written out (registers); its conversion is one instruction.
+#if defined(ISO_ARCH) && ISO_ARCH == 890
+#define ISO_FP8_MMA
+#elif defined(ISO_ARCH) && ISO_ARCH >= 900
+#define ISO_FP8_CONVERT
 #endif
 
 // ---- memory
@@ -209,6 +218,109 @@ ISO_FN void iso_mma_sparse_s8u8(int32_t* c, const uint32_t* a, const uint32_t* b
   }
 #endif
 }
+
+// ---- FP8 products: a of E4M3 or E5M2, b of E4M3, 8-bit fragments; c is in units of iso_unit_e4m3(), iso_unit_e5m2()
+//
+// Elsewhere codes become halves in registers, exactly, and two products of them take bytes 0, 1
+// and 2, 3 of every word: which input meets which is free as long as a and b agree.
+
+ISO_FN uint32_t iso_float_bits(uint32_t tops, uint32_t magnitude, int shift);
+ISO_FN uint32_t iso_spread(uint32_t word, int high);
+// The value of a code of an activation, which may be NaN.
+ISO_FN float iso_value_e4m3(uint32_t code) {
+  return (code & 0x7F) == 0x7F ? __int_as_float(0x7FC00000) : iso_e4m3(code);
+}
+#ifdef ISOFOLD_EMULATE
+static inline float iso_fp8_value(uint32_t code, int mantissa) {
+  code &= 255;
+  if (mantissa == 3) return iso_value_e4m3(code);
+  return iso_half_value((uint16_t)(code << 8));
+}
+#endif
+#ifdef ISO_FP8_MMA
+ISO_FN float iso_unit_e4m3() { return 1.0f; }
+ISO_FN float iso_unit_e5m2() { return 1.0f; }
+#ifndef ISOFOLD_EMULATE
+#define ISO_MMA_FP8(name, type)                                                                          \
+  ISO_FN void name(float* c, const uint32_t* a, const uint32_t* b) {                                     \
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.f32." type ".e4m3.f32 {%0, %1, %2, %3}, "            \
+                 "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                         \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                        \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                    \
+  }
+ISO_MMA_FP8(iso_mma_e4m3, "e4m3")
+ISO_MMA_FP8(iso_mma_e5m2, "e5m2")
+#else
+static inline void iso_mma_fp8(float* c, const uint32_t* a, const uint32_t* b, int mantissa) {
+  uint32_t own[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  const uint32_t(*all)[8] = isofold_emulator::exchange(own, 6);
+  int g = isofold_emulator::lane() / 4, t = isofold_emulator::lane() % 4;
+  for (int i = 0; i < 4; ++i) {
+    int row = i / 2, column = 2 * t + i % 2;
+    for (int k = 0; k < 32; ++k) {
+      int upper = k / 16, from = k % 16 / 4, shift = 8 * (k % 4);
+      c[i] += iso_fp8_value(all[4 * g + from][row + 2 * upper] >> shift, mantissa) *
+              iso_fp8_value(all[4 * column + from][4 + upper] >> shift, 3);
+    }
+  }
+}
+ISO_FN void iso_mma_e4m3(float* c, const uint32_t* a, const uint32_t* b) { iso_mma_fp8(c, a, b, 3); }
+ISO_FN void iso_mma_e5m2(float* c, const uint32_t* a, const uint32_t* b) { iso_mma_fp8(c, a, b, 2); }
+#endif
+#else
+#ifdef ISO_FP8_CONVERT
+ISO_FN float iso_unit_e4m3() { return 1.0f; }
+ISO_FN float iso_unit_e5m2() { return 1.0f; }
+// Bytes 0, 1 or 2, 3 of a word as halves.
+ISO_FN uint32_t iso_half2_e4m3(uint32_t word, int high) {
+#ifndef ISOFOLD_EMULATE
+  uint32_t h;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(h) : "h"((unsigned short)(word >> 16 * high)));
+  return h;
+#else
+  word >>= 16 * high;
+  return iso_half_bits(iso_value_e4m3(word & 255)) | (uint32_t)iso_half_bits(iso_value_e4m3(word >> 8 & 255)) << 16;
+#endif
+}
+#else
+ISO_FN float iso_unit_e4m3() { return 65536.0f; }
+ISO_FN float iso_unit_e5m2() { return 256.0f; }
+ISO_FN uint32_t iso_half2_e4m3(uint32_t word, int high) {  // 2^-8 of the values; NaN is 480
+  return iso_float_bits(iso_spread(word, high), 0x7F007F00u, 1);
+}
+#endif
+ISO_FN void iso_mma_e4m3(float* c, const uint32_t* a, const uint32_t* b) {
+  for (int high = 0; high < 2; ++high) {
+    uint32_t left[4], right[2];
+    for (int i = 0; i < 4; ++i) left[i] = iso_half2_e4m3(a[i], high);
+    for (int i = 0; i < 2; ++i) right[i] = iso_half2_e4m3(b[i], high);
+    iso_mma_f16(c, left, right);
+  }
+}
+ISO_FN void iso_mma_e5m2(float* c, const uint32_t* a, const uint32_t* b) {
+  for (int high = 0; high < 2; ++high) {
+    uint32_t left[4], right[2];
+    for (int i = 0; i < 4; ++i) left[i] = iso_spread(a[i], high);
+    for (int i = 0; i < 2; ++i) right[i] = iso_half2_e4m3(b[i], high);
+    iso_mma_f16(c, left, right);
+  }
+}
+#endif
+// The code of a value, to nearest and saturating; -0 is 0, NaN 0x7F.
+ISO_FN uint32_t iso_code_e4m3(float y) {
+  if (!(y == y)) return 0x7F;
+  float magnitude = fminf(fabsf(y), 448.0f);
+  uint32_t bits, code;
+  if (magnitude < 0.015625f) {
+    code = (uint32_t)rintf(magnitude * 512.0f);
+  } else {
+    bits = (uint32_t)__float_as_int(magnitude);
+    code = ((bits + 0x7FFFFu + (bits >> 20 & 1u)) >> 20) - 960u;
+  }
+  return code | (y < 0.0f ? 128u : 0u);
+}
+// A magnitude for the largest of a token, where NaN counts as infinity.
+ISO_FN float iso_magnitude(float x) { return x == x ? fabsf(x) : __int_as_float(0x7F800000); }
 
 // ---- asynchronous copies to shared memory; bytes beyond `valid` are zeros
 //

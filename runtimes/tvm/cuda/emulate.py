@@ -5,7 +5,8 @@
 
 The source is compiled with the C++ compiler for the emulator's CUDA; each kernel becomes a function of TVM's calling
 convention, and the library takes the place of the cubin under the host module. The grid, the branches on symbolic
-sizes and the launch parameters are therefore those of the GPU. What differs: tensors are the CPU's, and matrix
+sizes and the launch parameters are therefore those of the GPU. Device functions that differ by architecture (FP8
+products) are those of sm_89, or of ISOFOLD_EMULATOR_ARCH=800 or 900. What differs: tensors are the CPU's, and matrix
 products follow PTX's tables in float32 or int32 arithmetic, in the order of their inputs.
 """
 
@@ -76,7 +77,7 @@ def compile_emulated(source: DeviceSource, folder: Path) -> Path:
     body = re.sub(r"__shared__ (alignas\(\d+\))", r"\1 __shared__", body)  # where C++ wants it
     text = "\n".join(
         [
-            "#define ISOFOLD_EMULATE",
+            f"#define ISOFOLD_EMULATE {int(os.environ.get('ISOFOLD_EMULATOR_ARCH', '890'))}",
             '#include "emulator.h"',
             with_header(body),
             _GLUE,

@@ -135,6 +135,7 @@ template <class T> inline T __shfl_xor_sync(unsigned, T v, int mask, int width =
 inline unsigned __activemask() { return 0xFFFFFFFFu; }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __int_as_float(int x) { float y; memcpy(&y, &x, 4); return y; }
+inline int __float_as_int(float x) { int y; memcpy(&y, &x, 4); return y; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 struct half { uint16_t bits; };

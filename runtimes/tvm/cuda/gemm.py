@@ -4,8 +4,9 @@ cores.
 A block computes `features` x `tokens` outputs. Weights (16-byte pieces of panels, as they are packed) and activations
 (64 bytes of a token: 64 codes, or 32 halves) come by asynchronous copies into a ring of stages, one barrier a
 stage. Weights are the 16-row operand: a lane's four rows of a panel and unit are one 16-byte piece (int4; two for
-int8, four for halves), which decodes in registers to its operands. Pieces are stored at places permuted within a line
-of 128 bytes so that the eight lanes that a shared-memory access serves at once hit 32 different banks.
+int8, four for halves, four half ones for FP8), which decodes in registers to its operands. Pieces are stored at places
+permuted within a line of 128 bytes so that the eight lanes that a shared-memory access serves at once hit 32 different
+banks.
 
     weights   the lanes (g = 0, 1; t = 0..3) of an access differ in piece g and unit t
     tokens    the lanes (g = 0..3; t = 0..3) differ in token g and 8 bytes at 8 t
@@ -89,7 +90,7 @@ SMALL = Tile(2, 2, 1, 4)
 
 @dataclass(frozen=True)
 class Gemm:
-    """One kernel. Weights are int8, int4, or halves that an expanding kernel wrote; floats come as halves in `xh`."""
+    """One kernel. Weights are int8, int4, FP8, or halves that an expanding kernel wrote; floats are halves in `xh`."""
 
     linear: Linear
     weights: Weights
@@ -106,16 +107,18 @@ class Gemm:
     @property
     def name(self) -> str:
         """The kernel's name."""
-        kind = ("a8s" if self.static_params else "a8") if self.activations == "codes" else "a16"
+        kind = {"codes": "a8", "fp8": "f8", "float": "a16"}[self.activations]
+        kind += "s" if self.static_params else ""
         return f"gemm_{self.weights.tag}_{kind}_{self.linear.tag}_{self.tile.features}x{self.tile.tokens}"
 
     def tensors(self) -> list[Tensor]:
         """Arguments, in order."""
         rows = self.linear.rows
-        if self.activations == "codes":
-            pair = (2,) if self.static_params else (rows, 2)
+        if self.activations != "float":
+            width = 2 if self.activations == "codes" else 1
+            pair = (width,) if self.static_params else (rows, width)
             first = [Tensor("u", (rows, self.kp), "uint8"), Tensor("params", pair, "float32")]
-            last = [Tensor("wsum", (self.linear.packed,), "float32")]
+            last = [Tensor("wsum", (self.linear.packed,), "float32")] if width == 2 else []
         else:
             first, last = [Tensor("xh", (rows, self.kp), "uint16")], []
         if self.linear.outliers:
@@ -135,7 +138,11 @@ class _Body:
 
     def __init__(self, spec: Gemm, frame: Frame, block_n: Any, block_m: Any, tx: Any) -> None:
         self.spec, self.frame, self.tile, self.weights = spec, frame, spec.tile, spec.weights
-        self.layout, self.codes = spec.weights.layout, spec.activations == "codes"
+        self.layout, self.codes, self.fp8 = (
+            spec.weights.layout,
+            spec.activations != "float",
+            spec.activations == "fp8",
+        )
         self.block_n, self.block_m, self.tx = block_n, block_m, tx
         warp, lane = bind(div(tx, 32)), bind(mod(tx, 32))
         self.g, self.t = bind(div(lane, 4)), bind(mod(lane, 4))
@@ -151,7 +158,7 @@ class _Body:
         self.memory = shared_dynamic(self.ring * self.stage_bytes)
         count = self.tile.rows * self.tile.columns * 8
         self.direct = not self.weights.grouped
-        self.kind = "int32" if self.codes else "float32"
+        self.kind = "int32" if spec.activations == "codes" else "float32"
         self.sums = local(count, self.kind)
         self.scaled = self.sums if self.direct else local(count)
         self.totals = local(self.tile.columns * 4, "int32") if self.codes and self.weights.zero else None
@@ -272,9 +279,8 @@ class _Body:
                 at_ = (row * self.tile.columns + column) * 8
                 for pair in range(2):
                     if self.codes:
-                        call(
-                            "iso_mma_s8u8", at(self.sums, at_ + 4 * pair), at(a, row * 8 + pair * 4), at(b, 0)
-                        )
+                        operands = at(a, row * 8 + pair * 4), at(b, 0)
+                        call(self.layout.product_name, at(self.sums, at_ + 4 * pair), *operands)
                         continue
                     for half in range(2):
                         operand = at(a, row * 16 + pair * 8 + half * 4)
@@ -293,7 +299,7 @@ class _Body:
     def _weights(self, row: int, unit: Any, whole: Any, index: Any, slot: Any, a: Any, first: int) -> None:
         base = slot + self._panel(row) * self.panel_bytes
         registers = local(4 * self.pieces, "uint32")
-        for j in range(self.pieces):
+        for j in range(0 if self.fp8 else self.pieces):
             piece = (
                 self.quad
                 if self.pieces == 1
@@ -302,6 +308,10 @@ class _Body:
                 else self.quad * 4 + j
             )
             call("iso_load16", at(registers, 4 * j), at(self.memory, base + self._place(unit, piece)))
+        for j in range(4 if self.fp8 else 0):
+            piece = 2 * j + div(self.quad, 2)
+            source = base + self._place(unit, piece) + mod(self.quad, 2) * 8
+            call("iso_load8", at(registers, 2 * j), at(self.memory, source))
         zeros = None
         if not self.codes and self.weights.offsets:
             zeros = self._zeros(row, self._group(index))
@@ -354,7 +364,7 @@ class _Body:
         found = get(self.sums, at_)
         if zeros is not None:
             found = found - get(zeros, (i // 4) * 2 + i % 4 // 2) * get(self.totals, column * 4 + i % 2)
-        return T.cast(found, "float32") if self.codes else found
+        return T.cast(found, "float32") if self.kind == "int32" else found
 
     # -- results
 
@@ -393,6 +403,9 @@ class _Body:
             total = total + get(self.frame["outliers"], line + wide(safe))
         if not self.codes:
             return bind(total)
+        if self.fp8:
+            at_scale: Any = 0 if self.spec.static_params else T.Select(there, wide(token), T.int64(0))
+            return bind(get(self.frame["params"], at_scale) * (total * self.layout.unit()))
         pair: Any = 0 if self.spec.static_params else T.Select(there, wide(token) * 2, T.int64(0))
         s, z = get(self.frame["params"], pair), get(self.frame["params"], pair + 1)
         return bind(s * (total - z * get(self.frame["wsum"], safe)))

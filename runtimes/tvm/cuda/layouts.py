@@ -10,7 +10,7 @@ is why the packed order of bytes needs no shuffling on its way to a tensor core.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm.tirx.script.builder import ir as T
@@ -74,8 +74,13 @@ class Layout:
             call(f"iso_load{count}", at(registers, done), at(ring, slot + lane * count))
             slot, done = slot + 32 * count, done + count // 4
 
+    @property
+    def product_name(self) -> str:
+        """The device function that multiplies words of bytes with codes of activations."""
+        return "iso_mma_s8u8"
+
     def byte_words(self, registers: Any, row: int, unit: Any, out: Any) -> None:
-        """A row's unit as two words of signed bytes."""
+        """A row's unit as two words of signed bytes, or of FP8 codes."""
         raise NotImplementedError
 
     def halves(self, registers: Any, row: int, unit: Any, out: Any, extra: Any, index: int) -> None:
@@ -127,6 +132,8 @@ class CodedLayout(Layout):
     """Codes of tables and small floats."""
 
     form: ElementFormat | None = None
+    product: str = ""
+    """Of codes with E4M3, `e4m3` or `e5m2`; empty: of halves."""
 
     def loads(self, unit: Any, quad: Any) -> Iterator[tuple[Any, int]]:
         assert self.form is not None
@@ -136,6 +143,20 @@ class CodedLayout(Layout):
             steps = self.form.bits // 2
             for i in range(steps):
                 yield unit * (32 * steps) + i * 32 + quad * 8, 8
+
+    @property
+    def product_name(self) -> str:
+        return f"iso_mma_{self.product}"
+
+    def unit(self) -> Any:
+        """What sums of FP8 products are to be multiplied by."""
+        return value("float32", f"iso_unit_{self.product}")
+
+    def byte_words(self, registers: Any, row: int, unit: Any, out: Any) -> None:
+        """Codes of 8 bits as they are."""
+        for i in range(2):
+            parts = [get(registers, 4 * i + 2 * j + row // 2) for j in range(2)]
+            put(out, i, value("uint32", "iso_permute", *parts, 0x7632 if row % 2 else 0x5410))
 
     def halves(self, registers: Any, row: int, unit: Any, out: Any, extra: Any, index: int) -> None:
         form = self.form
@@ -153,9 +174,7 @@ class CodedLayout(Layout):
             call("iso_halves_fp6", at(out, 0), *low, form.mantissa)
             return
         pair = local(2, "uint32")
-        for i in range(2):
-            selector = 0x7632 if row % 2 else 0x5410
-            put(pair, i, value("uint32", "iso_permute", parts[2 * i], parts[2 * i + 1], selector))
+        self.byte_words(registers, row, unit, pair)
         call(f"iso_halves_e{form.exponent}m{form.mantissa}", at(out, 0), at(pair, 0))
 
 
@@ -168,6 +187,14 @@ def coded_layout(name: str) -> CodedLayout:
     factor = 1.0 if form.is_table else 2.0 ** _POWERS[form.exponent, form.mantissa]
     order = NATURAL if form.bits > 4 else APART if form.is_table else SPLIT
     return CodedLayout(name, form.bits, 16 * form.bits, factor, order, form=form)
+
+
+def fp8_layout(name: str) -> CodedLayout:
+    """The layout of a `linear_fp8` format: the same bytes, which products take as they are."""
+    form = element_format(name)
+    return replace(
+        coded_layout(name), name=f"{name}_fp8", factor=1.0, product=f"e{form.exponent}m{form.mantissa}"
+    )
 
 
 @dataclass(frozen=True)

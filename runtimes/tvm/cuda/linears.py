@@ -26,7 +26,7 @@ from .convert import CastRows, Expand
 from .epilogue import Linear
 from .gemm import GROUPED, LARGE, SMALL, Gemm, Tile
 from .knobs import tuned
-from .layouts import IntegerLayout, codebook_layout, coded_layout, integer_layout
+from .layouts import IntegerLayout, codebook_layout, coded_layout, fp8_layout, integer_layout
 from .outliers import SumOutliers
 from .plan import Call, Plan, Stage
 from .row_operators import quantize_into
@@ -72,6 +72,17 @@ def linear_coded(call: Call) -> Plan:
     kind: Any = ("float16" if group_size else "float32") if form.scale == "float" else form.scale
     constants = {"table": np.array(NF4, dtype=np.float32)} if name == "nf4" else {}
     return _float_linear(call, Weights(coded_layout(name), group_size, kind), constants)
+
+
+def linear_fp8(call: Call) -> Plan:
+    """`isofold.linear_fp8`."""
+    plan = Plan()
+    name, group_size = call.attributes["format"], call.attributes["group_size"]
+    kind: Any = {"float": "float16" if group_size else "float32"}.get(element_format(name).scale, "e8m0")
+    rows, static = plan.rows(call["u"]), len(call["params"].shape) == 1
+    plan.view("u", rows, int(call["u"].shape[-1]))
+    plan.view("params", *((1,) if static else (rows, 1)))
+    return _product(plan, call, rows, Weights(fp8_layout(name), group_size, kind), "fp8", static)
 
 
 def linear_codebook(call: Call) -> Plan:
@@ -122,6 +133,7 @@ def add_product(plan: Plan, linear: Linear, weights: Weights, activations: Activ
         add(plan, next(s for s in few if rows <= 8 * s.tiles))
         return
     direct = isinstance(weights.layout, IntegerLayout) and weights.layout.bits in (8, 4)
+    direct = direct or activations == "fp8"
     read = weights
     if not direct:
         expand = Expand(linear, weights, activations)

@@ -32,6 +32,7 @@ EMITTERS: dict[str, Callable[[Call], Plan]] = {
     "linear_codebook": linears.linear_codebook,
     "linear_coded": linears.linear_coded,
     "linear_dense": dense.linear_dense,
+    "linear_fp8": linears.linear_fp8,
     "linear_outliers": linears.linear_packed,
     "linear_outliers_float": linears.linear_packed_float,
     "linear_packed": linears.linear_packed,
@@ -41,8 +42,10 @@ EMITTERS: dict[str, Callable[[Call], Plan]] = {
     "norm": row_operators.norm,
     "norm_quantize": row_operators.norm_quantize,
     "quantize_activation": row_operators.quantize_activation,
+    "quantize_activation_fp8": row_operators.quantize_activation_fp8,
     "quantize_cache": row_operators.quantize_cache,
     "quantize_dequantize": samples.quantize_dequantize,
+    "quantize_dequantize_fp8": samples.quantize_dequantize_fp8,
     "quantize_linear_packed": linears.quantize_linear_packed,
     "rotary": pointwise.rotary,
 }

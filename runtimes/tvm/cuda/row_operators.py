@@ -40,6 +40,21 @@ def quantize_activation(call: Call) -> Plan:
     return plan
 
 
+def quantize_activation_fp8(call: Call) -> Plan:
+    """`isofold.quantize_activation_fp8`."""
+    plan, k = Plan(), int(call["x"].shape[-1])
+    rows = plan.rows(call["x"])
+    plan.view("x", rows, k)
+    plan.flat(call, "params", "shift", "scale")
+    spec = Rows(
+        rows, k, shift=call.has("shift"), scale=call.has("scale"), orders=tuple(call.attributes["hadamard"]),
+        codes="static" if call.has("params") else "dynamic", fp8=True, align=call.attributes["align"],
+    )  # fmt: skip
+    add_rows(plan, spec, {"pair": "params"})
+    plan.results = ("u", "params")
+    return plan
+
+
 def quantize_cache(call: Call) -> Plan:
     """`isofold.quantize_cache`: a row of the kernel is a group of a head."""
     plan, bits = Plan(), call.attributes["bits"]

@@ -4,7 +4,7 @@
     y = normalized t * weight + bias    (norm)
     v = ((y - shift) * scale) H         (quantizers and `hadamard`)
     u, (s, z) = codes of v              (quantizers), bit for bit the formula of docs/dialect.md; two to a byte as
-                                        `cache_packing` says where they are packed
+                                        `cache_packing` says where they are packed; of FP8 a scale alone
 
 The row stays in shared memory between the steps. H is applied there: a power of two in stages of butterflies, a core
 as a small matrix product along its axis, its sums in registers, so that one copy of the row is enough.
@@ -21,6 +21,7 @@ from tvm.tirx.script.builder import ir as T
 
 from ....compiler.dialect.packing import ceil_to
 from ....compiler.dialect.quantization import LEAST_SCALE
+from ....compiler.dialect.quantization_fp8 import LARGEST
 from ....compiler.errors import UnsupportedError
 from ....compiler.hadamard_orders import is_power_of_two, signs
 from .builder import (
@@ -54,8 +55,8 @@ class Rows:
     """One kernel of this family.
 
     norm: kind of norm or None. sum, y, transformed: which float results are written. codes: pairs of the quantizer,
-    or None. orders: of the Hadamard transform. nibbles: two codes to a byte, of elements 16 apart. block:
-    threads, 0: chosen for the row.
+    or None. fp8: codes of E4M3 instead of `bits`. orders: of the Hadamard transform. nibbles: two codes to a byte, of
+    elements 16 apart. block: threads, 0: chosen for the row.
     """
 
     rows: Size
@@ -77,6 +78,7 @@ class Rows:
     align: int = 1
     nibbles: bool = False
     block: int = 0
+    fp8: bool = False
 
     def __post_init__(self) -> None:
         if self.k > ROW_LIMIT:
@@ -114,7 +116,8 @@ class Rows:
         if self.norm:
             parts.append(f"e{self.eps:g}")
         if self.codes:
-            parts.append(f"q{self.bits}{self.codes[0]}{self.kp}{'n' if self.nibbles else ''}")
+            kind = "f8" if self.fp8 else str(self.bits)
+            parts.append(f"q{kind}{self.codes[0]}{self.kp}{'n' if self.nibbles else ''}")
         return "_".join(p for p in parts if p).replace("-", "m").replace(".", "p").replace("+", "")
 
     @property
@@ -127,7 +130,7 @@ class Rows:
         vector, whole = (self.k,), (self.rows, self.k)
         found = [("x", whole, True), ("residual", whole, self.residual), ("weight", vector, self.weight)]
         found += [("bias", vector, self.bias), ("shift", vector, self.shift), ("scale", vector, self.scale)]
-        found.append(("pair", (2,), self.codes == "static"))
+        found.append(("pair", (1 if self.fp8 else 2,), self.codes == "static"))
         tensors = [Tensor(name, shape, "float32") for name, shape, there in found if there]
         return tensors + [Tensor(f"core{order}", (order * order,), "int8") for order in self.cores]
 
@@ -139,7 +142,7 @@ class Rows:
         if self.codes:
             tensors.append(Tensor("u", (self.rows, self.kp // 2 if self.nibbles else self.kp), "uint8"))
         if self.codes == "dynamic":
-            tensors.append(Tensor("params", (self.rows, 2), "float32"))
+            tensors.append(Tensor("params", (self.rows, 1 if self.fp8 else 2), "float32"))
         return tensors
 
     def constants(self) -> dict[str, np.ndarray[Any, Any]]:
@@ -274,7 +277,26 @@ class Rows:
                 put(line, index, get(sums, n))
         sync()
 
+    def _scale_fp8(self, frame: Frame, line: Any, row: Any, tx: Any) -> Any:
+        if self.codes == "static":
+            return bind(get(frame["pair"], 0))
+        top = local(1)
+        put(top, 0, T.float32(0))
+        self._each(
+            tx, lambda i: put(top, 0, T.max(get(top, 0), value("float32", "iso_magnitude", get(line, i))))
+        )
+        found = bind(self._block(top, tx, "max") / T.float32(LARGEST))
+        s = bind(T.Select(found < T.float32(LEAST_SCALE), T.float32(1), found))
+        with when(equal(tx, 0)):
+            put(frame["params"], wide(row), s)
+        return s
+
     def _quantize(self, frame: Frame, line: Any, row: Any, tx: Any) -> None:
+        if self.fp8:
+            inverse = bind(T.float32(1) / self._scale_fp8(frame, line, row, tx))
+            sync()  # a thread reads elements of other threads
+            self._write_codes(frame, line, row, tx, inverse, None)
+            return
         levels = T.float32(2**self.bits - 1)
         if self.codes == "dynamic":
             low, high = local(1), local(1)
@@ -307,6 +329,9 @@ class Rows:
         code = local(1, "uint8")
         put(code, 0, T.uint8(0))
         with when(True if self.k == self.kp else index < self.k):
+            if self.fp8:
+                put(code, 0, T.cast(value("uint32", "iso_code_e4m3", get(line, index) * inverse), "uint8"))
+                return get(code, 0)
             rounded = value("float32", "rintf", get(line, index) * inverse) + z
             clamped = T.min(T.max(rounded, T.float32(0)), T.float32(2**self.bits - 1))
             put(code, 0, T.cast(T.cast(clamped, "int32"), "uint8"))

@@ -1,7 +1,7 @@
 """Quantizers of long rows, which do not fit shared memory and may have a symbolic length: samples of a batch.
 
-`quantize_dequantize` (per token and per sample), and for convolutions the pair (s, z) of each sample. A block goes
-over its row in global memory twice: the range, then the values.
+`quantize_dequantize` (per token and per sample), its FP8 form, and for convolutions the pair (s, z) of each sample. A
+block goes over its row in global memory twice: the range, then the values.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 from tvm.tirx.script.builder import ir as T
 
 from ....compiler.dialect.quantization import LEAST_SCALE
+from ....compiler.dialect.quantization_fp8 import LARGEST
 from .builder import (
     Frame,
     Size,
@@ -122,6 +123,50 @@ def quantize_dequantize(call: Call) -> Plan:
 
     output = Tensor("y", (rows, length), "float32")
     name = f"quantize_dequantize_a{bits}{'s' if static else ''}"
+    plan.stages.append(
+        Stage(prim_func(name, [*inputs, output], emit), tuple(t.name for t in inputs), (output,))
+    )
+    plan.results = ("y",)
+    return plan
+
+
+def quantize_dequantize_fp8(call: Call) -> Plan:
+    """`isofold.quantize_dequantize_fp8`."""
+    plan = Plan()
+    shape, static = call["x"].shape, call.has("params")
+    rows, length = plan.rows(call["x"]), plan.size("length", shape[-1])
+    plan.view("x", rows, length)
+    inputs = [Tensor("x", (rows, length), "float32")]
+    if static:
+        inputs.append(Tensor(plan.view("params", 1), (1,), "float32"))
+
+    def scale_of(k: Frame, row: Any, tx: Any) -> Any:
+        if static:
+            return bind(get(k["params"], 0))
+        top, size = local(1), wide(k.size(length))
+        put(top, 0, T.float32(0))
+        with _loop(k, length, tx) as turn:
+            i = bind(turn * THREADS + wide(tx))
+            with when(i < size):
+                magnitude = value("float32", "iso_magnitude", get(k["x"], wide(row) * size + i))
+                put(top, 0, T.max(get(top, 0), magnitude))
+        found = bind(_largest(top, tx) / T.float32(LARGEST))
+        return bind(T.Select(found < T.float32(LEAST_SCALE), T.float32(1), found))
+
+    def emit(k: Frame) -> None:
+        with launch([k.size(rows)], THREADS) as ((row,), tx):
+            s = scale_of(k, row, tx)
+            inverse = bind(T.float32(1) / s)
+            size = wide(k.size(length))
+            with _loop(k, length, tx) as turn:
+                i = bind(turn * THREADS + wide(tx))
+                with when(i < size):
+                    at_ = wide(row) * size + i
+                    code = value("uint32", "iso_code_e4m3", get(k["x"], at_) * inverse)
+                    put(k["y"], at_, s * value("float32", "iso_value_e4m3", code))
+
+    output = Tensor("y", (rows, length), "float32")
+    name = f"quantize_dequantize_f8{'s' if static else ''}"
     plan.stages.append(
         Stage(prim_func(name, [*inputs, output], emit), tuple(t.name for t in inputs), (output,))
     )

@@ -5,11 +5,12 @@ them in chunks (a group, or 64 to 128 inputs) and add up through shared memory a
 asynchronous copies to a ring of `depth` chunks: a lane copies what it will read itself, so that the ring needs no
 barrier, and 2 to 6 KB of every warp are on their way whatever the compiler does with registers. The tile of weights
 is the 16-row operand of the product and the tokens its 8 columns: up to 8 tokens cost what one does. Products are of
-int8 and uint8 (`codes`), or of halves where activations are floats, which are rounded to float16. A group's sum is
-scaled in float32.
+int8 and uint8 (`codes`), of FP8 (`fp8`), or of halves where activations are floats, which are rounded to float16. A
+group's sum is scaled in float32.
 
     codes:   y = s ( sum_g scale_g ( I_g - zero_g U_g ) - z wsum ) + bias,   I_g = sum u w
                                                                              U_g = sum u: a product with ones
+    fp8:     y = s sum_g scale_g sum_k value[u] value[w] + bias
     floats:  y = sum_g scale_g sum_k x (w - zero_g) + bias
 
 Outliers beside the weights are summed by the same warps while the first copies are on their way, a lane for each packed
@@ -81,17 +82,18 @@ class Skinny:
     @property
     def name(self) -> str:
         """The kernel's name."""
-        kind = "a8" if self.activations == "codes" else "a16"
+        kind = {"codes": "a8", "fp8": "f8", "float": "a16"}[self.activations]
         pair = "s" if self.static_params else ""
         return f"skinny_{self.weights.tag}_{kind}{pair}_{self.linear.tag}_t{self.tiles}"
 
     def tensors(self) -> list[Tensor]:
         """Arguments, in order."""
         rows, k = self.linear.rows, self.linear.k
-        if self.activations == "codes":
-            pair = (2,) if self.static_params else (rows, 2)
+        if self.activations != "float":
+            width = 2 if self.activations == "codes" else 1
+            pair = (width,) if self.static_params else (rows, width)
             first = [Tensor("u", (rows, self.kp), "uint8"), Tensor("params", pair, "float32")]
-            last = [Tensor("wsum", (self.linear.packed,), "float32")]
+            last = [Tensor("wsum", (self.linear.packed,), "float32")] if width == 2 else []
         else:
             first, last = [Tensor("x", (rows, k), "float32")], []
         weights = self.weights.tensors(self.linear, self.kp)
@@ -125,7 +127,8 @@ class _Body:
     ) -> None:
         self.spec, self.frame, self.steps, self.chunk, self.warps = spec, frame, steps, chunk, warps
         self.layout, self.weights = spec.weights.layout, spec.weights
-        self.codes = spec.activations == "codes"
+        self.codes, self.fp8 = spec.activations != "float", spec.activations == "fp8"
+        self.kind = "int32" if spec.activations == "codes" else "float32"
         self.tile, self.column, self.tx = tile, column, tx
         self.warp, self.lane = bind(div(tx, 32)), bind(mod(tx, 32))
         self.g, self.t = bind(div(self.lane, 4)), bind(mod(self.lane, 4))
@@ -222,13 +225,12 @@ class _Body:
         return chunk if self.weights.grouped else 0
 
     def _multiply(self, chunk: Any, slot: Any) -> None:
-        kind = "int32" if self.codes else "float32"
-        direct = not self.weights.grouped and not self.codes
-        sums = self.accumulators if direct else local(self.spec.tiles * 8, kind)
+        direct = not self.weights.grouped and self.kind == "float32"
+        sums = self.accumulators if direct else local(self.spec.tiles * 8, self.kind)
         totals = local(self.spec.tiles * 4, "int32")
         if not direct:
             for i in range(self.spec.tiles * 8):
-                put(sums, i, tirx.const(0, kind))
+                put(sums, i, tirx.const(0, self.kind))
         if self.codes and self.weights.zero:
             for i in range(self.spec.tiles * 4):
                 put(totals, i, T.int32(0))
@@ -301,7 +303,7 @@ class _Body:
         for tile in range(self.spec.tiles):
             b = at(self.active, (step * self.spec.tiles + tile) * self.active_words)
             for pair_ in range(2):
-                call("iso_mma_s8u8", at(sums, tile * 8 + pair_ * 4), at(a, pair_ * 4), b)
+                call(self.layout.product_name, at(sums, tile * 8 + pair_ * 4), at(a, pair_ * 4), b)
             if self.spec.weights.zero:
                 call("iso_mma_s8u8", at(totals, tile * 4), at(ones, 0), b)
 
@@ -344,7 +346,7 @@ class _Body:
             for i in range(8):
                 row, column = (i // 4) * 2 + i % 4 // 2, i % 2
                 found = get(sums, tile * 8 + i)
-                if self.codes:
+                if self.kind == "int32":
                     if self.spec.weights.zero:
                         found = found - get(zeros, row) * get(totals, tile * 4 + column)
                     found = T.cast(found, "float32")
@@ -387,6 +389,9 @@ class _Body:
             total = bind(total + beside * T.float32(linear.outlier_multiplier))
         if not self.codes:
             return total
+        if self.fp8:
+            s = get(self.frame["params"], 0 if self.spec.static_params else wide(where))
+            return bind(s * (total * self.layout.unit()))
         pair = 0 if self.spec.static_params else wide(where) * 2
         s, z = get(self.frame["params"], pair), get(self.frame["params"], pair + 1)
         return bind(s * (total - z * get(self.frame["wsum"], row)))

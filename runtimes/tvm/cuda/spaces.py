@@ -95,7 +95,7 @@ def _even(kernel: Any) -> bool:
 
 
 def _gemm(kernel: Any) -> tuple[int, int, int, bool]:
-    tile, codes, weights = kernel.tile, kernel.activations == "codes", kernel.weights
+    tile, codes, weights = kernel.tile, kernel.activations != "float", kernel.weights
     units, pieces = 8 if codes else 4, weights.layout.words // 4
     stage = tile.features // LANES * units * 64 * pieces + tile.tokens * 64
     sums = tile.rows * tile.columns * 8 * (2 if weights.grouped else 1)

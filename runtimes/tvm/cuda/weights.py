@@ -12,8 +12,8 @@ from .builder import Frame, Tensor, get, local, put, value
 from .epilogue import Linear
 from .layouts import CodebookLayout, CodedLayout, IntegerLayout, Layout
 
-Activations = Literal["codes", "float"]
-"""Unsigned codes with a pair (s, z), or floats, which kernels round to float16."""
+Activations = Literal["codes", "fp8", "float"]
+"""Unsigned codes with a pair (s, z), codes of E4M3 with a scale, or floats, which kernels round to float16."""
 
 
 @dataclass(frozen=True)

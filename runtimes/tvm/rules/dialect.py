@@ -16,6 +16,7 @@ from tvm import ir, relax, te, tirx
 from ....compiler.dialect import OPERATORS, Operator
 from ....compiler.dialect.element_formats import element_format, scale_values
 from ....compiler.dialect.quantization import LEAST_SCALE, levels
+from ....compiler.dialect.quantization_fp8 import LARGEST
 from ....compiler.errors import UnsupportedError
 from ....compiler.graph import value
 from ..builder import Builder, Kernel, dtype_name, fake
@@ -27,6 +28,7 @@ Expr = Any
 
 DECODED = (
     "quantize_dequantize",
+    "quantize_dequantize_fp8",
     "dequantize_cache",
     "dequantize_codebook",
     "dequantize_coded",
@@ -301,6 +303,47 @@ def _quantize_dequantize(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
         def element(*i: Expr) -> Expr:
             code = tirx.nearbyint(x(*i) * (one / scale(i))) + point(i)
             return scale(i) * (tirx.min(tirx.max(code, zero), largest) - point(i))
+
+        return te.compute(shape, element, name="y")
+
+    return b.kernel(node, describe)
+
+
+@rule(OPERATORS["quantize_dequantize_fp8"].overload)
+def _quantize_dequantize_fp8(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
+    """To whole steps: an eighth of the value's power of two, which is its exponent's bits, from 2^-6 on."""
+    source, dtype = a["x"], dtype_name(fake(node).dtype)
+    if dtype != "float32":
+        raise UnsupportedError(
+            "FP8 activations are rounded from float32", got=dtype, hint="convert the model with .float()"
+        )
+    last = fake(source).dim() - 1
+    one, least, largest = (constant(v, dtype) for v in (1.0, LEAST_SCALE, LARGEST))
+
+    def describe(k: Kernel) -> te.Tensor:
+        x, shape = k.tensor(source), k.shape(source)
+        if a["params"] is not None:
+            held = k.tensor(a["params"])
+            scale = lambda i: held(0)  # noqa: E731
+        else:
+            kept = [tirx.IntImm("int64", 1) if d == last else s for d, s in enumerate(shape)]
+            top = reduced(k, shape, [last], True, lambda *i: tirx.abs(x(*i)), kept, te.max, "top")
+
+            def width(*i: Expr) -> Expr:
+                v = top(*i) / largest
+                return tirx.Select(v < least, one, v)
+
+            steps = te.compute(kept, width, name="scale")
+            scale = lambda i: steps(*(0 if d == last else at for d, at in enumerate(i)))  # noqa: E731
+
+        def element(*i: Expr) -> Expr:
+            y = x(*i) * (one / scale(i))
+            y = tirx.min(tirx.max(y, constant(-LARGEST, dtype)), largest)
+            power = tirx.reinterpret("int32", tirx.max(tirx.abs(y), constant(2.0**-6, dtype))) & tirx.IntImm(
+                "int32", 0x7F800000
+            )
+            step = tirx.reinterpret("float32", power) * constant(0.125, dtype)
+            return tirx.Select(tirx.isnan(x(*i)), x(*i), tirx.nearbyint(y / step) * step) * scale(i)
 
         return te.compute(shape, element, name="y")
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isofold.compiler.dialect import packing
+from isofold.compiler.dialect import OPERATORS, packing
 from isofold.compiler.dialect.dense_packing import pack_dense
 from isofold.compiler.dialect.element_formats import FORMATS
+from isofold.compiler.dialect.linear_fp8 import WEIGHT_FORMATS
 from isofold.compiler.dialect.outlier_packing import (
     PackedOutliers,
     outlier_rows,
@@ -56,6 +57,7 @@ def cases() -> Iterator[Case]:
     yield from _linears()
     yield from _outliers()
     yield from _coded()
+    yield from _fp8()
     yield from _sparse()
     yield from _dense()
     yield from _codebooks()
@@ -280,6 +282,59 @@ def _coded() -> Iterator[Case]:
                 "group_size": group,
             },
         )
+
+
+def _fp8() -> Iterator[Case]:
+    formats = [(name, group) for name in WEIGHT_FORMATS for group in FORMATS[name].group_sizes]
+    for index, ((name, group), static) in enumerate(product(formats, (False, True))):
+        random = _Random(900 + index)
+        n, k, gated = 37, (70, 96, 131)[index % 3], index % 4 == 1
+        rows = 2 * packing.ceil_to(n, 16) if gated else n
+        stored = pack_coded(coded(random, rows, k, name, group))
+        x = random.normal(2, 3, k)
+        params = torch.tensor([0.004]) if static else None
+        align = packing.alignment(group)
+        u, scale = OPERATORS["quantize_activation_fp8"].reference(x, params, align)
+        yield (
+            "linear_fp8",
+            f"{name}-g{group}-static{static}-k{k}{'-gated' if gated else ''}",
+            {
+                "u": u,
+                "params": scale,
+                "weight": stored.weight,
+                "scale": stored.scale,
+                "bias": random.normal(rows) if index % 3 else None,
+                "residual": random.normal(2, 3, n) if index % 5 == 0 else None,
+                "n": n,
+                "k": k,
+                "format": name,
+                "group_size": group,
+                "scale_multiplier": stored.scale_multiplier,
+                "activation": ("none", "relu", "gelu", "gelu_tanh", "silu")[index % 5],
+                "gated": gated,
+            },
+        )
+    random = _Random(950)
+    vectors = ((False, False), (True, False), (False, True), (True, True))
+    hadamards = {45: [], 200: [8], 80: [20, 4]}
+    for width, static, (shift, scaled) in product(hadamards, (False, True), vectors):
+        x = random.normal(2, 3, width) * torch.logspace(-4, 2, width)  # subnormal codes too
+        x[0, 0] = 0.0
+        yield (
+            "quantize_activation_fp8",
+            f"k{width}-static{static}-shift{shift}-scale{scaled}",
+            {
+                "x": x,
+                "params": torch.tensor([0.01]) if static else None,
+                "align": 32 if width == 45 else 128,
+                "shift": random.normal(width) if shift else None,
+                "scale": random.normal(width) if scaled else None,
+                "hadamard": hadamards[width],
+            },
+        )
+        if not (shift or scaled):
+            held = {"x": x, "params": torch.tensor([0.01]) if static else None}
+            yield "quantize_dequantize_fp8", f"k{width}-static{static}", held
 
 
 def _dense() -> Iterator[Case]:

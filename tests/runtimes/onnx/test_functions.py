@@ -19,6 +19,7 @@ CONSTANT = ("weight", "scale", "zero", "wsum", "bias", "codes", "table", "multip
 SPARSE = ("places", "values", "offsets")
 NOT_IN_LIBRARY = (
     "quantize_dequantize",
+    "quantize_dequantize_fp8",
     "dequantize_weight",
     "dequantize_coded",
     "dequantize_codebook",

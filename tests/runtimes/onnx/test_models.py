@@ -44,6 +44,7 @@ def test_uncompressed_models_equal_pytorch_at_other_sizes(name: str, tmp_path: P
         ("bert", "w2a16"),
         ("llama", "w4-nf4"),
         ("bert", "w8-fp8"),
+        ("llama", "fp8"),
         ("llama", "w4-mxfp4"),
         ("llama", "w2-codebook"),
     ],

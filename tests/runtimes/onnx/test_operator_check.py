@@ -24,7 +24,11 @@ from isofold.runtimes.onnx.export import export_onnx
 from isofold.runtimes.onnx.operator_check import operator_differences
 
 Case = tuple[Program, registry.ModelCase, Path]
-LINEARS = (torch.ops.isofold.linear_packed.default, torch.ops.isofold.quantize_linear_packed.default)
+LINEARS = (
+    torch.ops.isofold.linear_packed.default,
+    torch.ops.isofold.quantize_linear_packed.default,
+    torch.ops.isofold.linear_fp8.default,
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +53,7 @@ def compressed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str],
     [
         ("bert", "w8a8"),
         ("t5", "w4a8"),
+        ("bert", "fp8"),
         pytest.param("t5", "w8a8", marks=pytest.mark.slow),
         pytest.param("minilm", "w8a8", marks=pytest.mark.slow),
         pytest.param("minilm", "w4a8", marks=pytest.mark.slow),

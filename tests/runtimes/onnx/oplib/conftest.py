@@ -72,7 +72,7 @@ def model_of(
     present = [True] * count if outputs is None else list(outputs)
     names = [f"out{i}" if there else "" for i, there in enumerate(present)]
     dtype = [TensorProto.FLOAT] * count
-    if name in ("quantize_activation", "norm_quantize"):
+    if name in ("quantize_activation", "quantize_activation_fp8", "norm_quantize"):
         dtype[count - 2] = TensorProto.UINT8
     graph_outputs = [
         helper.make_tensor_value_info(n, d, None) for n, d in zip(names, dtype, strict=True) if n

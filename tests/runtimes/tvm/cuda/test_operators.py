@@ -123,6 +123,26 @@ def test_products_of_many_rows(name: str, symbolic: bool) -> None:
         check(name, what, got, reference_of(name, arguments), limit)
 
 
+@pytest.mark.parametrize("arch", ["800", "900"])
+def test_fp8_products_of_chips_without_them(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Halves in registers, by bits and by the chip's conversion; elsewhere tests take sm_89's own products."""
+    monkeypatch.setenv("ISOFOLD_EMULATOR_ARCH", arch)
+    chosen = [(what, repeated(a, times)) for what, a in spread(CASES["linear_fp8"], 6) for times in (1, 9)]
+    agree("linear_fp8", chosen)
+
+
+def test_fp8_tokens_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    what, arguments = next(c for c in CASES["linear_fp8"] if "e4m3-g0-staticFalse" in c[0])
+    x = torch.ones(4, arguments["k"])
+    x[1, 2], x[2, 0] = torch.nan, torch.inf
+    given = {"x": x, "params": None, "align": 32, "shift": None, "scale": None, "hadamard": []}
+    ((u, s),) = emulate_operator("quantize_activation_fp8", [given])
+    for arch in ("800", "890", "900"):
+        monkeypatch.setenv("ISOFOLD_EMULATOR_ARCH", arch)
+        ((y,),) = emulate_operator("linear_fp8", [{**arguments, "u": u, "params": s, "residual": None}])
+        assert [bool(row.isfinite().all()) for row in y] == [True, False, False, True], (what, arch)
+
+
 CACHED_AXES = {"q": (0, 1), "k": (0, 2), "k_params": (0, 2), "v": (0, 2), "v_params": (0, 2)}
 """Sizes of a cache that are not known when compiling: samples, queries and tokens."""
 
