@@ -222,7 +222,8 @@ void (*const definitions[])(Op*) = {
     define_packed_conv,         define_norm,          define_norm_quantize,       define_attention,
     define_rotary,              define_gated,         define_hadamard,            define_coded_linear,
     define_sparse_linear,       define_sparse_linear_float, define_quantize_packed_linear,
-    define_codebook_linear,     define_dense_linear,
+    define_codebook_linear,     define_dense_linear,  define_grouped_packed_linear,
+    define_grouped_packed_linear_float, define_grouped_dense_linear,
     define_codebook_linear,     define_outlier_linear, define_outlier_linear_float,
     define_cached_attention,    define_quantize_cache,
 };
