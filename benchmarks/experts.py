@@ -80,7 +80,12 @@ def int4(weight: Tensor) -> tuple[np.ndarray, np.ndarray]:
 def write_peer(module: Blocks, quantized: bool, path: Path) -> None:
     """The same blocks in ONNX Runtime's operators."""
     nodes, weights = [], {}
-    common: dict[str, Any] = {"domain": "com.microsoft", "k": TOP, "activation_type": "swiglu", "swiglu_fusion": 1}
+    common: dict[str, Any] = {
+        "domain": "com.microsoft",
+        "k": TOP,
+        "activation_type": "swiglu",
+        "swiglu_fusion": 1,
+    }
     common |= {"normalize_routing_weights": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
     x = "x"
     for block in range(BLOCKS):
@@ -92,7 +97,9 @@ def write_peer(module: Blocks, quantized: bool, path: Path) -> None:
                 weights[f"w{name}_{block}"], weights[f"s{name}_{block}"] = int4(weight)
             inputs = [x, f"p{block}", f"w1_{block}", f"s1_{block}", "", f"w2_{block}", f"s2_{block}"]
             nodes.append(
-                helper.make_node("QMoE", inputs, [f"y{block}"], expert_weight_bits=4, block_size=GROUP, **common)
+                helper.make_node(
+                    "QMoE", inputs, [f"y{block}"], expert_weight_bits=4, block_size=GROUP, **common
+                )
             )
         else:
             weights[f"w1_{block}"], weights[f"w2_{block}"] = first.numpy(), second.detach().numpy()
@@ -139,7 +146,7 @@ def measure(results: Results, specs: dict[str, dict[str, Any]], m: int, threads:
     """One interleaved run of all competitors on m rows."""
     folder = subject_folder("experts", HIDDEN, INNER, EXPERTS, BLOCKS)
     random = np.random.default_rng(m)
-    feeds = {
+    feeds: dict[str, Any] = {
         "x": random.standard_normal((m, HIDDEN)).astype(np.float32),
         "logits": random.standard_normal((m, BLOCKS, EXPERTS)).astype(np.float32),
     }
@@ -169,22 +176,30 @@ def measure(results: Results, specs: dict[str, dict[str, Any]], m: int, threads:
     for name in specs:
         results.sampled(f"{name}, {where}", [1e6 * t / BLOCKS for t in per_round(seconds[name])], "us")
     for name, rival in RIVAL.items():
-        results.sampled(f"{name}, {where}: against {rival}", ratios(seconds[rival], seconds[name]), "x", ">= 1")
-    results.sampled(f"w4a8, {where}: against float32 experts", ratios(seconds["MoE float32"], seconds["w4a8"]), "x")
+        results.sampled(
+            f"{name}, {where}: against {rival}", ratios(seconds[rival], seconds[name]), "x", ">= 1"
+        )
+    results.sampled(
+        f"w4a8, {where}: against float32 experts", ratios(seconds["MoE float32"], seconds["w4a8"]), "x"
+    )
 
 
 def body() -> int:
     """Build, run, print."""
 
     def extra(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--threads", type=int, choices=(1, 2), action="append", help="only this many threads")
+        parser.add_argument(
+            "--threads", type=int, choices=(1, 2), action="append", help="only this many threads"
+        )
 
     arguments = parse(__doc__, extra)
     results = Results("experts")
     specs = subjects(subject_folder("experts", HIDDEN, INNER, EXPERTS, BLOCKS))
     for threads in (1,) if arguments.cpu_time else arguments.threads or (1, 2):
         for m in (1, 64):
-            measure(results, specs, m, threads, (5 if m == 1 else 2) if arguments.quick else (24 if m == 1 else 6))
+            measure(
+                results, specs, m, threads, (5 if m == 1 else 2) if arguments.quick else (24 if m == 1 else 6)
+            )
     return results.finish(arguments)
 
 

@@ -315,7 +315,7 @@ class _Float64Interpreter(fx.Interpreter):
             x, expert, weight = args[:3]
             bias = _widen(args[3]) if len(args) > 3 else None
             matrix: Callable[[int], Tensor] = lambda e: _widen(weight[e])  # noqa: E731  # an expert at a time
-            return by_expert(_widen(x), expert, *weight.shape[:2], matrix, bias)
+            return by_expert(_widen(x), expert, weight.shape[0], weight.shape[1], matrix, bias)
         widened = pytree.tree_map(_widen, (args, kwargs))
         return super().call_function(target, *widened)
 

@@ -1,5 +1,6 @@
-"""Qwen3-MoE: as Qwen3, with a router and many small gated experts for the MLP. `base` has the shapes of 30B-A3B, `block`
-of one of its layers with half of its experts."""
+"""Qwen3-MoE: as Qwen3, with a router and many small gated experts for the MLP.
+
+`base` has the shapes of 30B-A3B, `block` of one of its layers with half of its experts."""
 
 from __future__ import annotations
 

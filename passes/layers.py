@@ -179,7 +179,9 @@ def _reason_against(editor: Editor, recipe: Recipe, layer: Layer, chosen: Any) -
         against = _reason_against_convolution(recipe, layer)
     else:
         wanted = 3 if layer.is_grouped else 2
-        against = None if weight.dim() == wanted else f"its weight has {weight.dim()} dimensions, not {wanted}"
+        against = (
+            None if weight.dim() == wanted else f"its weight has {weight.dim()} dimensions, not {wanted}"
+        )
         if layer.is_grouped:
             against = against or _reason_against_grouped(chosen)
         if against is None and wants_outliers(chosen) and weight.shape[1] > LARGEST_K:
@@ -240,8 +242,8 @@ def called(node: fx.Node) -> str:
 
 
 def group_size_for(sizes: tuple[int, ...], chosen: Any) -> int:
-    """Group size of a format on a matrix `[N, K, ...]` of these sizes: 0 where one group of integers would hold the whole row, unless
-    the layout only has groups."""
+    """Group size of a format on a matrix `[N, K, ...]` of these sizes: 0 where one group of integers would hold the
+    whole row, unless the layout only has groups."""
     group_size = int(getattr(chosen, "group_size", 0))
     if getattr(chosen, "format", "int") != "int":
         return group_size

@@ -1,8 +1,8 @@
 """Grouped linears get the layouts that kernels read: each expert's matrix is packed like one of its own.
 
-    linear_grouped(quantize_dequantize(x), e, dequantize_weight(w), b) → linear_grouped_packed(quantize_activation(x), ...)
-    linear_grouped(x, e, dequantize_weight(w), b)                      → linear_grouped_packed_float(x, e, pack(w), b)
-    linear_grouped(x, e, W, b)                                         → linear_grouped_dense(x, e, panels of W, b)
+    linear_grouped(quantize_dequantize(x), e, dequantize_weight(w)) → linear_grouped_packed(quantize_activation(x), ...)
+    linear_grouped(x, e, dequantize_weight(w))                      → linear_grouped_packed_float(x, e, pack(w))
+    linear_grouped(x, e, W)                                         → linear_grouped_dense(x, e, panels of W)
 
 The rows of every expert are padded to whole panels, so that each begins at one, and the experts share one scale
 multiplier.
@@ -59,7 +59,15 @@ def pack_grouped_linears(editor: Editor) -> None:
             u, params = activations[layer.node]
             sums = nodes["packed_wsum"]
             new = editor.call(
-                linear_grouped_packed.overload, u, params, expert, *weights, sums, bias, *attributes, like=layer.node
+                linear_grouped_packed.overload,
+                u,
+                params,
+                expert,
+                *weights,
+                sums,
+                bias,
+                *attributes,
+                like=layer.node,
             )
         else:
             x = layer.input
@@ -108,8 +116,8 @@ def _one_above_the_other(tensor: Tensor) -> Tensor:
 
 @define_pass(Guarantee.REAL)
 def pack_grouped_dense(editor: Editor) -> None:
-    """Give the float32 weights of grouped linears the layout of `linear_dense`, for every runtime: none has a product of
-    its own for them."""
+    """Give the float32 weights of grouped linears the layout of `linear_dense`, for every runtime: none has a
+    product of its own for them."""
     made: dict[fx.Node, fx.Node] = {}
     for node in editor.calls(linear_grouped.overload):
         weight = argument(node, "weight")
@@ -118,7 +126,9 @@ def pack_grouped_dense(editor: Editor) -> None:
             editor.refused(node, "its weights are computed, so they cannot be stored in another order")
             continue
         if held.dim() != 3 or held.dtype != torch.float32 or dtype(node) != torch.float32:
-            editor.refused(node, f"its weights are {held.dtype} {list(held.shape)}: panels are of float32 matrices")
+            editor.refused(
+                node, f"its weights are {held.dtype} {list(held.shape)}: panels are of float32 matrices"
+            )
             continue
         experts, n, k = held.shape
         if weight not in made:

@@ -9,8 +9,8 @@
    which take only the sums that no linear took.
 5. `extract_sparsity` where the recipe asks for it, on what is then whole: joined linears with their epilogues, and
    pointwise convolutions (`expose_pointwise`).
-   Quantizers that still have one dense reader come last; then float weights of experts take panels, and, for a runtime without a float matrix product of its own,
-   float linears take panels (`pack_dense_linears`) and their epilogues.
+   Quantizers that still have one dense reader come last; then float weights of experts take panels, and, for a runtime
+   without a float matrix product of its own, float linears (`pack_dense_linears`) and their epilogues.
 
 Between 1 and 2 come the folds that the recipe asks for (`fold_transforms`), then `prune_channels` with
 `shrink_channels` and `prune_weights`. Steps that a recipe does not ask for are left out.

@@ -154,8 +154,8 @@ def along(vector: Tensor, x: Tensor, dim: int) -> Tensor:
 def find_sites(program: Program, recipe: Recipe) -> list[Site]:
     """The sites of all layers that `recipe` will quantize, in graph order.
 
-    Layers that the recipe leaves in float, that cannot be quantized, that have a matrix for each expert, or whose weight
-    or input is already quantized have none. Raises InputError where a weight holds NaN or infinity.
+    Layers that the recipe leaves in float, that cannot be quantized, that have a matrix for each expert, or whose
+    weight or input is already quantized have none. Raises InputError where a weight holds NaN or infinity.
     """
     editor = Editor(program)
     found: dict[tuple[fx.Node, ActivationFormat, Kind], list[tuple[Layer, Any]]] = {}

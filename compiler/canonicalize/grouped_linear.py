@@ -60,7 +60,7 @@ def canonicalize_grouped_linear(editor: Editor) -> None:
 
 
 def _from_offsets(editor: Editor, node: fx.Node) -> None:
-    x, matrices, offsets = (operands(node) + (None,))[:3]
+    x, matrices, offsets = (*operands(node), None)[:3]
     offsets = node.kwargs.get("offs", offsets)
     if offsets is None or fake_dim(x) != 2 or fake_dim(matrices) != 3:
         editor.refused(node, "a grouped product is not of rows with a matrix for each group")
@@ -109,9 +109,9 @@ def _not_negative(node: object) -> bool:
     if is_call(node, aten.clamp.default):
         low = argument(node, "min")
         return isinstance(low, (int, float)) and low >= 0
-    return is_call(node, *VIEWS, aten.index.Tensor, aten.expand.default, aten.clone.default) and _not_negative(
-        operands(node)[0]
-    )
+    return is_call(
+        node, *VIEWS, aten.index.Tensor, aten.expand.default, aten.clone.default
+    ) and _not_negative(operands(node)[0])
 
 
 def _from_index(editor: Editor, node: fx.Node) -> None:
@@ -183,8 +183,6 @@ def _absorb_bias(editor: Editor, linear: fx.Node) -> None:
         fits = list(index) == [expert] and len(shape(bias) or ()) == 2
         if fits and scalar(editor, argument(addition, "alpha")) == 1 and dtype(bias) == dtype(linear):
             editor.applied(addition, "a chosen row that is added is the bias of a grouped linear")
-            new = editor.call(
-                linear_grouped.overload, x, expert, weight, bias, like=linear, before=addition
-            )
+            new = editor.call(linear_grouped.overload, x, expert, weight, bias, like=linear, before=addition)
             editor.replace(addition, new)
             return

@@ -16,6 +16,7 @@ is one of the above. Exactness: real (a product of matrices may sum in another o
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -27,7 +28,13 @@ from ..passes import Guarantee, define_pass
 from .match import aten, dimensions, equal_sizes, is_call, operands
 
 _ROWWISE = (linear_grouped.overload, aten.linear.default, aten.layer_norm.default, aten.rms_norm.default)
-_SHAPED = (aten.split.Tensor, aten.split_with_sizes.default, aten.slice.Tensor, aten.softmax.int, aten.chunk.default)
+_SHAPED = (
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.slice.Tensor,
+    aten.softmax.int,
+    aten.chunk.default,
+)
 
 
 @define_pass(Guarantee.REAL)
@@ -35,7 +42,7 @@ def remove_sorting(editor: Editor) -> None:
     """See the module."""
     for node in editor.calls(aten.index.Tensor):
         source, indices = operands(node)[:2]
-        order = _inverted(indices[0]) if len(indices) == 1 else None
+        order = _inverted(editor, indices[0]) if len(indices) == 1 else None
         if order is None or not isinstance(source, fx.Node):
             continue
         rows = _Unsorted(editor, operands(order)[0])
@@ -48,13 +55,19 @@ def remove_sorting(editor: Editor) -> None:
         editor.replace(node, new)
 
 
-def _inverted(index: object) -> fx.Node | None:
+def _inverted(editor: Editor, index: object) -> fx.Node | None:
     """p where the index is the inverse of the order p of a one-dimensional sort."""
     if not is_call(index, aten.index_put.default) or argument(index, "accumulate"):
         return None
     target, places, values = operands(index)[:3]
     order = places[0] if len(places) == 1 else None
-    if not is_call(order, operator.getitem) or operands(order)[1] != 1 or not is_call(values, aten.arange.default):
+    if not is_call(order, operator.getitem) or operands(order)[1] != 1:
+        return None
+    held = editor.tensor(values)
+    if held is not None:
+        if held.dim() != 1 or not torch.equal(held, torch.arange(len(held), dtype=held.dtype)):
+            return None
+    elif not is_call(values, aten.arange.default):
         return None
     sizes = [shape(n) or () for n in (target, order, values)]
     alike = all(len(s) == 1 and equal_sizes(s[0], sizes[0][0]) for s in sizes)
@@ -76,7 +89,9 @@ class _Unsorted:
         if node not in self.known:
             found = self._of(node)
             if found is None:
-                self.reason = self.reason or f"{node.name} ({node.target}) is not known to work on each row by itself"
+                self.reason = (
+                    self.reason or f"{node.name} ({node.target}) is not known to work on each row by itself"
+                )
                 return None
             self.known[node] = found
         return self.known[node]
@@ -87,7 +102,7 @@ class _Unsorted:
             if not node._erased and not node.users:
                 self.editor.graph.erase_node(node)
 
-    def _call(self, like: fx.Node, target: object, *args: object, **kwargs: object) -> fx.Node:
+    def _call(self, like: fx.Node, target: object, *args: object, **kwargs: Any) -> fx.Node:
         self.made.append(self.editor.call(target, *args, like=like, **kwargs))
         return self.made[-1]
 
@@ -102,13 +117,15 @@ class _Unsorted:
             return None if new is None else self._call(node, operator.getitem, new, which)
         if is_call(node, aten.index.Tensor):
             return self._of_index(node)
+        if is_call(node, aten.layer_norm.default, aten.rms_norm.default) and len(
+            argument(node, "normalized_shape")
+        ) >= len(shape(node) or ()):
+            return None
         if is_call(node, *_ROWWISE):
-            if is_call(node, aten.layer_norm.default, aten.rms_norm.default):
-                if len(argument(node, "normalized_shape")) >= len(shape(node) or ()):
-                    return None
             return self._again(node, 2 if node.target is linear_grouped.overload else 1)
         if is_call(node, *_SHAPED):
-            return self._again(node, 1) if 0 not in dimensions(operands(node)[0], argument(node, "dim")) else None  # type: ignore[operator]
+            dims = dimensions(operands(node)[0], argument(node, "dim"))
+            return self._again(node, 1) if dims is not None and 0 not in dims else None
         if is_call(node, aten.unsqueeze.default):
             return self._again(node, 1) if argument(node, "dim") % len(shape(node) or (0,)) else None
         if is_call(node, gated.overload) or _is_pointwise(node):

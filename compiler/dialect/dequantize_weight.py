@@ -23,6 +23,6 @@ def dequantize_weight(codes: Tensor, scale: Tensor, zero: Tensor | None, group_s
     """codes int8 `[N, ...]`, scale `[N, G]`, zero `[N, G]` (int8; float32 where not whole) or None → weight with the
     shape of codes. Of several experts: codes `[E, N, K]`, scale and zero `[E, N, G]`."""
     if scale.dim() == 3:
-        matrices = (None if t is None else t.flatten(0, 1) for t in (codes, scale, zero))
-        return dequantize(*matrices, group_size).reshape(codes.shape)  # type: ignore[arg-type]
+        zeros = None if zero is None else zero.flatten(0, 1)
+        return dequantize(codes.flatten(0, 1), scale.flatten(0, 1), zeros, group_size).reshape(codes.shape)
     return dequantize(codes, scale, zero, group_size)

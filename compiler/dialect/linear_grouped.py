@@ -15,9 +15,7 @@ from .operator import Cost, operator, tensor_bytes
 
 def _cost(input: Tensor, expert: Tensor, weight: Tensor, bias: Tensor | None = None) -> Cost:
     rows, (_, n, k) = int(input.shape[0]), map(int, weight.shape)
-    return Cost(
-        bytes_read(rows, weight, bias), tensor_bytes(input, expert) + 4 * rows * n, 2 * rows * n * k
-    )
+    return Cost(bytes_read(rows, weight, bias), tensor_bytes(input, expert) + 4 * rows * n, 2 * rows * n * k)
 
 
 @operator(

@@ -87,7 +87,11 @@ class Body:
         after = step(inner, turn, before)
         outputs = [inner("Identity", going), after]
         graph = ir.Graph(
-            [turn, going, before], outputs, nodes=list(inner._tape.nodes), opset_imports={"": OPSET}, name="turn"
+            [turn, going, before],
+            outputs,
+            nodes=list(inner._tape.nodes),
+            opset_imports={"": OPSET},
+            name="turn",
         )
         return self("Loop", count, None, carried, body=graph)
 

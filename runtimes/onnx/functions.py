@@ -712,20 +712,23 @@ def quantize_dequantize(call: Call, body: Body) -> Results:
     return (body("Mul", body("Sub", codes, offset), scale),)
 
 
+def _one_above_the_other(body: Body, call: Call, name: str) -> ir.Value | None:
+    """An input `[E, N, ...]` that may be absent as `[E N, ...]`."""
+    held = call.get(name)
+    if held is None:
+        return None
+    rows, last = call.size(name, 0) * call.size(name, 1), call.size(name, 2)
+    flat = body.reshape(held, rows, last)
+    flat.shape, flat.type = ir.Shape([rows, last]), held.type
+    return flat
+
+
 def dequantize_weight(call: Call, body: Body) -> Results:
     """`dequantize_weight`: ONNX's own DequantizeLinear, in blocks where there are groups, unless zero points are not
     whole; matrices of several experts are one above the other."""
     if call.rank("scale") == 3:
-        flat: dict[str, ir.Value | None] = {}
-        for name, held in call.inputs.items():
-            sizes = None if held is None else call.dimensions(name)
-            if held is None or sizes is None:
-                flat[name] = None
-                continue
-            rows, last = call.size(name, 0) * call.size(name, 1), call.size(name, 2)
-            flat[name] = body.reshape(held, rows, last)
-            flat[name].shape, flat[name].type = ir.Shape([rows, last]), held.type  # type: ignore[union-attr]
-        (matrix,) = dequantize_weight(Call(flat, call.attributes), body)
+        stacked = {name: _one_above_the_other(body, call, name) for name in ("codes", "scale", "zero")}
+        (matrix,) = dequantize_weight(Call(stacked, call.attributes), body)
         return (body.reshape(matrix, *(call.size("codes", axis) for axis in range(3))),)
     codes, scale, zero, group = call["codes"], call["scale"], call.get("zero"), call.attributes["group_size"]
     if zero is not None and zero.dtype == ir.DataType.FLOAT:

@@ -161,7 +161,9 @@ class GroupedRows(_Grouped):
         registers = local(weights.layout.words, "uint32")
         weights.layout.read(frame["weight"], panel, self.kp, unit, quad, registers)
         size = weights.group_size
-        index = bind(weights.scale_index(self.kp, panel, wide(div(unit * UNIT, size)) if size else wide(0), quad))
+        index = bind(
+            weights.scale_index(self.kp, panel, wide(div(unit * UNIT, size)) if size else wide(0), quad)
+        )
         x = self._codes(frame, token, unit) if codes else self._floats(frame, token, unit)
         added = bind(sum(x[1:], x[0])) if weights.zero else None
         scales: list[Any] = [T.float32(1)] * 4
@@ -184,7 +186,9 @@ class GroupedRows(_Grouped):
     def _codes(self, frame: Frame, token: Any, unit: Any) -> list[Any]:
         words = local(2, "uint32")
         call("iso_load8", at(words, 0), at(frame["u"], wide(token) * self.kp + wide(unit * UNIT)))
-        return [T.cast(get(words, j // 4) >> T.uint32(8 * (j % 4)) & T.uint32(255), "int32") for j in range(UNIT)]
+        return [
+            T.cast(get(words, j // 4) >> T.uint32(8 * (j % 4)) & T.uint32(255), "int32") for j in range(UNIT)
+        ]
 
     def _floats(self, frame: Frame, token: Any, unit: Any) -> list[Any]:
         """With zeros behind the row."""
@@ -285,7 +289,7 @@ def linear_grouped_dense(call_: Call) -> Plan:
 
 
 def linear_grouped(call_: Call) -> Plan:
-    """`isofold.linear_grouped`: weights as they are, for those that no pass could store in panels; a thread an output."""
+    """`isofold.linear_grouped`: weights as they are, where no pass could store them in panels; a thread an output."""
     plan = Plan()
     rows = _rows(plan, call_, "input")
     experts, n, k = (int(s) for s in call_["weight"].shape)

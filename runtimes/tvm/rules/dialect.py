@@ -189,7 +189,9 @@ def _linear_grouped(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
         def own(s: Expr) -> Expr:
             return tirx.max(tirx.min(expert(s), tirx.IntImm("int64", experts - 1)), tirx.IntImm("int64", 0))
 
-        sums = te.compute(shape, lambda s, n: te.sum(x(s, axis) * weight(own(s), n, axis), axis=axis), name="sums")
+        sums = te.compute(
+            shape, lambda s, n: te.sum(x(s, axis) * weight(own(s), n, axis), axis=axis), name="sums"
+        )
 
         def element(s: Expr, n: Expr) -> Expr:
             v = sums(s, n) if bias is None else sums(s, n) + bias(own(s), n)

@@ -167,26 +167,25 @@ def _scatter(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
         values = k.tensor(a["src"]) if "src" in a else None
         axis = te.reduce_axis((0, index.shape[dim]), "r")
         nowhere = tirx.IntImm("int64", -1)
+        length = [s.astype("int64") for s in index.shape]
 
         def inside(i: tuple[Expr, ...], at: Expr) -> list[Expr]:
             # The index may be smaller than what it writes to.
-            own = [tirx.min(v, index.shape[d] - 1) for d, v in enumerate(i)]
+            own = [tirx.min(v.astype("int64"), length[d] - 1) for d, v in enumerate(i)]
             own[dim] = at
             return own
 
         def place(*i: Expr) -> Expr:
-            hit = equal(index(*inside(i, axis.var)).astype("int64"), i[dim])
+            hit = tirx.EQ(index(*inside(i, axis.var)).astype("int64"), i[dim].astype("int64"))
             for d in rest:
-                hit = tirx.And(hit, i[d] < index.shape[d])
+                hit = tirx.And(hit, i[d].astype("int64") < length[d])
             return te.max(tirx.Select(hit, axis.var.astype("int64"), nowhere), axis=axis)
 
         last = te.compute(x.shape, place, name="last")
 
         def element(*i: Expr) -> Expr:
-            if values is None:
-                written = constant(a["value"], dtype)
-            else:
-                written = values(*inside(i, tirx.max(last(*i), 0)))
+            own = None if values is None else values(*inside(i, tirx.max(last(*i), 0)))
+            written = constant(a["value"], dtype) if own is None else own
             return tirx.if_then_else(last(*i) < 0, x(*i), written)
 
         return te.compute(x.shape, element, name="y")

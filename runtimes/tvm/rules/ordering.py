@@ -1,7 +1,7 @@
 """Topk and sort: every element's rank, by comparing it with all others of its row.
 
-n comparisons an element, in vectors: meant for rows of experts or classes, not for long ones. Of equal elements the first
-comes first. (NaN has no rank of its own: the places of its row are valid, and not more.)
+n comparisons an element, in vectors: meant for rows of experts or classes, not for long ones. Of equal elements the
+first comes first. (NaN has no rank of its own: the places of its row are valid, and not more.)
 """
 
 from __future__ import annotations

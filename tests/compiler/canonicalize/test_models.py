@@ -58,7 +58,8 @@ EXPECTED = {
     "resnet": (0, 0, 0, 0, 0, 0),
 }
 CAUSAL = {
-    "llama", "qwen3", "qwen3_moe", "opt", "gpt_neox", "falcon", "gpt2", "phi3", "olmo2", "bamba", "whisper", "whisper_decoder",
+    "llama", "qwen3", "qwen3_moe", "opt", "gpt_neox", "falcon", "gpt2", "phi3", "olmo2", "bamba", "whisper",
+    "whisper_decoder",
 }  # fmt: skip
 GONE = {
     "rsqrt", "erf", "sigmoid", "softmax", "_weight_norm", "_weight_norm_interface", "clone", "alias", "dropout",

@@ -134,12 +134,16 @@ def _grouped() -> Iterator[Case]:
     """Rows of no expert, experts without rows, one expert and no rows at all, all packed formats."""
     formats = [(8, 0), (4, 32), (8, 32), (4, 0), (3, 32), (2, 64)]
     for i, (bits, group) in enumerate(formats):
-        yield grouped(i, 37, (70, 128, 131)[i % 3], bits, group, i % 2 == 1, i % 3 < 2, rows=7 + i, static=i == 2)
+        yield grouped(
+            i, 37, (70, 128, 131)[i % 3], bits, group, i % 2 == 1, i % 3 < 2, rows=7 + i, static=i == 2
+        )
     yield grouped(11, 16, 64, 4, 32, False, False, rows=40, experts=2)
     yield grouped(12, 33, 40, 8, 0, True, True, rows=1, experts=5)
     yield grouped(13, 5, 33, 4, 32, False, True, rows=0)
     for i, (bits, group) in enumerate(formats[:3] + formats[4:]):
-        name, what, arguments = grouped(20 + i, 37, 70 + i, bits, group, i % 2 == 0, i % 2 == 1, rows=6 + 7 * i)
+        name, what, arguments = grouped(
+            20 + i, 37, 70 + i, bits, group, i % 2 == 0, i % 2 == 1, rows=6 + 7 * i
+        )
         u, params = arguments.pop("u"), arguments.pop("params")
         x = params[..., :1] * (u[..., : arguments["k"]].float() - params[..., 1:])
         del arguments["wsum"]
@@ -681,6 +685,14 @@ def _elementwise() -> Iterator[Case]:
                 "group_size": group,
             },
         )
+    for group, zero in ((0, False), (32, True)):
+        experts = {
+            "codes": random.integers(-8, 8, 3, 6, 45).to(torch.int8),
+            "scale": random.normal(3, 6, 2 if group else 1),
+            "zero": random.integers(-5, 6, 3, 6, 2).to(torch.int8) if zero else None,
+            "group_size": group,
+        }
+        yield "dequantize_weight", f"g{group}-zero{zero}-experts", experts
     yield (
         "dequantize_weight",
         "g32-zero-between-codes",
