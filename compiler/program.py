@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from . import dialect as _dialect  # registers the operators that graphs and files may contain
 from .artefact import replacing
 from .coded_cache import CodedCache, decoded
+from .dialect.grouped_rows import by_expert
 from .errors import ArtefactError, InputError
 from .graph import value
 
@@ -310,6 +311,11 @@ class _Float64Interpreter(fx.Interpreter):
             return _widen(super().call_function(target, args, kwargs))
         if target is torch.ops.aten.linear.default and not kwargs and args[1].numel() > _LARGE:
             return self._large_linear(*args)
+        if target is torch.ops.isofold.linear_grouped.default and not kwargs:
+            x, expert, weight = args[:3]
+            bias = _widen(args[3]) if len(args) > 3 else None
+            matrix: Callable[[int], Tensor] = lambda e: _widen(weight[e])  # noqa: E731  # an expert at a time
+            return by_expert(_widen(x), expert, weight.shape[0], weight.shape[1], matrix, bias)
         widened = pytree.tree_map(_widen, (args, kwargs))
         return super().call_function(target, *widened)
 

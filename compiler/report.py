@@ -276,7 +276,7 @@ def _attach_packed(captured: Program, program: Program, rows: list[dict[str, Any
         weight = captured.tensors.get(str(row["weight"]))
         if not isinstance(weight, Tensor):
             continue
-        flat = weight.detach().flatten(1).float()
+        flat = (weight.detach().flatten(0, 1) if _has_experts(row) else weight.detach().flatten(1)).float()
         for node, matrix in matrices.items():
             if weight_inside(matrix, flat) is not None:
                 share = flat.shape[0] / matrix.shape[0]
@@ -290,8 +290,13 @@ def _attach(row: dict[str, Any], node: fx.Node, share: float, size: int) -> None
     row.update(packed=node.name, operator=declared.name, share=share, bytes_after=size)
 
 
+def _has_experts(row: Mapping[str, Any]) -> bool:
+    """Whether a row's weight is a matrix for each expert."""
+    return row["kind"] == "weights" and len(row["shape"]) == 3
+
+
 def _rows(row: Mapping[str, Any]) -> int | None:
-    return row["shape"][0] if row["shape"] else None
+    return row["shape"][1 if _has_experts(row) else 0] if row["shape"] else None
 
 
 def _outputs(node: fx.Node) -> int | None:

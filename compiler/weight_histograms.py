@@ -45,15 +45,24 @@ def worst_histograms(
         node = nodes.get(str(row["packed"]))
         if len(found) == most or not isinstance(before, Tensor) or node is None:
             continue
-        after = weight_inside(decoded(program, node), before.detach().flatten(1).float())
+        matrix = before.detach().float()
+        matrix = matrix.flatten(0, 1) if is_grouped(node) else matrix.flatten(1)
+        after = weight_inside(decoded(program, node), matrix)
         if after is not None:
             facts = {key: row[key] for key in ("module", "bits", "error")}
             found.append({**facts, **_counts(before.detach().float(), after)})
     return found
 
 
+def is_grouped(node: fx.Node) -> bool:
+    """Whether a packed operator has a matrix for each expert."""
+    declared = operator_of(node.target)
+    return declared is not None and declared.name.startswith("linear_grouped")
+
+
 def decoded(program: Program, node: fx.Node) -> Tensor:
-    """The float32 matrix `[rows, K]` that a packed operator multiplies by or looks up; gated pairs gate first."""
+    """The float32 matrix `[rows, K]` that a packed operator multiplies by or looks up; gated pairs gate first, matrices
+    of several experts one above the other."""
 
     def constant(name: str) -> Any:
         read = argument(node, name)
@@ -80,7 +89,18 @@ def decoded(program: Program, node: fx.Node) -> Tensor:
         n, gated = argument(node, "n"), argument(node, "gated")
         matrix = unpack_dense(constant("weight"), packed_rows(n, gated))
         return torch.cat(split_gated(matrix, n)) if gated else matrix
+    if declared.name == "linear_grouped_dense":
+        return torch.cat([unpack_dense(panels, argument(node, "n")) for panels in constant("weight")])
     weight, scale = constant("weight"), constant("scale")
+    if declared.name in ("linear_grouped_packed", "linear_grouped_packed_float"):
+        form = (argument(node, name) for name in ("n", "k", "bits", "group_size", "scale_multiplier"))
+        n, k, bits, group_size, multiplier = form
+        zeros = constant("zero")
+        zeros = [None] * len(weight) if zeros is None else zeros
+        each = zip(weight, scale, zeros, strict=True)
+        return torch.cat(
+            [unpack_weight(w, s, z, n, k, bits, group_size, multiplier, torch.float32) for w, s, z in each]
+        )
     if declared.name == "embedding_packed":
         codes = unpack_embedding_codes(weight, argument(node, "dim"), argument(node, "bits"))
         return dequantize(codes, scale.float(), constant("zero"), argument(node, "group_size"))

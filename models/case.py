@@ -52,7 +52,7 @@ def seeded(module: nn.Module, seed: int = 0) -> nn.Module:
 
     Initializers set gains to one, biases to zero and matrices so small that a block hardly moves its residual
     stream; a wrong fold would not show. Here matrices get variance 1 / fan-in, vectors and running statistics
-    a tenth of noise around their initial value.
+    a tenth of noise around their initial value. Three dimensions outside of a convolution are a matrix for each expert.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -65,7 +65,9 @@ def seeded(module: nn.Module, seed: int = 0) -> nn.Module:
                 if isinstance(owner, nn.Embedding):
                     parameter.copy_(0.5 * noise(parameter))
                 elif parameter.dim() >= 2 and min(parameter.shape) > 1:
-                    parameter.copy_(noise(parameter) / parameter[0].numel() ** 0.5)
+                    stacked = parameter.dim() == 3 and not isinstance(owner, nn.modules.conv._ConvNd)
+                    fan_in = parameter.shape[-1] if stacked else parameter[0].numel()
+                    parameter.copy_(noise(parameter) / fan_in**0.5)
                 else:
                     parameter.add_(0.1 * noise(parameter))
             if isinstance(owner, nn.modules.batchnorm._BatchNorm) and owner.running_var is not None:

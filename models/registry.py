@@ -12,6 +12,8 @@ from .case import ModelCase
 _CASES: dict[str, tuple[str, dict[str, str]]] = {
     "llama": ("llama", {}),
     "qwen3": ("qwen3", {}),
+    "qwen3_moe": ("qwen3_moe", {}),
+    "gpt_oss": ("gpt_oss", {}),
     "opt": ("opt", {}),
     "gpt_neox": ("gpt_neox", {}),
     "mpt": ("mpt", {}),

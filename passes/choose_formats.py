@@ -83,7 +83,7 @@ def resolve_formats(program: Program, recipe: Recipe, machine: Machine) -> tuple
     editor, plain = Editor(program), _without_auto(recipe)
     groups: dict[str, list[Layer]] = {}
     for layer, _, reason in selected(editor, plain, "weights"):
-        if reason is None and _is_auto(recipe.format_for(layer.path, "weights")):
+        if reason is None and not layer.is_grouped and _is_auto(recipe.format_for(layer.path, "weights")):
             groups.setdefault(layer.path, []).append(layer)
     everything = [layer for group in groups.values() for layer in group]
     check_finite(editor, everything)

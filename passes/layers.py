@@ -19,6 +19,7 @@ from ..compiler.dialect import (
     dequantize_coded,
     dequantize_outliers,
     dequantize_weight,
+    linear_grouped,
     quantize_dequantize,
     quantize_dequantize_fp8,
 )
@@ -38,6 +39,7 @@ aten = torch.ops.aten
 
 OPERATORS: dict[object, Kind] = {
     aten.linear.default: "weights",
+    linear_grouped.overload: "weights",
     aten.embedding.default: "embeddings",
     aten.conv1d.default: "convolutions",
     aten.conv1d.padding: "convolutions",
@@ -70,6 +72,11 @@ class Layer:
     node: fx.Node
     weight: fx.Node
     path: str
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether its weight `[E, N, K]` is a matrix for each expert."""
+        return self.node.target == linear_grouped.overload
 
     @property
     def input(self) -> fx.Node:
@@ -180,12 +187,24 @@ def _reason_against(editor: Editor, recipe: Recipe, layer: Layer, chosen: Any) -
     if layer.kind == "convolutions":
         against = _reason_against_convolution(recipe, layer)
     else:
-        against = None if weight.dim() == 2 else f"its weight has {weight.dim()} dimensions, not 2"
+        wanted = 3 if layer.is_grouped else 2
+        against = (
+            None if weight.dim() == wanted else f"its weight has {weight.dim()} dimensions, not {wanted}"
+        )
+        if layer.is_grouped:
+            against = against or _reason_against_grouped(chosen)
         if against is None and wants_outliers(chosen) and weight.shape[1] > LARGEST_K:
             against = (
                 f"its weight has {weight.shape[1]} inputs, and places of outliers name at most {LARGEST_K}"
             )
     return against or _other_readers(layer) or _too_small(layer, weight, chosen)
+
+
+def _reason_against_grouped(chosen: WeightFormat) -> str | None:
+    asked = "outliers" if wants_outliers(chosen) else "low_rank" if chosen.low_rank else chosen.format
+    if asked not in ("int", "auto"):
+        return f"weights of grouped linears have no form with {asked} (int has)"
+    return None
 
 
 def _reason_against_convolution(recipe: Recipe, layer: Layer) -> str | None:
@@ -232,8 +251,8 @@ def called(node: fx.Node) -> str:
 
 
 def group_size_for(sizes: tuple[int, ...], chosen: Any) -> int:
-    """Group size of a format on a weight of these sizes: 0 where one group of integers would hold the whole row, unless
-    the layout only has groups."""
+    """Group size of a format on a matrix `[N, K, ...]` of these sizes: 0 where one group of integers would hold the
+    whole row, unless the layout only has groups."""
     group_size = int(getattr(chosen, "group_size", 0))
     if getattr(chosen, "format", "int") != "int":
         return group_size
@@ -256,6 +275,8 @@ def set_argument(node: fx.Node, name: str, new: fx.Node) -> None:
 def packed_bytes(kind: Kind, sizes: tuple[int, ...], chosen: Any) -> int:
     """Bytes of a layer's tensors in the packed layout of docs/dialect.md, without its bias; of outliers by standard
     deviations, the most that there can be."""
+    if kind == "weights" and len(sizes) == 3:
+        return sizes[0] * packed_bytes(kind, sizes[1:], chosen)
     n, k = sizes[0], math.prod(sizes[1:])
     if getattr(chosen, "format", "int") != "int":
         return _coded_bytes(n, k, chosen)

@@ -39,21 +39,21 @@ def pack_linears(editor: Editor) -> None:
     """Pack all linears whose weight is a `dequantize_weight` or `dequantize_outliers` of constants."""
     packable: list[tuple[Layer, QuantizedWeight]] = []
     for layer in layers(editor):
-        quantized = codes_of(editor, layer) if layer.kind == "weights" else None
+        quantized = codes_of(editor, layer) if layer.kind == "weights" and not layer.is_grouped else None
         if quantized is None:
             continue
-        reason = quantized if isinstance(quantized, str) else _reason_against(layer)
+        reason = quantized if isinstance(quantized, str) else reason_against(layer)
         if isinstance(quantized, str) or reason is not None:
             editor.refused(layer.node, reason or "")
         else:
             packable.append((layer, quantized))
-    activations = _quantize_activations(editor, packable)
+    activations = packed_activations(editor, packable)
     packed: dict[fx.Node, tuple[PackedLinear, PackedOutliers | None, dict[str, fx.Node]]] = {}
     for layer, quantized in packable:
         if layer.weight not in packed:
             packed[layer.weight] = _pack(editor, quantized)
         matrix, outliers, nodes = packed[layer.weight]
-        width = _width(layer)
+        width = width_of(layer)
         bias = argument(layer.node, "bias")
         weights: tuple[fx.Node | None, ...] = (
             nodes["packed"],
@@ -94,7 +94,8 @@ def pack_linears(editor: Editor) -> None:
         )
 
 
-def _reason_against(layer: Layer) -> str | None:
+def reason_against(layer: Layer) -> str | None:
+    """Why a linear with a quantized weight cannot be packed, or None."""
     if is_call_of(layer.input, quantize_dequantize.overload):
         granularity = argument(layer.input, "granularity")
         if argument(layer.input, "params") is None and granularity != "token":
@@ -102,7 +103,7 @@ def _reason_against(layer: Layer) -> str | None:
     return None
 
 
-def _quantize_activations(
+def packed_activations(
     editor: Editor, packable: list[tuple[Layer, QuantizedWeight]]
 ) -> dict[fx.Node, tuple[fx.Node, fx.Node]]:
     """For each linear on a quantized input: the nodes of its codes and of their pairs."""
@@ -110,7 +111,7 @@ def _quantize_activations(
     for layer, quantized in packable:
         if is_call_of(layer.input, quantize_dequantize.overload):
             align = alignment(quantized.group_size)
-            groups.setdefault((layer.input, ceil_to(quantized.codes.shape[1], align)), []).append(
+            groups.setdefault((layer.input, ceil_to(quantized.codes.shape[-1], align)), []).append(
                 (layer, align)
             )
     result: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
@@ -123,7 +124,7 @@ def _quantize_activations(
     return result
 
 
-def _width(layer: Layer) -> str:
+def width_of(layer: Layer) -> str:
     """What the layer reads, for reports."""
     rounded = is_call_of(layer.input, quantize_dequantize.overload)
     return f"uint{argument(layer.input, 'bits')}" if rounded else "float"

@@ -9,8 +9,8 @@
    which take only the sums that no linear took.
 5. `extract_sparsity` where the recipe asks for it, on what is then whole: joined linears with their epilogues, and
    pointwise convolutions (`expose_pointwise`).
-   Quantizers that still have one dense reader come last; then, for a runtime without a float matrix product of its own,
-   float linears take panels (`pack_dense_linears`) and their epilogues.
+   Quantizers that still have one dense reader come last; then float weights of experts take panels, and, for a runtime
+   without a float matrix product of its own, float linears (`pack_dense_linears`) and their epilogues.
 
 Between 1 and 2 come the folds that the recipe asks for (`fold_transforms`), then `prune_channels` with
 `shrink_channels` and `prune_weights`. Steps that a recipe does not ask for are left out.
@@ -43,6 +43,7 @@ from .pack_coded_linears import pack_coded_linears
 from .pack_convolutions import pack_convolutions
 from .pack_dense_linears import pack_dense_linears
 from .pack_embeddings import pack_embeddings
+from .pack_grouped_linears import pack_grouped_dense, pack_grouped_linears
 from .pack_linears import pack_linears
 from .prune_channels import prune_channels
 from .prune_weights import prune_weights
@@ -105,6 +106,7 @@ def plan(
             steps.append(Step(quantize, {**options, **solved}))
     for wanted, pack in (
         (weights, pack_linears),
+        (weights, pack_grouped_linears),
         (coded, pack_coded_linears),
         (codebooks, pack_codebook_linears),
         (embeddings, pack_embeddings),
@@ -129,6 +131,7 @@ def plan(
             steps.append(Step(fuse_epilogues))  # float linears had no epilogue before
     if recipe.fuse:
         steps.append(Step(fuse_quantizers))
+    steps.append(Step(pack_grouped_dense))
     if dense:
         steps.append(Step(pack_dense_linears))
         if recipe.fuse:

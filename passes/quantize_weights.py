@@ -1,10 +1,12 @@
 """Linears read a weight rounded to 2, 3, 4 or 8 bits: `W → dequantize_weight(codes, scale, zero)`.
 
     y = x W^T + b   →   y = x (scale (w - zero))^T + b
+    W [E, N, K]     →   the same of a matrix for each expert (`linear_grouped`), its rows one above the other
     with outliers   →   y = x (scale (w - zero) + S)^T + b      S: a few float16 entries (`outliers.py`)
 
 LOSSY: each weight moves by at most half a step, or further where the range search clips (`ranges.py`) or GPTQ lets
-it make up for others (`solve_gptq.py`, `solver: gptq`); the relative error of each layer is reported. Linears that
+it make up for others (`solve_gptq.py`, `solver: gptq`; experts are rounded to nearest, as each would need the moments
+of the few rows that chose it); the relative error of each layer is reported. Linears that
 share one weight and one format share its codes; a weight tied to an embedding gets codes of its own here, as the two
 are packed differently.
 
@@ -144,7 +146,7 @@ def _input_products(
     """H of every weight that GPTQ rounds, by its node's name; a weight with several readers gets that of all inputs."""
     inputs: dict[str, list[str]] = {}
     for layer, chosen, reason in selected(editor, recipe, kind):
-        if reason is None and _by_gptq(chosen):
+        if reason is None and _by_gptq(chosen) and not layer.is_grouped:
             inputs.setdefault(layer.weight.name, []).append(layer.input.name)
     if not inputs:
         return {}
@@ -163,13 +165,15 @@ def _quantize(
 ) -> tuple[fx.Node, dict[str, Any]]:
     weight = editor.tensor(layer.weight)
     assert weight is not None
-    group_size, symmetric = group_size_for(tuple(weight.shape), chosen), getattr(chosen, "symmetric", True)
+    experts = weight.shape[0] if layer.is_grouped else 0
+    matrix = weight.flatten(0, 1) if experts else weight
+    group_size, symmetric = group_size_for(tuple(matrix.shape), chosen), getattr(chosen, "symmetric", True)
     outliers = None
     if wants_outliers(chosen):
-        found, outliers = quantize_with_outliers(weight, chosen, group_size, storable=storable)
+        found, outliers = quantize_with_outliers(matrix, chosen, group_size, storable=storable)
     else:
         found = quantize_matrix(
-            weight,
+            matrix,
             bits=chosen.bits,
             group_size=group_size,
             symmetric=symmetric,
@@ -177,8 +181,10 @@ def _quantize(
             storable=storable,
         )
     if product is not None:
-        found = solve_gptq(weight, found, product, bits=chosen.bits, group_size=group_size)
-    tensors = {"codes": found.codes, "scale": found.scale, "zero": found.zero}
+        found = solve_gptq(matrix, found, product, bits=chosen.bits, group_size=group_size)
+    tensors: dict[str, Tensor | None] = {"codes": found.codes, "scale": found.scale, "zero": found.zero}
+    if experts:
+        tensors = {part: None if t is None else t.unflatten(0, (experts, -1)) for part, t in tensors.items()}
     if outliers is not None:
         tensors |= {"outlier_places": outliers.places, "outlier_values": outliers.values}
     parts = {

@@ -153,14 +153,14 @@ def along(vector: Tensor, x: Tensor, dim: int) -> Tensor:
 def find_sites(program: Program, recipe: Recipe) -> list[Site]:
     """The sites of all layers that `recipe` will quantize, in graph order.
 
-    Layers that the recipe leaves in float, that cannot be quantized, or whose weight or input is already
-    quantized have none. Raises InputError where a weight holds NaN or infinity.
+    Layers that the recipe leaves in float, that cannot be quantized, that have a matrix for each expert, or whose
+    weight or input is already quantized have none. Raises InputError where a weight holds NaN or infinity.
     """
     editor = Editor(program)
     found: dict[tuple[fx.Node, ActivationFormat, Kind], list[tuple[Layer, Any]]] = {}
     for kind in KINDS:
         for layer, chosen, reason in selected(editor, recipe, kind):
-            if reason is None and _is_float_value(layer.input):
+            if reason is None and not layer.is_grouped and _is_float_value(layer.input):
                 form = activation_format(recipe, layer)
                 found.setdefault((layer.input, form, kind), []).append((layer, chosen))
     check_finite(editor, [layer for group in found.values() for layer, _ in group])

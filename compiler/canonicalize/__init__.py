@@ -4,7 +4,8 @@
 norms with `aten.layer_norm` and `aten.rms_norm`, attention with `aten.scaled_dot_product_attention` (all
 arguments spelled out, grouped queries by `enable_gqa`), rotary embedding with `isofold.rotary`, gated products
 with `isofold.gated`, activations with `aten.gelu` and `aten.silu`, products with a constant matrix with
-`aten.linear` (einsums, and pointwise convolutions of what was channels last, too), views with `aten.reshape` and
+`aten.linear` (einsums, and pointwise convolutions of what was channels last, too), products with a matrix that each row
+chooses with `isofold.linear_grouped`, views with `aten.reshape` and
 `aten.slice`; constants are folded, batch norms gone where they can.
 
 Each file is one form: its docstring states the identity and the side conditions, its pass reports what was
@@ -21,6 +22,7 @@ from .batch_norm import fold_batch_norm
 from .einsum import canonicalize_einsum
 from .fold_constants import fold_constants
 from .gated import canonicalize_gated
+from .grouped_linear import canonicalize_grouped_linear
 from .grouped_query import absorb_grouped_queries
 from .layer_norm import canonicalize_layer_norm
 from .linear import canonicalize_linear
@@ -30,6 +32,7 @@ from .merged_heads import split_merged_heads
 from .pointwise import canonicalize_pointwise
 from .rms_norm import canonicalize_rms_norm
 from .rotary import canonicalize_rotary
+from .sorted_rows import remove_sorting
 from .split import canonicalize_splits
 from .strip_no_ops import strip_no_ops
 
@@ -41,6 +44,8 @@ FORMS: tuple[Pass, ...] = (
     canonicalize_splits,
     canonicalize_einsum,
     canonicalize_linear,
+    canonicalize_grouped_linear,
+    remove_sorting,
     canonicalize_pointwise,
     fold_constants,
     fold_batch_norm,

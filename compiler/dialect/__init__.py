@@ -18,6 +18,10 @@ from .linear_codebook import linear_codebook
 from .linear_coded import linear_coded
 from .linear_dense import linear_dense
 from .linear_fp8 import linear_fp8
+from .linear_grouped import linear_grouped
+from .linear_grouped_dense import linear_grouped_dense
+from .linear_grouped_packed import linear_grouped_packed
+from .linear_grouped_packed_float import linear_grouped_packed_float
 from .linear_outliers import linear_outliers
 from .linear_outliers_float import linear_outliers_float
 from .linear_packed import linear_packed
@@ -57,6 +61,10 @@ __all__ = [
     "linear_coded",
     "linear_dense",
     "linear_fp8",
+    "linear_grouped",
+    "linear_grouped_dense",
+    "linear_grouped_packed",
+    "linear_grouped_packed_float",
     "linear_outliers",
     "linear_outliers_float",
     "linear_packed",

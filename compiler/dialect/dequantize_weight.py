@@ -21,5 +21,8 @@ from .packing import dequantize
 )
 def dequantize_weight(codes: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:
     """codes int8 `[N, ...]`, scale `[N, G]`, zero `[N, G]` (int8; float32 where not whole) or None → weight with the
-    shape of codes."""
+    shape of codes. Of several experts: codes `[E, N, K]`, scale and zero `[E, N, G]`."""
+    if scale.dim() == 3:
+        zeros = None if zero is None else zero.flatten(0, 1)
+        return dequantize(codes.flatten(0, 1), scale.flatten(0, 1), zeros, group_size).reshape(codes.shape)
     return dequantize(codes, scale, zero, group_size)

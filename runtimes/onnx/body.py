@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,21 +14,30 @@ OPSET = 21
 
 
 class Body:
-    """Nodes of one function. `body("Add", x, y)` appends a node and returns its output."""
+    """Nodes of one function, or of the body of a loop in it. `body("Add", x, y)` appends a node and returns its output.
 
-    def __init__(self) -> None:
+    prefix: of the names of values; a loop's must differ from those around it, which it can read.
+    """
+
+    def __init__(self, prefix: str = "") -> None:
         self._tape = Tape()
+        self._prefix = prefix
 
     def __call__(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
         """Append a node with one output; inputs that are absent at the end are left out."""
         given = list(inputs)
         while given and given[-1] is None:  # ONNX Runtime's fusions read a trailing empty name as a value
             given.pop()
-        return self._tape.op(op_type, given, attributes)
+        return self._named(self._tape.op(op_type, given, attributes))
+
+    def _named(self, value: ir.Value) -> ir.Value:
+        if self._prefix:
+            value.name = f"{self._prefix}_{len(self._tape.nodes)}"
+        return value
 
     def constant(self, value: np.ndarray) -> ir.Value:
         """A Constant node."""
-        return self._tape.op("Constant", [], {"value": ir.tensor(value)})
+        return self._named(self._tape.op("Constant", [], {"value": ir.tensor(value)}))
 
     def ints(self, *values: int) -> ir.Value:
         """An int64 vector."""
@@ -61,6 +70,30 @@ class Body:
     def stack(self, values: Sequence[ir.Value], axis: int) -> ir.Value:
         """Join along a new axis."""
         return self("Concat", *(self("Unsqueeze", v, self.ints(axis)) for v in values), axis=axis)
+
+    def loop(
+        self, count: ir.Value, carried: ir.Value, step: Callable[[Body, ir.Value, ir.Value], ir.Value]
+    ) -> ir.Value:
+        """`count` times `carried = step(body of the loop, number of the turn, carried)`."""
+        inner = Body("turn")
+        turn, going, before = (
+            ir.Value(name=f"turn_{name}", type=ir.TensorType(dtype), shape=shape)
+            for name, dtype, shape in (
+                ("number", ir.DataType.INT64, ir.Shape([])),
+                ("going", ir.DataType.BOOL, ir.Shape([])),
+                ("carried", ir.DataType.FLOAT, None),
+            )
+        )
+        after = step(inner, turn, before)
+        outputs = [inner("Identity", going), after]
+        graph = ir.Graph(
+            [turn, going, before],
+            outputs,
+            nodes=list(inner._tape.nodes),
+            opset_imports={"": OPSET},
+            name="turn",
+        )
+        return self("Loop", count, None, carried, body=graph)
 
     def function(
         self,

@@ -59,7 +59,8 @@ def packed_uses(model: ir.Model) -> list[PackedUse]:
 
 def _float_bytes(node: ir.Node) -> int:
     at = {name: attribute.value for name, attribute in node.attributes.items()}
-    if node.op_type == "PackedEmbedding":  # only the looked-up rows are decoded
+    # Only the looked-up rows are decoded, and only the experts that rows chose, one at a time.
+    if node.op_type == "PackedEmbedding" or node.op_type.startswith("Grouped"):
         return 0
     if node.op_type == "PackedConv":
         shape = node.inputs[0].shape if node.inputs[0] is not None else None

@@ -31,6 +31,7 @@ from ...compiler.errors import UnsupportedError
 from ...compiler.hadamard import steps
 from ...compiler.hadamard_orders import signs
 from .body import Body
+from .grouped_functions import grouped
 from .sparse_functions import sparse_matrix
 
 Results = tuple[ir.Value, ...]
@@ -440,6 +441,43 @@ def linear_packed_float(call: Call, body: Body) -> Results:
     return (_packed_linear(body, call, call["x"]),)
 
 
+def _grouped(call: Call, body: Body, x: ir.Value, decode: Decode) -> Results:
+    """Rows x times the matrix that `decode` makes of the weights of their expert."""
+    n, k = call.attributes["n"], call.attributes["k"]
+
+    def matrix(inner: Body, part: Callable[[ir.Value], ir.Value]) -> ir.Value:
+        own: dict[str, ir.Value | None] = {}
+        for name in ("weight", "scale", "zero"):
+            held = call.inputs.get(name)
+            own[name] = None if held is None else part(held)
+            if held is not None:
+                own[name].shape, own[name].type = ir.Shape(call.dimensions(name)[1:]), held.type  # type: ignore[union-attr]
+        return decode(inner, Call(own, call.attributes), n, k)
+
+    return (grouped(body, x, call["expert"], call.size("weight", 0), n, matrix, call.get("bias")),)
+
+
+def linear_grouped(call: Call, body: Body) -> Results:
+    """`linear_grouped`."""
+    sizes = {"n": call.size("weight", 1), "k": call.size("weight", 2)}
+    return _grouped(Call(call.inputs, sizes), body, call["input"], lambda _, own, *sizes: own["weight"])
+
+
+def linear_grouped_packed(call: Call, body: Body) -> Results:
+    """`linear_grouped_packed`."""
+    return _grouped(call, body, _dequantized(body, call), _weight)
+
+
+def linear_grouped_packed_float(call: Call, body: Body) -> Results:
+    """`linear_grouped_packed_float`."""
+    return _grouped(call, body, call["x"], _weight)
+
+
+def linear_grouped_dense(call: Call, body: Body) -> Results:
+    """`linear_grouped_dense`."""
+    return _grouped(call, body, call["x"], _dense_weight)
+
+
 def linear_outliers(call: Call, body: Body) -> Results:
     """`linear_outliers`."""
     return (_packed_linear(body, call, _dequantized(body, call), _outlier_weight),)
@@ -741,9 +779,24 @@ def quantize_dequantize(call: Call, body: Body) -> Results:
     return (body("Mul", body("Sub", codes, offset), scale),)
 
 
+def _one_above_the_other(body: Body, call: Call, name: str) -> ir.Value | None:
+    """An input `[E, N, ...]` that may be absent as `[E N, ...]`."""
+    held = call.get(name)
+    if held is None:
+        return None
+    rows, last = call.size(name, 0) * call.size(name, 1), call.size(name, 2)
+    flat = body.reshape(held, rows, last)
+    flat.shape, flat.type = ir.Shape([rows, last]), held.type
+    return flat
+
+
 def dequantize_weight(call: Call, body: Body) -> Results:
     """`dequantize_weight`: ONNX's own DequantizeLinear, in blocks where there are groups, unless zero points are not
-    whole."""
+    whole; matrices of several experts are one above the other."""
+    if call.rank("scale") == 3:
+        stacked = {name: _one_above_the_other(body, call, name) for name in ("codes", "scale", "zero")}
+        (matrix,) = dequantize_weight(Call(stacked, call.attributes), body)
+        return (body.reshape(matrix, *(call.size("codes", axis) for axis in range(3))),)
     codes, scale, zero, group = call["codes"], call["scale"], call.get("zero"), call.attributes["group_size"]
     if zero is not None and zero.dtype == ir.DataType.FLOAT:
         rows, width = (call.size("codes", axis) for axis in (0, 1))
@@ -787,6 +840,10 @@ BODIES: dict[str, Builder] = {
         linear_coded,
         linear_dense,
         linear_fp8,
+        linear_grouped,
+        linear_grouped_dense,
+        linear_grouped_packed,
+        linear_grouped_packed_float,
         linear_outliers,
         linear_outliers_float,
         linear_packed,

@@ -197,27 +197,11 @@ enum { EMPTY, WRITING, READY };
 OrtStatus* create_linear(void* memory, const Attributes& a) {
   auto& kernel = *static_cast<LinearKernel*>(memory);
   isofold_linear& l = kernel.linear;
-  int64_t bits = 0;
   bool gated = false;
-  ISOFOLD_TRY(a.at_least("n", 1, &l.n));
-  ISOFOLD_TRY(a.at_least("k", 1, &kernel.k));
-  ISOFOLD_TRY(a.get("bits", &bits));
-  ISOFOLD_TRY(a.at_least("group_size", 0, &l.group_size));
-  ISOFOLD_TRY(a.get("scale_multiplier", &l.scale_multiplier));
+  ISOFOLD_TRY(create_integers(a, &l, &kernel.k));
   ISOFOLD_TRY(a.activation(&l.activation));
   ISOFOLD_TRY(a.get("gated", &gated));
-  l.bits = int32_t(bits);
   l.gated = gated;
-  if (bits != 2 && bits != 3 && bits != 4 && bits != 8)
-    return fail(a.api, ORT_INVALID_ARGUMENT, "%s: attribute 'bits' is %lld; expected 2, 3, 4 or 8", a.op->name,
-                (long long)bits);
-  if (l.group_size % 32 != 0)
-    return fail(a.api, ORT_INVALID_ARGUMENT, "%s: attribute 'group_size' is %lld; expected 0 or a multiple of 32",
-                a.op->name, (long long)l.group_size);
-  if (bits < 4 && l.group_size == 0)
-    return fail(a.api, ORT_INVALID_ARGUMENT, "%s: attribute 'group_size' is 0; weights of %lld bits have groups",
-                a.op->name, (long long)bits);
-  l.kp = ceil_to(kernel.k, l.group_size > 32 ? l.group_size : 32);
   return nullptr;
 }
 
@@ -473,6 +457,28 @@ void define_outliers(Op* op, size_t first) {
 }
 
 }  // namespace
+
+OrtStatus* create_integers(const Attributes& a, isofold_linear* linear, int64_t* k) {
+  isofold_linear& l = *linear;
+  int64_t bits = 0;
+  ISOFOLD_TRY(a.at_least("n", 1, &l.n));
+  ISOFOLD_TRY(a.at_least("k", 1, k));
+  ISOFOLD_TRY(a.get("bits", &bits));
+  ISOFOLD_TRY(a.at_least("group_size", 0, &l.group_size));
+  ISOFOLD_TRY(a.get("scale_multiplier", &l.scale_multiplier));
+  l.bits = int32_t(bits);
+  if (bits != 2 && bits != 3 && bits != 4 && bits != 8)
+    return fail(a.api, ORT_INVALID_ARGUMENT, "%s: attribute 'bits' is %lld; expected 2, 3, 4 or 8", a.op->name,
+                (long long)bits);
+  if (l.group_size % 32 != 0)
+    return fail(a.api, ORT_INVALID_ARGUMENT, "%s: attribute 'group_size' is %lld; expected 0 or a multiple of 32",
+                a.op->name, (long long)l.group_size);
+  if (bits < 4 && l.group_size == 0)
+    return fail(a.api, ORT_INVALID_ARGUMENT, "%s: attribute 'group_size' is 0; weights of %lld bits have groups",
+                a.op->name, (long long)bits);
+  l.kp = ceil_to(*k, l.group_size > 32 ? l.group_size : 32);
+  return nullptr;
+}
 
 void define_quantize_activation(Op* op) {
   op->name = "QuantizeActivation";

@@ -281,6 +281,9 @@ OrtStatus* parallel_float_linear(const Context& c, const isofold_linear& l, int6
   return c.parallel(isofold_linear_float_tasks(&l, m), decode > work ? decode : work, f);
 }
 
+// The attributes of a linear on integer codes: n, k, bits, group_size, scale_multiplier (linear.cc).
+OrtStatus* create_integers(const Attributes& a, isofold_linear* linear, int64_t* k);
+
 // The operators, one function per file.
 void define_quantize_activation(Op*);
 void define_packed_linear(Op*);
@@ -292,6 +295,9 @@ void define_coded_linear(Op*);
 void define_fp8_linear(Op*);
 void define_quantize_activation_fp8(Op*);
 void define_dense_linear(Op*);
+void define_grouped_packed_linear(Op*);
+void define_grouped_packed_linear_float(Op*);
+void define_grouped_dense_linear(Op*);
 void define_sparse_linear(Op*);
 void define_sparse_linear_float(Op*);
 void define_codebook_linear(Op*);

@@ -233,6 +233,7 @@ void (*const definitions[])(Op*) = {
     define_sparse_linear,       define_sparse_linear_float, define_quantize_packed_linear,
     define_codebook_linear,     define_dense_linear,  define_outlier_linear,      define_outlier_linear_float,
     define_cached_attention,    define_quantize_cache, define_quantize_activation_fp8, define_fp8_linear,
+    define_grouped_packed_linear, define_grouped_packed_linear_float, define_grouped_dense_linear,
 };
 constexpr size_t op_count = sizeof definitions / sizeof definitions[0];
 

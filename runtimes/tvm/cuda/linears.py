@@ -43,7 +43,7 @@ def linear_packed(call: Call) -> Plan:
     """`isofold.linear_packed`, and `isofold.linear_outliers`."""
     plan = Plan()
     rows = plan.rows(call["u"])
-    weights = _integer_weights(call)
+    weights = integer_weights(call)
     plan.view("u", rows, int(call["u"].shape[-1]))
     static = len(call["params"].shape) == 1
     plan.view("params", *((2,) if static else (rows, 2)))
@@ -53,7 +53,7 @@ def linear_packed(call: Call) -> Plan:
 def quantize_linear_packed(call: Call) -> Plan:
     """`isofold.quantize_linear_packed`: the quantizer, then the linear."""
     plan = Plan()
-    weights = _integer_weights(call)
+    weights = integer_weights(call)
     align = max(32, weights.group_size)
     bits = call.attributes.get("input_bits", 8)
     quantize_into(plan, call, "x", call["x"], align, "params", "pre_shift", "pre_scale", bits)
@@ -62,7 +62,7 @@ def quantize_linear_packed(call: Call) -> Plan:
 
 def linear_packed_float(call: Call) -> Plan:
     """`isofold.linear_packed_float`, and `isofold.linear_outliers_float`."""
-    return _float_linear(call, _integer_weights(call))
+    return _float_linear(call, integer_weights(call))
 
 
 def linear_coded(call: Call) -> Plan:
@@ -90,7 +90,8 @@ def linear_codebook(call: Call) -> Plan:
     return _float_linear(call, Weights(codebook_layout(call.attributes["format"]), 0, "float32"))
 
 
-def _integer_weights(call: Call) -> Weights:
+def integer_weights(call: Call) -> Weights:
+    """How the integer codes of a call are stored."""
     bits, group_size = call.attributes["bits"], call.attributes["group_size"]
     steps = zero_steps(bits) if call.has("zero") else 0
     return Weights(integer_layout(bits), group_size, "float16" if group_size else "float32", steps)

@@ -174,7 +174,9 @@ def dequantize_weight(call: Call) -> Plan:
     """`isofold.dequantize_weight`."""
     plan, group_size = Plan(), call.attributes["group_size"]
     n, k_ = _matrix(call["codes"].shape)
-    groups = int(call["scale"].shape[1])
+    groups = int(call["scale"].shape[-1])
+    if len(call["scale"].shape) == 3:  # a matrix for each expert, one above the other
+        n, k_ = n * int(call["codes"].shape[1]), int(call["codes"].shape[2])
     inputs = [Tensor(plan.view("codes", n, k_), (n, k_), "int8")]
     inputs.append(Tensor(plan.view("scale", n, groups), (n, groups), "float32"))
     if call.has("zero"):

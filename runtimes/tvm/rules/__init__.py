@@ -7,6 +7,7 @@ from . import (
     dialect,
     indexing,
     normalization,
+    ordering,
     pointwise,
     reductions,
     views,
@@ -16,5 +17,16 @@ from .registry import RULES, Rule, rule
 __all__ = ["RULES", "Rule", "rule"]
 
 assert all(
-    (contractions, convolutions, creation, dialect, indexing, normalization, pointwise, reductions, views)
+    (
+        contractions,
+        convolutions,
+        creation,
+        dialect,
+        indexing,
+        normalization,
+        ordering,
+        pointwise,
+        reductions,
+        views,
+    )
 )

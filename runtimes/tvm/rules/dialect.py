@@ -34,6 +34,7 @@ DECODED = (
     "dequantize_coded",
     "dequantize_outliers",
     "dequantize_weight",
+    "linear_grouped",
 )
 """Operators that are kernels of TVM; all others are in the op library."""
 
@@ -145,10 +146,22 @@ def _dequantize_weight(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
     dtype = dtype_name(fake(node).dtype)
     size = a["group_size"]
 
+    experts = fake(a["scale"]).dim() == 3  # a matrix for each
+
     def describe(k: Kernel) -> te.Tensor:
         codes, scale = k.tensor(a["codes"]), k.tensor(a["scale"])
         zero = k.tensor(a["zero"]) if a["zero"] is not None else None
         shape = k.shape(node)
+
+        def of_expert(e: Expr, n: Expr, i: Expr) -> Expr:
+            group = tirx.floordiv(i, size) if size else 0
+            v = codes(e, n, i).astype(dtype)
+            if zero is not None:
+                v = v - cast(zero(e, n, group), dtype)
+            return v * scale(e, n, group)
+
+        if experts:
+            return te.compute(shape, of_expert, name="y")
 
         def element(n: Expr, *i: Expr) -> Expr:
             at: Expr = tirx.IntImm("int64", 0)
@@ -158,6 +171,33 @@ def _dequantize_weight(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
             if zero is not None:
                 v = v - cast(_groups(k, zero, n, at, size), dtype)
             return v * _groups(k, scale, n, at, size)
+
+        return te.compute(shape, element, name="y")
+
+    return b.kernel(node, describe)
+
+
+@rule(OPERATORS["linear_grouped"].overload)
+def _linear_grouped(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
+    """Weights as they are, for those that no pass could store in panels."""
+    dtype, experts = dtype_name(fake(node).dtype), int(fake(a["weight"]).shape[0])
+
+    def describe(k: Kernel) -> te.Tensor:
+        x, expert, weight = (k.tensor(a[name]) for name in ("input", "expert", "weight"))
+        bias = k.tensor(a["bias"]) if a["bias"] is not None else None
+        axis = te.reduce_axis((0, weight.shape[2]), "k")
+        shape = k.shape(node)
+
+        def own(s: Expr) -> Expr:
+            return tirx.max(tirx.min(expert(s), tirx.IntImm("int64", experts - 1)), tirx.IntImm("int64", 0))
+
+        sums = te.compute(
+            shape, lambda s, n: te.sum(x(s, axis) * weight(own(s), n, axis), axis=axis), name="sums"
+        )
+
+        def element(s: Expr, n: Expr) -> Expr:
+            v = sums(s, n) if bias is None else sums(s, n) + bias(own(s), n)
+            return tirx.Select(tirx.EQ(own(s), expert(s)), v, constant(0, dtype))
 
         return te.compute(shape, element, name="y")
 

@@ -156,6 +156,44 @@ def _masked_put(b: Builder, node: fx.Node, source: fx.Node, mask: fx.Node, value
     return b.elements(node, [source, mask, value], body)
 
 
+@rule(aten.scatter.value, aten.scatter.src)
+def _scatter(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
+    """Every element looks for the last index that names it, as for index_put: meant for few of them."""
+    source, ids, dim = a["self"], a["index"], a["dim"] % max(1, fake(node).dim())
+    dtype, rest = dtype_name(fake(node).dtype), [d for d in range(fake(node).dim()) if d != dim]
+
+    def describe(k: Kernel) -> te.Tensor:
+        x, index = k.tensor(source), k.tensor(ids)
+        values = k.tensor(a["src"]) if "src" in a else None
+        axis = te.reduce_axis((0, index.shape[dim]), "r")
+        nowhere = tirx.IntImm("int64", -1)
+        length = [s.astype("int64") for s in index.shape]
+
+        def inside(i: tuple[Expr, ...], at: Expr) -> list[Expr]:
+            # The index may be smaller than what it writes to.
+            own = [tirx.min(v.astype("int64"), length[d] - 1) for d, v in enumerate(i)]
+            own[dim] = at
+            return own
+
+        def place(*i: Expr) -> Expr:
+            hit = tirx.EQ(index(*inside(i, axis.var)).astype("int64"), i[dim].astype("int64"))
+            for d in rest:
+                hit = tirx.And(hit, i[d].astype("int64") < length[d])
+            return te.max(tirx.Select(hit, axis.var.astype("int64"), nowhere), axis=axis)
+
+        last = te.compute(x.shape, place, name="last")
+
+        def element(*i: Expr) -> Expr:
+            own = None if values is None else values(*inside(i, tirx.max(last(*i), 0)))
+            written = constant(a["value"], dtype) if own is None else own
+            return tirx.if_then_else(last(*i) < 0, x(*i), written)
+
+        return te.compute(x.shape, element, name="y")
+
+    b.fallbacks.setdefault("scatter searches its indices for every element", []).append(node.name)
+    return b.kernel(node, describe)
+
+
 @rule(aten.slice_scatter.default)
 def _slice_scatter(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
     from .views import clamped_start

@@ -25,6 +25,8 @@ FORMS = ("scaled_dot_product_attention", "rms_norm", "layer_norm", "rotary", "ga
 EXPECTED = {
     "llama": (2, 5, 0, 4, 2, 0),
     "qwen3": (2, 9, 0, 4, 2, 0),
+    "qwen3_moe": (2, 9, 0, 4, 2, 0),
+    "gpt_oss": (0, 5, 0, 0, 0, 0),
     "opt": (2, 0, 5, 0, 0, 0),
     "gpt_neox": (2, 0, 5, 4, 0, 2),
     "mpt": (2, 0, 5, 0, 0, 2),
@@ -56,16 +58,21 @@ EXPECTED = {
     "resnet": (0, 0, 0, 0, 0, 0),
 }
 CAUSAL = {
-    "llama", "qwen3", "opt", "gpt_neox", "falcon", "gpt2", "phi3", "olmo2", "bamba", "whisper", "whisper_decoder",
+    "llama", "qwen3", "qwen3_moe", "opt", "gpt_neox", "falcon", "gpt2", "phi3", "olmo2", "bamba", "whisper",
+    "whisper_decoder",
 }  # fmt: skip
 GONE = {
     "rsqrt", "erf", "sigmoid", "softmax", "_weight_norm", "_weight_norm_interface", "clone", "alias", "dropout",
     "view", "_unsafe_view", "contiguous", "split", "chunk", "split_with_sizes", "diff", "addmm", "mm",
     "_native_batch_norm_legit_no_training", "batch_norm", "_assert_tensor_metadata", "repeat_interleave",
-    "type_as", "baddbmm", "bmm",
+    "type_as", "baddbmm", "bmm", "sort", "histc", "index_put", "grouped_mm_fallback", "_grouped_mm",
 }  # fmt: skip
-#: Mamba2 repeats its B and C over heads, which is no attention; the operator has no place for Gemma 2's logit cap.
-KEPT = {"mamba2": {"repeat_interleave"}, "bamba": {"repeat_interleave"}, "gemma2": {"softmax", "diff"}}
+#: Mamba2 repeats its B and C over heads, which is no attention; the operator has no place for Gemma 2's logit cap, nor
+#: for GPT-OSS's sinks, whose gate is no SiLU; routers have a softmax.
+KEPT = {
+    "mamba2": {"repeat_interleave"}, "bamba": {"repeat_interleave"}, "gemma2": {"softmax", "diff"},
+    "qwen3_moe": {"softmax"}, "gpt_oss": {"softmax", "sigmoid"},
+}  # fmt: skip
 
 
 def test_the_table_is_complete() -> None:

@@ -64,6 +64,26 @@ def float_arguments() -> tuple[Any, ...]:
     return (randn(2, 3, 40), *tensors, 5, 40, 4, 32, p.scale_multiplier, "silu", False)
 
 
+EXPERT = torch.tensor([2, 0, -1, 2, 3, 0, 2])
+"""Seven rows of three experts: one that no row chose, and two rows of none."""
+
+
+def grouped_arguments(quantized: bool, bits: int = 4, group_size: int = 32) -> tuple[Any, ...]:
+    p = packed(3 * 16, 40, bits, group_size, zeros=True)
+    assert p.zero is not None
+    tensors = [t.unflatten(0, (3, -1)) for t in (p.weight, p.scale, p.zero, p.wsum)]
+    tail = (randn(3, 5), 5, 40, bits, group_size, p.scale_multiplier)
+    if not quantized:
+        return (randn(7, 40), EXPERT, *tensors[:3], *tail)
+    u, params = OPS.quantize_activation(randn(7, 40), None, packing.alignment(group_size))
+    return (u, params, EXPERT, *tensors, *tail)
+
+
+def grouped_dense_arguments() -> tuple[Any, ...]:
+    panels = torch.stack([pack_dense(w) for w in randn(3, 5, 40)])
+    return (randn(7, 40), EXPERT, panels, randn(3, 5), 5, 40)
+
+
 def outlier_arguments(quantized: bool, gated: bool = False) -> tuple[Any, ...]:
     rows, n = (32, 10) if gated else (5, 5)
     p = packed(rows, 40, 4, 32, True)
@@ -75,6 +95,17 @@ def outlier_arguments(quantized: bool, gated: bool = False) -> tuple[Any, ...]:
         return (randn(2, 3, 40), p.weight, p.scale, p.zero, *tail, *attributes)
     u, params = OPS.quantize_activation(randn(2, 3, 40), None, 32)
     return (u, params, p.weight, p.scale, p.zero, p.wsum, *tail, *attributes)
+
+
+def dequantize_experts_arguments() -> tuple[Any, ...]:
+    g = generator()
+    codes = torch.randint(-8, 8, (3, 5, 40), generator=g, dtype=torch.int8)
+    return (
+        codes,
+        torch.rand(3, 5, 2, generator=g),
+        torch.randint(-3, 4, (3, 5, 2), generator=g).to(torch.int8),
+        32,
+    )
 
 
 def dequantize_outliers_arguments() -> tuple[Any, ...]:
@@ -242,7 +273,7 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         lambda: dequantize_coded_arguments("nvfp4", 16),
     ],
     "dequantize_outliers": [dequantize_outliers_arguments],
-    "dequantize_weight": [dequantize_arguments],
+    "dequantize_weight": [dequantize_arguments, dequantize_experts_arguments],
     "embedding_packed": [embedding_arguments],
     "gated": [lambda: (randn(2, 6), randn(2, 6), "silu")],
     "hadamard": [
@@ -261,6 +292,13 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         lambda: coded_arguments("mxfp6_e3m2", 32),
     ],
     "linear_dense": [lambda: dense_arguments(False), lambda: dense_arguments(True)],
+    "linear_grouped": [
+        lambda: (randn(7, 40), EXPERT, randn(3, 5, 40), randn(3, 5)),
+        lambda: (randn(7, 40), EXPERT, randn(3, 5, 40)),
+    ],
+    "linear_grouped_dense": [grouped_dense_arguments],
+    "linear_grouped_packed": [lambda: grouped_arguments(True), lambda: grouped_arguments(True, 8, 0)],
+    "linear_grouped_packed_float": [lambda: grouped_arguments(False)],
     "linear_outliers": [lambda: outlier_arguments(True), lambda: outlier_arguments(True, gated=True)],
     "linear_outliers_float": [lambda: outlier_arguments(False)],
     "linear_packed": [
@@ -358,6 +396,9 @@ def floats_of(given: tuple[Any, ...]) -> list[int]:
         "linear_codebook",
         "linear_coded",
         "linear_dense",
+        "linear_grouped",
+        "linear_grouped_dense",
+        "linear_grouped_packed_float",
         "linear_outliers_float",
         "linear_packed_float",
         "linear_sparse_float",
@@ -520,6 +561,32 @@ def test_linear_packed_is_the_integer_formula_of_the_documentation(
                 total += scale[row, g] * float((codes * w[row, part]).sum() - zero[row, g] * codes.sum())
             expected[m, row] = s * (total - z * p.wsum[row].double()) + bias[row] + residual[m, row]
     assert torch.allclose(got, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_grouped_linears_are_the_linears_of_each_expert() -> None:
+    """Row by row the operator for one matrix, 0 where there is no expert, packed or not."""
+    for name, given, single in (
+        ("linear_grouped_packed", grouped_arguments(True), "linear_packed"),
+        ("linear_grouped_packed_float", grouped_arguments(False), "linear_packed_float"),
+        ("linear_grouped_dense", grouped_dense_arguments(), "linear_dense"),
+    ):
+        names = [a.name for a in OPERATORS[name].overload._schema.arguments]
+        a = dict(zip(names, given, strict=True))
+        got = OPERATORS[name].overload(*given)
+        for row, e in enumerate(EXPERT.tolist()):
+            if not 0 <= e < 3:
+                assert not got[row].any()
+                continue
+            own = {n: v[e] for n, v in a.items() if n in ("weight", "scale", "zero", "wsum", "bias")}
+            rows = {n: a[n][row : row + 1] for n in ("x", "u", "params") if n in a}
+            rest = {"residual": None, "activation": "none", "gated": False}
+            every = {**a, **own, **rows, **rest}
+            wanted = [every[d.name] for d in OPERATORS[single].overload._schema.arguments]
+            torch.testing.assert_close(got[row : row + 1], OPERATORS[single].overload(*wanted))
+    x, expert, weight, bias = SAMPLES["linear_grouped"][0]()
+    found = OPS.linear_grouped(x, expert, weight, bias)
+    torch.testing.assert_close(found[0], weight[2] @ x[0] + bias[2])
+    assert not found[EXPERT.lt(0) | EXPERT.gt(2)].any()
 
 
 def test_gated_linear_is_activation_of_gate_times_up() -> None:

@@ -55,6 +55,7 @@ def packed(random: _Random, rows: int, k: int, bits: int, group: int, zero: bool
 def cases() -> Iterator[Case]:
     """All cases."""
     yield from _linears()
+    yield from _grouped()
     yield from _outliers()
     yield from _coded()
     yield from _fp8()
@@ -129,6 +130,66 @@ def linear(
     present = "+".join(name for name in ("zero", "bias", "residual") if arguments[name] is not None)
     what = f"w{bits}g{group}-{present or 'bare'}-{activation}{'-gated' if gated else ''}-k{k}"
     return "linear_packed", what, arguments
+
+
+def _grouped() -> Iterator[Case]:
+    """Rows of no expert, experts without rows, one expert and no rows at all, all packed formats."""
+    formats = [(8, 0), (4, 32), (8, 32), (4, 0), (3, 32), (2, 64)]
+    for i, (bits, group) in enumerate(formats):
+        yield grouped(
+            i, 37, (70, 128, 131)[i % 3], bits, group, i % 2 == 1, i % 3 < 2, rows=7 + i, static=i == 2
+        )
+    yield grouped(11, 16, 64, 4, 32, False, False, rows=40, experts=2)
+    yield grouped(12, 33, 40, 8, 0, True, True, rows=1, experts=5)
+    yield grouped(13, 5, 33, 4, 32, False, True, rows=0)
+    for i, (bits, group) in enumerate(formats[:3] + formats[4:]):
+        name, what, arguments = grouped(
+            20 + i, 37, 70 + i, bits, group, i % 2 == 0, i % 2 == 1, rows=6 + 7 * i
+        )
+        u, params = arguments.pop("u"), arguments.pop("params")
+        x = params[..., :1] * (u[..., : arguments["k"]].float() - params[..., 1:])
+        del arguments["wsum"]
+        yield f"{name}_float", what, {"x": x, **arguments}
+    random = _Random(31)
+    for rows, n, k, bias in ((9, 37, 45, True), (1, 32, 64, False), (30, 70, 33, False), (0, 4, 3, True)):
+        weight, own = random.normal(4, n, k), random.normal(4, n) if bias else None
+        expert, x = random.integers(-1, 5, rows), random.normal(rows, k)
+        what = f"{rows}x{n}x{k}{'-bias' * bias}"
+        yield "linear_grouped", what, {"input": x, "expert": expert, "weight": weight, "bias": own}
+        panels = torch.stack([pack_dense(w) for w in weight])
+        dense = {"x": x, "expert": expert, "weight": panels, "bias": own, "n": n, "k": k}
+        yield "linear_grouped_dense", what, dense
+
+
+def grouped(
+    seed: int, n: int, k: int, bits: int, group: int, zero: bool, bias: bool, *, rows: int, experts: int = 4,
+    static: bool = False,
+) -> Case:  # fmt: skip
+    """`linear_grouped_packed`; an expert in ten is none."""
+    random = _Random(seed)
+    matrix = packed(random, experts * packing.ceil_to(n, 16), k, bits, group, zero)
+    width = packing.ceil_to(k, packing.alignment(group))
+    u = random.integers(0, 256, rows, width).to(torch.uint8)
+    u[..., k:] = 0
+    pairs = random.normal(rows, 2).abs()
+    pairs[..., 1] = random.integers(0, 256, rows).float()
+    arguments = {
+        "u": u,
+        "params": torch.tensor([0.02, 131.0]) if static else pairs,
+        "expert": random.integers(-1, experts + 1, rows),
+        "weight": matrix.weight.unflatten(0, (experts, -1)),
+        "scale": matrix.scale.unflatten(0, (experts, -1)),
+        "zero": matrix.zero.unflatten(0, (experts, -1)) if matrix.zero is not None else None,
+        "wsum": matrix.wsum.unflatten(0, (experts, -1)),
+        "bias": random.normal(experts, n) if bias else None,
+        "n": n,
+        "k": k,
+        "bits": bits,
+        "group_size": group,
+        "scale_multiplier": matrix.scale_multiplier,
+    }
+    what = f"w{bits}g{group}{'-zero' * zero}{'-bias' * bias}-{rows}x{n}x{k}-of-{experts}"
+    return "linear_grouped_packed", what, arguments
 
 
 def _quantizing(case: Case, static: bool, vectors: bool, input_bits: int, hadamard: list[int]) -> Case:
@@ -682,6 +743,14 @@ def _elementwise() -> Iterator[Case]:
                 "group_size": group,
             },
         )
+    for group, zero in ((0, False), (32, True)):
+        experts = {
+            "codes": random.integers(-8, 8, 3, 6, 45).to(torch.int8),
+            "scale": random.normal(3, 6, 2 if group else 1),
+            "zero": random.integers(-5, 6, 3, 6, 2).to(torch.int8) if zero else None,
+            "group_size": group,
+        }
+        yield "dequantize_weight", f"g{group}-zero{zero}-experts", experts
     yield (
         "dequantize_weight",
         "g32-zero-between-codes",

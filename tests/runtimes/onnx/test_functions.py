@@ -25,6 +25,7 @@ NOT_IN_LIBRARY = (
     "dequantize_codebook",
     "dequantize_outliers",
     "dequantize_cache",
+    "linear_grouped",
 )
 
 

@@ -242,6 +242,53 @@ def test_bad_linears_are_errors_that_say_why(
         run_operator("linear_packed", _linear(**changes))
 
 
+def _grouped(**changes: Any) -> list[Any]:
+    given: dict[str, Any] = {
+        "u": torch.ones(2, 64, dtype=torch.uint8), "params": torch.ones(2, 2), "expert": torch.tensor([1, 0]),
+        "weight": torch.zeros(3, 3, 8, 16, 4, dtype=torch.uint8),
+        "scale": torch.zeros(3, 3, 2, 16, dtype=torch.float16),
+        "zero": None, "wsum": torch.zeros(3, 48), "bias": torch.zeros(3, 40), "n": 40, "k": 50, "bits": 4,
+        "group_size": 32, "scale_multiplier": 1.0,
+    }  # fmt: skip
+    return list({**given, **changes}.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"u": torch.ones(1, 2, 64, dtype=torch.uint8)}, r"input 0 \(u\): expected two dimensions"),
+        ({"u": torch.ones(2, 50, dtype=torch.uint8)}, r"input 0 \(u\): expected a last dimension of 64"),
+        (
+            {"params": torch.ones(3, 2)},
+            r"input 1 \(params\): expected float32 \[2, 2\], got float32 \[3, 2\]",
+        ),
+        ({"expert": torch.ones(3).long()}, r"input 2 \(expert\): expected int64 \[2\], got int64 \[3\]"),
+        (
+            {"weight": torch.zeros(3, 2, 8, 16, 4, dtype=torch.uint8)},
+            r"input 3 \(weight\): expected uint8 \[3, 3, 8, 16, 4\], got uint8 \[3, 2, 8, 16, 4\]",
+        ),
+        (
+            {"weight": torch.zeros(0, 3, 8, 16, 4, dtype=torch.uint8)},
+            r"input 3 \(weight\): expected the matrices of at least one expert",
+        ),
+        (
+            {"wsum": torch.zeros(2, 48)},
+            r"input 6 \(wsum\): expected float32 \[3, 48\], got float32 \[2, 48\]",
+        ),
+        (
+            {"bias": torch.zeros(3, 48)},
+            r"input 7 \(bias\): expected float32 \[3, 40\], got float32 \[3, 48\]",
+        ),
+        ({"bits": 5}, r"attribute 'bits' is 5; expected 2, 3, 4 or 8"),
+    ],
+)
+def test_bad_grouped_linears_are_errors_that_say_why(
+    run_operator: Run, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(Exception, match="GroupedPackedLinear: .*" + message):
+        run_operator("linear_grouped_packed", _grouped(**changes))
+
+
 def _quantizing(**changes: Any) -> list[Any]:
     quantizer = {"x": torch.ones(2, 50), "params": None, "pre_shift": None, "pre_scale": None}
     # Values follow names, as the linear's u and params are left out.
