@@ -11,6 +11,8 @@ Example: u = 0x38 0x40 (1, 2), s = 0.5, code = 0x38 0xC0 (1, -2), scale 3: y = 0
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -31,8 +33,8 @@ def _check(format: str) -> None:
         )
 
 
-def _shape(u: Tensor, params: Tensor, *rest: object) -> Tensor:
-    _check(str(rest[6]))
+def _shape(u: Tensor, params: Tensor, *rest: Any) -> Tensor:
+    _check(rest[6])
     return params.new_empty([*u.shape[:-1], rest[4]])
 
 

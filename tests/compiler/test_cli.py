@@ -148,7 +148,7 @@ def test_the_fp8_preset_compiles_and_runs(folder: Path) -> None:
     report = json.loads((folder / "net-fp8" / "report.json").read_text())
     assert report["recipe"]["activations"]["format"] == "e4m3"
     assert "bits" not in report["recipe"]["activations"]
-    assert {row["op"] for row in report["layers"]} == {"Fp8Linear"}
+    assert {row["operator"] for row in report["layers"]} == {"linear_fp8"}
     assert invoke("run", "net-fp8", "--json", "-q").exit_code == 0
 
 

@@ -79,6 +79,10 @@ class Layout:
         """The device function that multiplies words of bytes with codes of activations."""
         return "iso_mma_s8u8"
 
+    def unit(self) -> Any:
+        """What sums of FP8 products are to be multiplied by."""
+        raise NotImplementedError
+
     def byte_words(self, registers: Any, row: int, unit: Any, out: Any) -> None:
         """A row's unit as two words of signed bytes, or of FP8 codes."""
         raise NotImplementedError
@@ -149,7 +153,6 @@ class CodedLayout(Layout):
         return f"iso_mma_{self.product}"
 
     def unit(self) -> Any:
-        """What sums of FP8 products are to be multiplied by."""
         return value("float32", f"iso_unit_{self.product}")
 
     def byte_words(self, registers: Any, row: int, unit: Any, out: Any) -> None:
