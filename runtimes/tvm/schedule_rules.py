@@ -192,9 +192,8 @@ class Contraction:
         tiles: list[Any] = []
         loops[id(lane)] = [] if outer is None else [outer]
         inner = [lanes]
-        tall = shape.rows * max(1, shape.columns // columns) if lane.extent is None else shape.rows
         if rows is not None:
-            count = tall if rows.extent is None else min(tall, rows.extent)
+            count = shape.rows if rows.extent is None else min(shape.rows, rows.extent)
             if rows.extent is not None and rows.extent <= count:
                 loops[id(rows)] = []
                 tile = rows.loop
@@ -222,7 +221,7 @@ class Contraction:
             start = sch.decompose_reduction(nest.block, sums[0])
             self._like(sch, start, len(tiles))
         what = f"{columns if outer is not None else lane.extent} neighbouring results"
-        return f"{what}, {tall} rows of them at once" if rows is not None else what
+        return f"{what}, {shape.rows} rows of them at once" if rows is not None else what
 
     @staticmethod
     def _like(sch: Schedule, start: Any, tiles: int) -> None:

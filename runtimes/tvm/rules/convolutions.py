@@ -60,7 +60,7 @@ def whole_rows(k: Kernel, size: Any, width: Expr, most: int) -> Expr:
     """`whole_vectors` of a row's size (torch's, and here).
 
     An unknown one is always rounded up: what is left of a row would be computed element by element, which for 7 results
-    takes fifty times as long.
+    takes up to eighty times as long.
     """
     if isinstance(width, (int, tirx.IntImm)):
         return whole_vectors(width, most)

@@ -15,12 +15,14 @@ from tvm import te, tirx
 
 from isofold.compiler.capture import capture
 from isofold.compiler.processor import processor
+from isofold.compiler.tune_job import show_tuned
 from isofold.runtimes.tuning.child import LostError
 from isofold.runtimes.tuning.database import Database, Record, read_records
 from isofold.runtimes.tuning.machines import Machine
 from isofold.runtimes.tuning.search import InventionError
 from isofold.runtimes.tvm import traces, tune_cpu
-from isofold.runtimes.tvm.compile_cpu import cpu_target, fused
+from isofold.runtimes.tvm.compile_cpu import compile_library, cpu_target, fused
+from isofold.runtimes.tvm.executor import Executor
 from isofold.runtimes.tvm.lower import lower
 from isofold.runtimes.tvm.schedule_cpu import TRACE_FAILED, TUNED, function_key, schedule_cpu, schedule_report
 from isofold.runtimes.tvm.schedule_traces import (
@@ -258,6 +260,42 @@ def test_traces_of_another_machine_or_version_do_not_count(
     database.unlink()
     Database(database).add([record_of(text, pooled(), target, **values)])
     assert tuned_schedules(database, target) == {}
+
+
+def test_compiling_applies_what_the_database_has_and_says_what_it_could_not(
+    tmp_path: Path, target: Any, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = capture(torch.nn.AvgPool1d(4, 4).eval(), (torch.randn(2, 6, 64),))
+    lowered = lower(program).module
+    ((name, function),) = [
+        (str(g.name_hint), f)
+        for g, f in fused(lowered, target).functions.items()
+        if isinstance(f, tirx.PrimFunc)
+    ]
+    (text,) = MetaSchedule(workshop, function, target, {}, 1, 2)([], 1)
+    monkeypatch.setattr(tune_cpu, "database_path", lambda: tmp_path / "tuning.jsonl")
+    Database(tmp_path / "tuning.jsonl").add([record_of(text, function, target)])
+    facts = compile_library(lowered, target, tmp_path / "model.so")
+    assert (facts["tuned"], facts["trace_failed"]) == (1, [])
+    assert facts["schedules"][name] == "a trace of MetaSchedule"
+    x = torch.randn(2, 6, 64)
+    (got,) = Executor(tmp_path / "model.so", {}).run([x.numpy()])
+    torch.testing.assert_close(torch.from_numpy(np.array(got)), torch.nn.functional.avg_pool1d(x, 4, 4))
+
+    (tmp_path / "tuning.jsonl").unlink()
+    Database(tmp_path / "tuning.jsonl").add([record_of("[[],[1]]", function, target)])
+    facts = compile_library(lowered, target, tmp_path / "other.so")
+    assert (facts["tuned"], facts["trace_failed"]) == (0, [name])
+    assert facts["schedules"][name].startswith(TRACE_FAILED)
+
+
+def test_the_summary_names_the_source(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"workload": "pool", "group": "schedule_0", "isa": "v4", "tried": 9, "before": 2e-4, "after": 1e-5}
+    row |= {"ratio": 0.05, "noise": 0.001, "knobs": {"trace": 17}, "invented": True}
+    result = {"workloads": [row], "processors": ["a"], "notes": [], "lost": [], "merged": 0, "measured": 9}
+    show_tuned({**result, "database": "t.jsonl", "seconds": 3.0, "library": None})
+    said = capsys.readouterr()
+    assert "MetaSchedule's schedule" in " ".join((said.out + said.err).split())
 
 
 def test_what_hangs_or_crashes_costs_the_search_its_inventor(
