@@ -50,7 +50,9 @@ def known_machine(threads: int | None = None) -> tuple[Machine, bool]:
 
 
 def _shipped() -> Machine:
-    machines = [Machine.from_json(json.loads(path.read_text())) for path in sorted(_DATA.glob("machine*.json"))]
+    machines = [
+        Machine.from_json(json.loads(path.read_text())) for path in sorted(_DATA.glob("machine*.json"))
+    ]
     here = processor()
     same = next((machine for machine in machines if machine.name == here), None)
     return same or Machine.from_json(json.loads(_SHIPPED.read_text()))
