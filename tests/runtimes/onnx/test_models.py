@@ -18,7 +18,7 @@ from isofold.runtimes.onnx.export import export_onnx
 from isofold.runtimes.onnx.session import open_session
 
 
-@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("name", ["bert", "llama", "qwen3_moe", "gpt_oss"])
 def test_uncompressed_models_equal_pytorch_at_other_sizes(name: str, tmp_path: Path) -> None:
     case = registry.get(name)
     program = capture(case.module, case.args, None, case.dynamic_shapes)
@@ -46,6 +46,8 @@ def test_uncompressed_models_equal_pytorch_at_other_sizes(name: str, tmp_path: P
         ("bert", "w8-fp8"),
         ("llama", "w4-mxfp4"),
         ("llama", "w2-codebook"),
+        ("qwen3_moe", "w4a8"),
+        ("gpt_oss", "w8a8"),
     ],
 )
 def test_compressed_models_agree_with_and_without_the_library(
