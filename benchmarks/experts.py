@@ -3,7 +3,7 @@
     python benchmarks/experts.py [--json FILE] [--quick]
 
 Two blocks of Qwen3-MoE's shapes (hidden 2048, gated experts of 768, top 8; 32 experts, which only the size of the file
-depends on), router logits given. All read the same int4 values in groups of 32, or the float32 ones: `isofold` as it
+depends on), router logits given. All read int4 weights in groups of 32, or float32 ones: `isofold` as it
 compiles a module in recipe w4a8, w4a16 or float32; `com.microsoft.QMoE` int4 and `com.microsoft.MoE` float32, which
 want gate and up interleaved. The experts that one row chooses in both blocks are more than the L3 holds.
 """
@@ -25,8 +25,8 @@ from harness import BenchmarkError, Results, Worker, interleave, main, parse, pe
 from subjects import subject_folder
 
 HIDDEN, INNER, EXPERTS, TOP, BLOCKS, GROUP = 2048, 768, 32, 8, 2, 32
-LIMIT = {"float32": 1e-4, "w4a16": 1e-2, "w4a8": 0.05, "QMoE int4": 1e-2, "MoE float32": 1e-4}
-"""Relative error to the module on the int4 values."""
+LIMIT = {"float32": 1e-4, "w4a16": 0.08, "w4a8": 0.08, "QMoE int4": 1e-2, "MoE float32": 1e-4}
+"""Relative error to float32. The weights lie on a grid that QMoE's codes hold; recipes search ranges of their own."""
 RIVAL = {"w4a8": "QMoE int4", "w4a16": "QMoE int4", "float32": "MoE float32"}
 
 
@@ -58,7 +58,7 @@ class Blocks(nn.Module):
 
 
 def on_grid(weight: Tensor) -> Tensor:
-    """Each group of a row at codes -8..7 times a power of two, so that every tool's int4 is exact."""
+    """Each group of a row at codes -7..7 times a power of two."""
     groups = weight.unflatten(-1, (-1, GROUP))
     scale = 2.0 ** torch.ceil(torch.log2(groups.abs().amax(-1, keepdim=True) / 7))
     return (scale * (groups / scale).round().clamp(-7, 7)).flatten(-2)
@@ -116,7 +116,7 @@ def write_peer(module: Blocks, quantized: bool, path: Path) -> None:
             helper.make_tensor_value_info("logits", real, ["m", BLOCKS, EXPERTS]),
         ],
         [helper.make_tensor_value_info(x, real, ["m", HIDDEN])],
-        [onnx.numpy_helper.from_array(np.ascontiguousarray(held), name) for name, held in weights.items()],
+        [onnx.numpy_helper.from_array(np.array(held, order="C"), name) for name, held in weights.items()],
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)

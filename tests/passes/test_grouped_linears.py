@@ -58,7 +58,7 @@ def test_recipes(name: str, program: Program, counts: Callable[[Program], Counte
     batches = [(torch.randn(8, HIDDEN),)]
     by_gptq = Recipe(weights=WeightFormat(bits=4, group_size=32, solver="gptq"))
     after, reports = run_steps(program, plan(program, PRESETS.get(name, by_gptq), calibration=batches))
-    operator = "linear_grouped_packed_float" if name.endswith("a16") else "linear_grouped_packed"
+    operator = "linear_grouped_packed_float" if name in ("w4a16", "gptq") else "linear_grouped_packed"
     assert counts(after)[operator] == 2
     entries = [e for e in applied(reports, "quantize_weights") if e.place.module == "experts"]
     assert len(entries) == 2

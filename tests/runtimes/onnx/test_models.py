@@ -47,6 +47,8 @@ def test_uncompressed_models_equal_pytorch_at_other_sizes(name: str, tmp_path: P
         ("llama", "fp8"),
         ("llama", "w4-mxfp4"),
         ("llama", "w2-codebook"),
+        ("qwen3_moe", "w4a8"),
+        ("gpt_oss", "w8a8"),
     ],
 )
 def test_compressed_models_agree_with_and_without_the_library(

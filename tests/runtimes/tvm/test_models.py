@@ -13,7 +13,14 @@ from isofold.models import registry
 from isofold.runtimes.tvm.artefact import write_artefact
 from isofold.runtimes.tvm.session import open_artefact
 
-FAST = [("bert", "w8a8"), ("llama", "w4a8"), ("resnet", "float32"), ("whisper", "float32"), ("bert", "fp8")]
+FAST = [
+    ("bert", "w8a8"),
+    ("llama", "w4a8"),
+    ("resnet", "float32"),
+    ("whisper", "float32"),
+    ("qwen3_moe", "w4a8"),
+    ("bert", "fp8"),
+]
 
 
 def compare(name: str, recipe: str, folder: Path) -> None:
