@@ -71,9 +71,9 @@ def _gemv(mode: str, isa: Isa, *arguments: Any) -> None:
             behind = bind(next_ * 2 - load(at, 0, 1))  # about where the rows after the next ones begin
             row = bind(first // 16 * groups * 16)
             with for_range(0, words) as w:
-                prefetch(mask, (first + 2 * SHARED) * words + w * SHARED, 0)
+                prefetch(mask, (first + 2 * SHARED) * words + w * SHARED, 3)
                 for line in range(3):
-                    prefetch(values, behind + w * pace + 64 * line, 0)
+                    prefetch(values, behind + w * pace + 64 * line, 3)
                 codes = bind(T.reinterpret("int32x16", load(x, w * WORD, 64)))
                 factors = []
                 if mode == "g32":
