@@ -8,8 +8,8 @@ Identity: ``acc[r, m] += sum_i value[r, i] x[m, k[r, i]]`` over the non-zeros of
 * ``sparse_gemm_V``: a non-zero is broadcast to V multiply-adds of 16 rows. Neighbouring non-zeros add to different sums
   (a multiply-add waits 4 cycles for the one in front of it).
 * ``sparse8_gemm_V``: four non-zeros of a row at a time; their four rows of activations are interleaved byte by byte to
-  operands of ``vpdpbusd`` (v3: pairs for ``vpmaddwd``). Zen 4 and 5 shuffle twice a cycle: 8 shuffles for 64 rows and 4
-  non-zeros are 4 cycles, 4.9 measured in long rows.
+  operands of ``vpdpbusd`` (v3: pairs for ``vpmaddwd``). 64 rows and 4 non-zeros are 8 shuffles and 4 dot products: Zen
+  4 shuffles twice a cycle, Zen 5 starts 3.65 of both together (3.5 cycles measured in long rows of 128).
 
 A *place* is 64 k (uint16: a chunk has at most 1,023 inputs). Lists end with zero values, so that kernels take whole
 steps of non-zeros. Sums over 8-bit products are exact in int32 on both instruction sets.
