@@ -1,12 +1,13 @@
 """Measuring what linears on sparse weights cost on a machine, for `passes/sparse_rates.py`.
 
-For each type of values one model is compiled that holds a linear of 2048 x 1024 for every layout and density, and
-profiled at a few numbers of rows: three compilations, some seconds. A smaller one of the first form tells what a node
-costs by itself, with the transposition of many rows. What the numbers mean is the passes' affair.
+One model is compiled that holds a linear of 2048 x 1024 for every layout, type of values and density, and profiled at
+a few numbers of rows: one compilation, some seconds. A smaller one of the first form of each type of weights tells what
+a node costs by itself, with the transposition of many rows. What the numbers mean is the passes' affair.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,29 +39,48 @@ WEIGHTS = {
     "int4": WeightFormat(bits=4, group_size=32),
 }
 
+WEIGHTS_OF = {"float32": ("float32", "bfloat16"), "int8": ("int8",), "int4": ("int4",)}
+"""Types of values by type of weights."""
+
 Points = list[tuple[float, float, float]]
 """(rows, share of weights that are not zero, seconds a weight for all rows)."""
 
 
+@dataclass(frozen=True)
+class Form:
+    """A linear that is measured."""
+
+    weights: str
+    layout: str
+    value: str
+    density: float
+
+
 def measured_sparse(threads: int, folder: Path) -> dict[str, Points]:
     """Points of each layout and type of values, by `layout value`, weights in the cache."""
-    found: dict[str, Points] = {}
-    forms = [(layout, value) for layout, values in HELD.items() for value in values]
-    for weights in ("float32", "int8", "int4"):
-        kinds = ("float32", "bfloat16") if weights == "float32" else (weights,)
-        chosen = [
-            (layout, value, density)
-            for layout, value in forms
-            if value in kinds
-            for density in _densities(layout)
+    forms = [
+        Form(weights, layout, value, density)
+        for weights, values in WEIGHTS_OF.items()
+        for layout, held in HELD.items()
+        for value in values
+        if value in held
+        for density in _densities(layout)
+    ]
+    kinds = list(dict.fromkeys(form.weights for form in forms))
+    first = [next(form for form in forms if form.weights == kind) for kind in kinds]
+    measured = _profile(first, forms, threads, folder / "model")
+    # What is left when the part that grows with the outputs is taken away.
+    alone: dict[str, list[float]] = {}
+    for form, small in zip(first, measured, strict=False):
+        whole = measured[len(first) + forms.index(form)]
+        alone[form.weights] = [
+            max((PART * s - b) / (PART - 1), 0.0) for s, b in zip(small, whole, strict=True)
         ]
-        small, *whole = _profile(weights, chosen, threads, folder / weights)
-        # What is left when the part that grows with the outputs is taken away.
-        alone = [max((PART * s - b) / (PART - 1), 0.0) for s, b in zip(small, whole[0], strict=True)]
-        for (layout, value, density), seconds in zip(chosen, whole, strict=True):
-            points = found.setdefault(f"{layout} {value}", [])
-            for rows, spent, fixed in zip(ROWS, seconds, alone, strict=True):
-                points.append((float(rows), density, max(spent - fixed, spent / 4) / (INPUTS * OUTPUTS)))
+    found: dict[str, Points] = {}
+    for form, seconds in zip(forms, measured[len(first) :], strict=True):
+        points = found.setdefault(f"{form.layout} {form.value}", [])
+        for rows, spent, fixed in zip(ROWS, seconds, alone[form.weights], strict=True):
+            points.append((float(rows), form.density, max(spent - fixed, spent / 4) / (INPUTS * OUTPUTS)))
     return found
 
 
@@ -85,28 +105,25 @@ class _Beside(nn.Module):
         return tuple(layer(input) for layer in self.layers)
 
 
-def _profile(
-    weights: str, chosen: list[tuple[str, str, float]], threads: int, folder: Path
-) -> list[list[float]]:
-    """Seconds by number of rows of the small linear of the first form, and of each form: layout, type of values,
-    density."""
+def _profile(small: list[Form], whole: list[Form], threads: int, folder: Path) -> list[list[float]]:
+    """Seconds by number of rows of small linears, and of whole ones."""
     generator = torch.Generator().manual_seed(0)
-    matrices = [_matrix(*form, generator) for form in chosen]
-    matrices.insert(0, matrices[0][: OUTPUTS // PART])
-    chosen = [chosen[0], *chosen]
-    model = _Beside(matrices)
+    chosen = [*small, *whole]
+    matrices = [_matrix(form, generator) for form in chosen]
+    matrices[: len(small)] = [matrix[: OUTPUTS // PART] for matrix in matrices[: len(small)]]
     rules = [
-        LayerRule(match=f"layers.{i}", sparsity=Sparsity.model_validate({"layout": layout, "gain": ANY_GAIN}))
-        for i, (layout, _, _) in enumerate(chosen)
+        LayerRule(
+            match=f"layers.{i}",
+            weights=WEIGHTS[form.weights],
+            activations=ActivationFormat(mode="float" if form.weights == "float32" else "dynamic"),
+            sparsity=Sparsity.model_validate({"layout": form.layout, "gain": ANY_GAIN}),
+        )
+        for i, form in enumerate(chosen)
     ]
-    recipe = Recipe(
-        weights=WEIGHTS[weights],
-        activations=ActivationFormat(mode="float" if weights == "float32" else "dynamic"),
-        sparsity=Sparsity(),
-        layers=rules,
-    )
+    recipe = Recipe(sparsity=Sparsity(), layers=rules)
     example = torch.randn(2, INPUTS, generator=generator)
     batch = torch.export.Dim("rows", min=1, max=max(ROWS))
+    model = _Beside(matrices)
     lowerable = prepare(model, (example,), recipe=recipe, dynamic_shapes={"input": {0: batch}}, verify=False)
     folder.mkdir(parents=True)
     backend = backend_for("cpu")
@@ -131,11 +148,12 @@ def _seconds(opened: Any, names: list[str], rows: int, generator: torch.Generato
     return [best[name] for name in names]
 
 
-def _matrix(layout: str, value: str, density: float, generator: torch.Generator) -> Tensor:
+def _matrix(form: Form, generator: torch.Generator) -> Tensor:
     """Random weights in the pattern of a layout; bfloat16 numbers where these are to be stored."""
+    layout, density = form.layout, form.density
     values = torch.randn(OUTPUTS, INPUTS, generator=generator).clamp(-2, 2)
     values = values + values.sign()  # nothing else is rounded to zero
-    if value == "bfloat16":
+    if form.value == "bfloat16":
         values = values.bfloat16().float()
     if ":" in layout:
         some, of = map(int, layout.split(":"))

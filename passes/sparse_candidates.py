@@ -54,8 +54,9 @@ def candidates(matrix: Tensor, value: str, rows: int, layout: str = "auto") -> l
     """All ways, fastest first. value: float32, int8 or int4; layout: only this one."""
     found = []
     values = (value, "bfloat16") if value == "float32" and is_bfloat16(matrix) else (value,)
-    for name, stored in _stored(matrix):
-        for held in values if layout in ("auto", name) else ():
+    asked = [n for n in HELD if layout in ("auto", n) and any(held in HELD[n] for held in values)]
+    for name, stored in _stored(matrix, asked):
+        for held in values:
             if held in HELD[name]:
                 size = size_of(name, held, matrix.numel(), stored)
                 time = sparse_time(name, held, rows, matrix.numel(), stored, size)
@@ -63,20 +64,21 @@ def candidates(matrix: Tensor, value: str, rows: int, layout: str = "auto") -> l
     return sorted(found, key=lambda candidate: candidate.nanoseconds)
 
 
-def _stored(matrix: Tensor) -> Iterator[tuple[str, int]]:
-    """Layouts that hold the matrix, and how many values they store."""
+def _stored(matrix: Tensor, asked: list[str]) -> Iterator[tuple[str, int]]:
+    """Which of these layouts hold the matrix, and how many values they store."""
     there = matrix != 0
     total = int(there.sum())
-    yield "bitmask", total
-    yield "panels", total
-    if int(count_blocks(there, 1, WINDOW).amax()) <= MOST:
-        yield "windows", total
-    for layout, (some, of, _) in GROUPS.items():
-        if int(count_blocks(there, 1, of).amax()) <= some:
-            yield layout, matrix.numel() * some // of
-    for layout, (height, width) in BLOCKS.items():
-        if height == 1 or matrix.shape[1] <= width << 16:
-            yield layout, int((count_blocks(there, height, width) > 0).sum()) * height * width
+    for layout in asked:
+        if layout in GROUPS:
+            some, of, _ = GROUPS[layout]
+            if int(count_blocks(there, 1, of).amax()) <= some:
+                yield layout, matrix.numel() * some // of
+        elif layout in BLOCKS:
+            height, width = BLOCKS[layout]
+            if height == 1 or matrix.shape[1] <= width << 16:
+                yield layout, int((count_blocks(there, height, width) > 0).sum()) * height * width
+        elif layout != "windows" or int(count_blocks(there, 1, WINDOW).amax()) <= MOST:
+            yield layout, total
 
 
 def is_bfloat16(matrix: Tensor) -> bool:

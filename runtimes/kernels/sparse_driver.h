@@ -168,11 +168,13 @@ enum {
   ISOFOLD_SPARSE_BLOCK = 256
 };
 
-// Where the values of a chunk of K stand, and what they are (sparse_many.py): int8, or 4 bytes each.
+// Where the values of a chunk of K stand, and what they are (sparse_many.py): int8, or 4 bytes each. The order is that in
+// which rows of 8 bits are taken; one more is looked at, and whole vectors are written.
 struct isofold_sparse_list {
   ISOFOLD_ALIGNED char copy[ISOFOLD_SPARSE_ROWS * ISOFOLD_SPARSE_LIST];
   ISOFOLD_ALIGNED uint16_t places[ISOFOLD_SPARSE_ROWS * ISOFOLD_SPARSE_LIST];
   int64_t counts[ISOFOLD_SPARSE_ROWS], at[ISOFOLD_SPARSE_ROWS];
+  uint8_t order[2 * ISOFOLD_SPARSE_ROWS];
 };
 
 // Rows of weights first..first+rows of a list to come.
@@ -180,6 +182,7 @@ static inline void isofold_sparse_begin_list(const struct isofold_sparse* s, int
                                              struct isofold_sparse_list* l) {
   for (int64_t r = 0; r < rows; ++r)
     l->at[r] = s->layout == ISOFOLD_BITMASK || s->layout == ISOFOLD_1X4 ? s->offsets[first + r] : 0;
+  for (int r = 0; r < 2 * ISOFOLD_SPARSE_ROWS; ++r) l->order[r] = (uint8_t)(r % ISOFOLD_SPARSE_ROWS);
 }
 
 // The next `words` words of them, from w on.
@@ -218,6 +221,7 @@ static inline void isofold_sparse_write_list(const struct isofold_kernels* k, co
     (s->expands ? k->sparse_list : k->sparse_list_plain)(mask, s->words, words, rows, (const float*)s->values, l->at,
                                                         l->places, (float*)l->copy, LIST_FLOAT, l->counts);
   }
+  if (s->size == 1 && s->expands) k->sparse_order(l->counts, rows, l->order);
 }
 
 // Rows first..last of an int8 bitmask against `rows` rows of activations (1, 2 or 4) at x.
@@ -372,7 +376,7 @@ static inline void isofold_sparse_many_listed(const struct isofold_kernels* k, c
   enum { LIST = ISOFOLD_SPARSE_LIST, LIST_FLOAT = ISOFOLD_SPARSE_LIST_FLOAT };
   if (s->size == 1)
     (width == 128 ? k->sparse8_gemm_8 : k->sparse8_gemm_4)((const uint8_t*)xt, l->places, (const int8_t*)l->copy, LIST,
-                                                           l->counts, rows, (int32_t*)acc);
+                                                           l->counts, l->order, rows, (int32_t*)acc);
   else if (s->quantized)
     (width == 64 ? k->sparse4x8_gemm_4 : width == 32 ? k->sparse4x8_gemm_2 : k->sparse4x8_gemm_1)(
         (const int32_t*)xt, l->places, (const int32_t*)l->copy, LIST_FLOAT, l->counts, rows, (int32_t*)acc);

@@ -8,8 +8,8 @@ Identity: ``acc[r, m] += sum_i value[r, i] x[m, k[r, i]]`` over the non-zeros of
 * ``sparse_gemm_V``: a non-zero is broadcast to V multiply-adds of 16 rows. Neighbouring non-zeros add to different sums
   (a multiply-add waits 4 cycles for the one in front of it).
 * ``sparse8_gemm_V``: four non-zeros of a row at a time; their four rows of activations are interleaved byte by byte to
-  operands of ``vpdpbusd`` (v3: pairs for ``vpmaddwd``). Zen 4 and 5 shuffle twice a cycle: 8 shuffles for 64 rows and 4
-  non-zeros are 4 cycles, 4.9 measured in long rows.
+  operands of ``vpdpbusd`` (v3: pairs for ``vpmaddwd``). 64 rows and 4 non-zeros are 8 shuffles and 4 dot products: Zen
+  4 shuffles twice a cycle, Zen 5 starts 3.65 of both together (3.5 cycles measured in long rows of 128).
 
 A *place* is 64 k (uint16: a chunk has at most 1,023 inputs). Lists end with zero values, so that kernels take whole
 steps of non-zeros. Sums over 8-bit products are exact in int32 on both instruction sets.
@@ -25,7 +25,7 @@ from tvm import tirx
 from .codegen import Isa, Kernel, T, bind, for_range, load, registers, store, when
 from .dot import split_activation, split_weight, vpdpbusd, vpmaddwd
 from .linear import prefetch
-from .math import lanes_of, shuffle, transpose16
+from .math import lanes_of, reduce_lanes, shuffle, transpose16
 
 GEMM_VECTORS = (4, 2, 1)
 """Vectors of 16 rows of activations of the float kernels."""
@@ -201,6 +201,42 @@ def _gemm(vectors: int, kind: str, isa: Isa, *arguments: Any) -> None:
             store(acc, r * width + v * lanes, total, lanes)
 
 
+def _order(isa: Isa, *arguments: Any) -> None:
+    """``order``: ``rows`` rows (at most 64) by their ``counts`` of STEPs, below 255: the end of a row's loop in
+    :func:`_gemm8` is then predicted. A wrong guess costs 16 cycles, as much as two steps, and a row has 13."""
+    counts, rows, order = arguments
+    if not isa.vnni:
+        return  # never called: the driver takes rows as they come
+    steps, position = registers(1, "uint8", 64), counter()
+    with for_range(0, rows) as r:
+        store(steps, r, T.cast(load(counts, r, 1) // STEP, "uint8"), 1)
+    with for_range(rows, 64) as r:
+        store(steps, r, load(steps, 0, 1), 1)
+    least, most = (bind(T.cast(reduce_lanes(load(steps, 0, 64), pick), "int64")) for pick in (T.min, T.max))
+    with for_range(rows, 64) as r:  # those that are not there come last
+        store(steps, r, tirx.const(255, "uint8"), 1)
+    every, places = bind(load(steps, 0, 64)), bind(iota64())
+    store(position, 0, T.int64(0), 1)
+    with for_range(least, most + T.int64(1)) as length:
+        same = every ^ T.broadcast(T.cast(length, "uint8"), 64)
+        bits = bind(_zeros_of(bind(T.reinterpret("int8x64", same))))
+        found = compress_places(places, bits, splat(0, "int8", 64))
+        store(order, load(position, 0, 1), T.reinterpret("uint8x64", found), 64)
+        store(position, 0, load(position, 0, 1) + popcount(bits), 1)
+
+
+def _zeros_of(vector: Any) -> Any:
+    """Where an int8x64 is 0, as bits of an int64."""
+    halves = []
+    for half in range(2):
+        lanes = [tirx.const(32 * half + j, "int32") for j in range(32)]
+        part = bind(tirx.Shuffle([vector], lanes))
+        signs = bind(T.Select(part == splat(0, "int8", 32), splat(-1, "int8", 32), splat(0, "int8", 32)))
+        bits = T.call_llvm_pure_intrin("int32", "llvm.x86.avx2.pmovmskb", signs)
+        halves.append(T.cast(T.cast(bits, "uint32"), "int64"))
+    return halves[0] | (halves[1] << T.int64(32))
+
+
 def _dot8(isa: Isa, *arguments: Any) -> None:
     """``t[m, r] += copy[r, :] x[m, :]`` over the listed non-zeros, one by one: for few rows of activations where an
     encoding has no kernel of its own."""
@@ -246,11 +282,15 @@ def _interleave(rows: list[Any]) -> list[Any]:
 
 
 def _gemm8(vectors: int, isa: Isa, *arguments: Any) -> None:
-    """``acc[r, 16 V] += copy[r, :] xt`` over the listed non-zeros of ``rows`` rows of weights, four at a time."""
-    xt, places, copy, ldlist, counts, rows, acc = arguments
+    """``acc[r, 16 V] += copy[r, :] xt`` over the listed non-zeros of the rows ``r = order[0 .. rows - 1]`` of weights,
+    four at a time."""
+    xt, places, copy, ldlist, counts, order, rows, acc = arguments
     width, lanes = 16 * vectors, 16 if isa.vnni else 8
     count, sets = width // lanes, 2 if vectors == 4 and isa.vnni else 1
-    with for_range(0, rows) as r:
+    with for_range(0, rows) as index:
+        r, after = (bind(T.cast(load(order, index + i, 1), "int64")) for i in range(2))
+        for v in range(vectors):  # of the next row, which the order hides from the hardware
+            prefetch(acc, after * width + v * 16, 3)
         sums = registers(count * sets, "int32", lanes)
         for v in range(count):
             store(sums, v * lanes, load(acc, r * width + v * lanes, lanes), lanes)
@@ -359,9 +399,12 @@ def _kernels() -> list[Kernel]:
         kernels.append(Kernel(f"sparse_turn_{vectors}", "acc: const f32*, t: f32*", emit, group))
     for vectors in GEMM8_VECTORS:
         emit = partial(_gemm8, vectors)
-        kernels.append(Kernel(f"sparse8_gemm_{vectors}", gemm.format("u8", "i8", "i32"), emit, group))
+        signature = gemm.format("u8", "i8", "i32").replace("rows: i64", "order: const u8*, rows: i64")
+        kernels.append(Kernel(f"sparse8_gemm_{vectors}", signature, emit, group))
         emit = partial(_turn, vectors, "int32")
         kernels.append(Kernel(f"sparse8_turn_{vectors}", "acc: const i32*, t: i32*", emit, group))
+    signature = "counts: const i64*, rows: i64, order: u8*"
+    kernels.append(Kernel("sparse_order", signature, _order, "sparse_vbmi2", attributes=VBMI2))
     signature = (
         "x: const u8*, ldx: i64, m: i64, places: const u16*, copy: const i8*, ldlist: i64, counts: const i64*"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -270,3 +271,20 @@ def test_any_shape(
     rng = np.random.default_rng(seed)
     case = random_case(rng, form, n, k, density, bias=seed % 2 == 0)
     check(library, variant, case, m, rng)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 48, 64])
+def test_rows_in_the_order_of_their_lengths(
+    library: ctypes.CDLL, kernel: Callable[..., None], rows: int
+) -> None:
+    """Every row once, short ones first, and none that is not there."""
+    if not library.test_expands():
+        pytest.skip("needs AVX512-VBMI2")
+    rng = np.random.default_rng(rows)
+    for most in (1, 5, 254):
+        counts = rng.integers(0, most + 1, 64) * 4
+        order, intact = guarded((2 * 64,), np.uint8, 99)
+        kernel("v4", "sparse_order", counts, rows, order)
+        assert sorted(order[:rows]) == list(range(rows))
+        assert (np.diff(counts[order[:rows]]) >= 0).all()
+        assert intact()
