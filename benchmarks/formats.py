@@ -28,8 +28,8 @@ from harness import (
     Results,
     Worker,
     bandwidth_by_round,
+    cold_bytes,
     interleave,
-    last_level_cache,
     main,
     parse,
     per_round,
@@ -147,7 +147,7 @@ def measure(results: Results, formats: Sequence[Format], threads: int, rounds: i
     layers: dict[str, int] = {}
     try:
         for kind in (form.kind for form in formats):
-            layers[kind.name] = int(np.ceil(2.5 * last_level_cache() / (SIZE * SIZE * kind.bits / 8)))
+            layers[kind.name] = int(np.ceil(cold_bytes() / (SIZE * SIZE * kind.bits / 8)))
             worker, weights[kind.name], size[kind.name] = _open(
                 kind, SIZE, SIZE, layers[kind.name], threads, folder
             )

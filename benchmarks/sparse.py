@@ -31,6 +31,7 @@ from harness import (
     BenchmarkError,
     Results,
     Worker,
+    cold_bytes,
     interleave,
     last_level_cache,
     main,
@@ -307,9 +308,9 @@ def measure(results: Results, kinds: tuple[Kind, ...], m: int, threads: int, qui
     x = np.random.default_rng(1).standard_normal((m, K)).astype(np.float32)
     inputs = folder / f"x-m{m}.npz"
     np.savez(inputs, x=x)
-    # At M = 128 a layer computes for long enough that fewer of them do. With one row a third of 1.25 times the cache
-    # still came out of it, and by another share for each competitor.
-    cold = (2.5 if m == 1 else 1) * last_level_cache()
+    # At M = 128 a layer computes for long enough that fewer of them do. With one row a share of the weights comes out of
+    # the cache otherwise, and another one for each competitor.
+    cold = cold_bytes() if m == 1 else last_level_cache()
     layers = {kind.name: max(2, int(np.ceil(cold / kind.bytes))) for kind in kinds}
     workers: list[Worker] = []
     try:
