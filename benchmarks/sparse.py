@@ -187,16 +187,47 @@ def scale_of(kind: Kind) -> float:
     return 2.0 ** (-6 - (kind.bits if kind.quantized else 0))
 
 
-def _nodes(kind: Kind, data: ExternalData, layer: int) -> Iterator[onnx.NodeProto]:
+DISTINCT = 4
+"""Layers that are packed; those behind them repeat them in other memory."""
+
+
+class _Arrays(list[tuple[str, NDArray[Any]]]):
+    """Names and arrays of one layer, collected like an `ExternalData`."""
+
+    def add(self, name: str, array: NDArray[Any]) -> str:
+        self.append((name, array))
+        return name
+
+
+@lru_cache(maxsize=DISTINCT)
+def _layer(kind: Kind, turn: int) -> tuple[list[onnx.NodeProto], _Arrays]:
+    """Nodes and arrays of a layer; `@` stands for its number in names."""
+    arrays = _Arrays()
+    return list(_nodes(kind, arrays, turn)), arrays
+
+
+def _numbered(kind: Kind, data: ExternalData, layer: int) -> Iterator[onnx.NodeProto]:
+    nodes, arrays = _layer(kind, layer % DISTINCT)
+    for name, array in arrays:
+        data.add(name.replace("@", str(layer)), array)
+    for node in nodes:
+        made = onnx.NodeProto()
+        made.CopyFrom(node)
+        for names in (made.input, made.output):
+            names[:] = [name.replace("@", str(layer)) for name in names]
+        yield made
+
+
+def _nodes(kind: Kind, data: _Arrays, layer: int) -> Iterator[onnx.NodeProto]:
     import torch
 
     from isofold.compiler.dialect.packing import pack_linear
     from isofold.compiler.dialect.sparse_packing import pack_sparse
 
-    weights, target = weights_of(kind, layer), f"y{layer}"
+    weights, target = weights_of(kind, layer), "y@"
     if not kind.ours:
         scaled = np.ascontiguousarray((weights * np.float32(scale_of(kind))).T)
-        yield helper.make_node("MatMul", ["x", data.add(f"weight{layer}", scaled)], [target])
+        yield helper.make_node("MatMul", ["x", data.add("weight@", scaled)], [target])
         return
     common: dict[str, Any] = {"n": N, "k": K, "activation": "none", "gated": 0, "domain": "ai.isofold"}
     if not kind.quantized:
@@ -210,7 +241,7 @@ def _nodes(kind: Kind, data: ExternalData, layer: int) -> Iterator[onnx.NodeProt
     quantizer = helper.make_node(
         "QuantizeActivation",
         ["x"],
-        [f"u{layer}", f"params{layer}"],
+        ["u@", "params@"],
         domain="ai.isofold",
         bits=8,
         align=32,
@@ -221,11 +252,11 @@ def _nodes(kind: Kind, data: ExternalData, layer: int) -> Iterator[onnx.NodeProt
     group = GROUP if kind.bits == 4 else 0
     codes, scales = torch.from_numpy(weights), torch.full((N, K // group if group else 1), scale_of(kind))
     dense = pack_linear(codes, scales, None, kind.bits, group)
-    scale, wsum = (data.add(f"{name}{layer}", getattr(dense, name).numpy()) for name in ("scale", "wsum"))
-    sources = [f"u{layer}", f"params{layer}"]
+    scale, wsum = (data.add(f"{name}@", getattr(dense, name).numpy()) for name in ("scale", "wsum"))
+    sources = ["u@", "params@"]
     common |= {"bits": kind.bits, "group_size": group, "scale_multiplier": dense.scale_multiplier}
     if kind.zeros is None:
-        weight = data.add(f"weight{layer}", dense.weight.numpy())
+        weight = data.add("weight@", dense.weight.numpy())
         yield helper.make_node("PackedLinear", [*sources, weight, scale, "", wsum], [target], **common)
         return
     for name, part, residual, result in _parts(kind, codes, target):
@@ -262,7 +293,7 @@ def write(kind: Kind, m: int, layers: int, folder: Path) -> Path:
     if path.exists():
         return path
     data = ExternalData(folder / f"{stem}.bin")
-    nodes = [node for layer in range(layers) for node in _nodes(kind, data, layer)]
+    nodes = [node for layer in range(layers) for node in _numbered(kind, data, layer)]
     graph = helper.make_graph(
         nodes,
         stem,
@@ -308,8 +339,8 @@ def measure(results: Results, kinds: tuple[Kind, ...], m: int, threads: int, qui
     x = np.random.default_rng(1).standard_normal((m, K)).astype(np.float32)
     inputs = folder / f"x-m{m}.npz"
     np.savez(inputs, x=x)
-    # At M = 128 a layer computes for long enough that fewer of them do. With one row a share of the weights comes out of
-    # the cache otherwise, and another one for each competitor.
+    # At M = 128 a layer computes for long enough that fewer of them do. With one row, the cache would keep a share
+    # otherwise, and another one for each competitor.
     cold = cold_bytes() if m == 1 else last_level_cache()
     layers = {kind.name: max(2, int(np.ceil(cold / kind.bytes))) for kind in kinds}
     workers: list[Worker] = []
