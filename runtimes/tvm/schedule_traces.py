@@ -24,6 +24,7 @@ from .schedule_nests import every, substitute, variables
 from .schedule_rules import share
 
 POSTPROCESSING = "EnterPostproc"
+UNROLL = "pragma_auto_unroll_max_step"
 _LONGEST = 64
 """Lanes of the longest loop that becomes one vector."""
 _PART = 32
@@ -107,9 +108,9 @@ def representative(function: PrimFunc, sizes: Mapping[str, int], size: int) -> P
         shape = getattr(parameter, "shape", None)
         for v in {parameter} if shape is None else {v for extent in shape for v in variables(extent)}:
             values[v] = tirx.IntImm("int64", sizes.get(str(v.name), size))
-    tensors = [p for p in function.params if getattr(p, "shape", None) is not None]
     if not values:
         return function
+    tensors = [p for p in function.params if getattr(p, "shape", None) is not None]
     analyzer = sym.Analyzer()
 
     def folded(e: Any) -> Any:
@@ -158,16 +159,12 @@ def _finish(sch: Schedule) -> None:
             if str(key).startswith("meta_schedule."):
                 sch.unannotate(block, str(key))
         _vectorize(sch, block)
-    started = set()
-    for block in _leaves(sch, root):
-        loops = sch.get_loops(block)
-        if loops and str(sch.get(loops[0]).loop_var) not in started:
-            started.add(str(sch.get(loops[0]).loop_var))
-            _parallelize(sch, block)
-            if steps:
-                outer = sch.get_loops(block)[0]
-                sch.annotate(outer, "pragma_auto_unroll_max_step", steps)
-                sch.annotate(outer, "pragma_unroll_explicit", 1)
+    for block in _leaves(sch, root):  # several may lie in one loop, which has its threads and steps then
+        _parallelize(sch, block)
+        outer = sch.get_loops(block)[:1]
+        if steps and outer and UNROLL not in sch.get(outer[0]).annotations:
+            sch.annotate(outer[0], UNROLL, steps)
+            sch.annotate(outer[0], "pragma_unroll_explicit", 1)
     for block in _leaves(sch, root):
         reduced = next((loop for loop in sch.get_loops(block) if _reduces(sch, block, loop)), None)
         if reduced is not None and sch.get(block).init is not None:

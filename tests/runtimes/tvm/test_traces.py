@@ -12,6 +12,7 @@ import torch
 import tvm
 from torch.export import Dim
 from tvm import te, tirx
+from tvm.s_tir import SBlock
 
 from isofold.compiler.capture import capture
 from isofold.compiler.processor import processor
@@ -25,6 +26,7 @@ from isofold.runtimes.tvm.compile_cpu import compile_library, cpu_target, fused
 from isofold.runtimes.tvm.executor import Executor
 from isofold.runtimes.tvm.lower import lower
 from isofold.runtimes.tvm.schedule_cpu import TRACE_FAILED, TUNED, function_key, schedule_cpu, schedule_report
+from isofold.runtimes.tvm.schedule_nests import every
 from isofold.runtimes.tvm.schedule_traces import (
     Traced,
     TraceError,
@@ -112,6 +114,11 @@ def test_traces_compute_the_same_at_any_size(
         scheduled = schedule_cpu(module, target, {function_key(function): Traced(text)})
         assert TUNED in scheduled["f"].attrs
         assert schedule_report(scheduled) == {"f": "a trace of MetaSchedule"}
+        if unknown:
+            body = apply_trace(function, Traced(text)).mod["main"].body
+            outer = [loop for loop in every(body, tirx.For) if loop.kind == tirx.ForKind.PARALLEL]
+            inside = sum(len(every(loop.body, SBlock)) for loop in outer)
+            assert inside == len(every(body, SBlock)) - 1, "every step in threads, but for the root"
         for n, w in [(3, 70), (1, 1), (5, 33)] if unknown else [(3, 70)]:
             x = rng.standard_normal((n, 6, w)).astype(np.float32)
             assert np.array_equal(run(scheduled["f"], target, x), expected(x))
