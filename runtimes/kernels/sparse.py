@@ -289,9 +289,9 @@ def _gemv8_shared(half: bool, isa: Isa, *arguments: Any) -> None:
         pace = bind((next_ - load(at, 0, 1)) // words)
         behind = bind(next_ * 2 - load(at, 0, 1))  # about where the rows after the next ones begin
         with for_range(0, words) as w:
-            prefetch(mask, (first + 2 * SHARED) * words + w * SHARED, 0)
+            prefetch(mask, (first + 2 * SHARED) * words + w * SHARED, 3)
             for line in range(2 if half else 3):
-                prefetch(values, behind + w * pace + 64 * line, 0)
+                prefetch(values, behind + w * pace + 64 * line, 3)
             codes = bind(T.reinterpret("int32x16", load(x, w * WORD, 64)))
             for i in range(SHARED):
                 word = bind(load(mask, (first + i) * words + w, 1))
