@@ -140,6 +140,13 @@ def coded_arguments(name: str, group_size: int, gated: bool = False) -> tuple[An
     return (randn(2, 3, 40), p.weight, p.scale, p.table, None, randn(2, 3, 5), *tail)
 
 
+def fp8_arguments(name: str, group_size: int, static: bool, gated: bool = False) -> tuple[Any, ...]:
+    _, weight, scale, _, *rest = coded_arguments(name, group_size, gated)
+    params = torch.tensor([0.01]) if static else None
+    u, s = torch.ops.isofold.quantize_activation_fp8(randn(2, 3, 40), params, packing.alignment(group_size))
+    return (u, s, weight, scale, *rest)
+
+
 def codebook_matrix(n: int, k: int, count: int, bits: int) -> CodebookMatrix:
     codes = torch.randint(0, 2**bits, (n, -(-k // 8), count), generator=generator(), dtype=torch.int32)
     books = randn(count, 2**bits, 8).half().float()
@@ -285,6 +292,19 @@ SAMPLES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         lambda: codebook_arguments(2, 8),
         lambda: codebook_arguments(3, 8, gated=True),
         lambda: codebook_arguments(1, 16),
+    ],
+    "linear_fp8": [
+        lambda: fp8_arguments("e4m3", 0, static=False),
+        lambda: fp8_arguments("e5m2", 64, static=True, gated=True),
+        lambda: fp8_arguments("mxfp8_e4m3", 32, static=False),
+    ],
+    "quantize_activation_fp8": [
+        lambda: (randn(2, 3, 40), None, 32),
+        lambda: (randn(2, 3, 40), torch.tensor([0.01]), 64, randn(40), randn(40), [8]),
+    ],
+    "quantize_dequantize_fp8": [
+        lambda: (randn(2, 3, 40), None),
+        lambda: (randn(2, 3, 40), torch.tensor([0.004])),
     ],
     "linear_coded": [
         lambda: coded_arguments("nf4", 64),
