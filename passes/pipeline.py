@@ -3,8 +3,8 @@
 1. `canonicalize`: one spelling, so that the rest need know no architecture; equal calls become one.
 2. `quantize_*`: activations first, as their ranges are measured on the float program, then weights, then keys and
    values of attentions.
-3. `pack_*`: codes into the layouts that kernels read; after this no float copy of a packed weight is left. Float weights
-   of experts take panels here, for every runtime.
+3. `pack_*`: codes into the layouts that kernels read; after this no float copy of a packed weight is left. Float
+   weights of experts take panels here, for every runtime.
 4. `fuse_*`: what stands in front of quantizers first, so that norms find them next to their result; attention before
    the linears that feed it (its views then lead to them), epilogues before those linears are joined and before norms,
    which take only the sums that no linear took.
