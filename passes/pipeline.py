@@ -3,14 +3,15 @@
 1. `canonicalize`: one spelling, so that the rest need know no architecture; equal calls become one.
 2. `quantize_*`: activations first, as their ranges are measured on the float program, then weights, then keys and
    values of attentions.
-3. `pack_*`: codes into the layouts that kernels read; after this no float copy of a packed weight is left.
+3. `pack_*`: codes into the layouts that kernels read; after this no float copy of a packed weight is left. Float
+   weights of experts take panels here, for every runtime.
 4. `fuse_*`: what stands in front of quantizers first, so that norms find them next to their result; attention before
    the linears that feed it (its views then lead to them), epilogues before those linears are joined and before norms,
    which take only the sums that no linear took.
 5. `extract_sparsity` where the recipe asks for it, on what is then whole: joined linears with their epilogues, and
    pointwise convolutions (`expose_pointwise`).
-   Quantizers that still have one dense reader come last; then float weights of experts take panels, and, for a runtime
-   without a float matrix product of its own, float linears (`pack_dense_linears`) and their epilogues.
+   Quantizers that still have one dense reader come last; then, for a runtime without a float matrix product of its own,
+   float linears take panels (`pack_dense_linears`) and their epilogues.
 
 Between 1 and 2 come the folds that the recipe asks for (`fold_transforms`), then `prune_channels` with
 `shrink_channels` and `prune_weights`. Steps that a recipe does not ask for are left out.
@@ -107,6 +108,7 @@ def plan(
     for wanted, pack in (
         (weights, pack_linears),
         (weights, pack_grouped_linears),
+        (True, pack_grouped_dense),
         (coded, pack_coded_linears),
         (codebooks, pack_codebook_linears),
         (embeddings, pack_embeddings),
@@ -131,7 +133,6 @@ def plan(
             steps.append(Step(fuse_epilogues))  # float linears had no epilogue before
     if recipe.fuse:
         steps.append(Step(fuse_quantizers))
-    steps.append(Step(pack_grouped_dense))
     if dense:
         steps.append(Step(pack_dense_linears))
         if recipe.fuse:
