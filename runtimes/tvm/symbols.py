@@ -7,6 +7,7 @@ executable or one of a single kernel, so the table of symbols is an argument.
 
 from __future__ import annotations
 
+import fractions
 import re
 from collections.abc import Callable
 from typing import Any
@@ -51,6 +52,14 @@ def to_tir(size: Size, symbol: Callable[[str], Expr]) -> Expr:
     return _Translator(symbol).visit(size)
 
 
+def _unsupported(e: sympy.Expr) -> UnsupportedError:
+    return UnsupportedError(
+        "A size of the program has an expression that TVM cannot compute",
+        got=f"{e} ({type(e).__name__})",
+        expected="sums, products, powers, floor division, remainder, minimum and maximum",
+    )
+
+
 class _Translator:
     """sympy's classes by name, so that torch's own functions need no import of private modules."""
 
@@ -64,11 +73,7 @@ class _Translator:
             return self.symbol(str(e))
         made = getattr(self, f"_{type(e).__name__}", None)
         if made is None:
-            raise UnsupportedError(
-                "A size of the program has an expression that TVM cannot compute",
-                got=f"{e} ({type(e).__name__})",
-                expected="sums, products, powers, floor division, remainder, minimum and maximum",
-            )
+            raise _unsupported(e)
         return made(e)
 
     def _fold(self, e: sympy.Expr, combine: Callable[[Expr, Expr], Expr]) -> Expr:
@@ -110,6 +115,15 @@ class _Translator:
     def _ModularIndexing(self, e: sympy.Expr) -> Expr:  # noqa: N802
         base, divisor, modulus = (self.visit(x) for x in e.args)
         return tirx.floormod(tirx.floordiv(base, divisor), modulus)
+
+    def _TruncToInt(self, e: sympy.Expr) -> Expr:  # noqa: N802
+        """A size times a factor such as 1.5: a fraction of small numbers, for which whole numbers give the same."""
+        factor, size = e.args[0].as_coeff_Mul()
+        number = fractions.Fraction(float(factor))
+        if type(size).__name__ != "ToFloat" or not 0 < number < 1 << 10 or number.denominator > 1 << 10:
+            raise _unsupported(e)
+        numerator, denominator = (tirx.IntImm("int64", v) for v in number.as_integer_ratio())
+        return tirx.floordiv(self.visit(size.args[0]) * numerator, denominator)
 
     def _Max(self, e: sympy.Expr) -> Expr:  # noqa: N802
         return self._fold(e, tirx.max)

@@ -9,6 +9,7 @@ from . import (
     normalization,
     ordering,
     pointwise,
+    pooling,
     reductions,
     views,
 )
@@ -26,6 +27,7 @@ assert all(
         normalization,
         ordering,
         pointwise,
+        pooling,
         reductions,
         views,
     )

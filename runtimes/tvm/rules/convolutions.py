@@ -1,8 +1,8 @@
-"""Convolutions of any number of spatial dimensions, their transposes, pooling and resizing."""
+"""Convolutions of any number of spatial dimensions, and their transposes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
@@ -11,13 +11,13 @@ from tvm import te, tirx
 from ....compiler.errors import UnsupportedError
 from ..builder import Builder, Kernel, dtype_name, fake, sizes
 from .pointwise import constant
-from .reductions import count
 from .registry import aten, rule
 
 Expr = Any
 
 
-def _spread(values: Any, rank: int) -> list[int]:
+def spread(values: Any, rank: int) -> list[int]:
+    """One number for each dimension, from as many or from one for all."""
     values = list(values) if isinstance(values, (list, tuple)) else [values]
     return values * rank if len(values) == 1 else values
 
@@ -27,10 +27,10 @@ def _spread(values: Any, rank: int) -> list[int]:
 def _convolution(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
     source, weight, bias = a["input"], a["weight"], a["bias"]
     rank = fake(weight).dim() - 2
-    stride, dilation = _spread(a["stride"], rank), _spread(a["dilation"], rank)
+    stride, dilation = spread(a["stride"], rank), spread(a["dilation"], rank)
     if a.get("transposed"):
-        output_padding = _spread(a["output_padding"], rank)
-        padding = _spread(a["padding"], rank)
+        output_padding = spread(a["output_padding"], rank)
+        padding = spread(a["padding"], rank)
         return transposed(
             b, node, source, weight, bias, stride, padding, output_padding, a["groups"], dilation
         )
@@ -39,7 +39,7 @@ def _convolution(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
         total = [d * (s - 1) if a["padding"] == "same" else 0 for d, s in zip(dilation, kernel, strict=True)]
         padding = [t // 2 for t in total]
     else:
-        padding = _spread(a["padding"], rank)
+        padding = spread(a["padding"], rank)
     return convolution(b, node, source, weight, bias, stride, padding, dilation, a["groups"])
 
 
@@ -140,8 +140,8 @@ def convolution(
 @rule(aten.conv_transpose1d.default, aten.conv_transpose2d.input)
 def _conv_transpose(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
     rank = fake(a["weight"]).dim() - 2
-    stride, padding, more = (_spread(a[name], rank) for name in ("stride", "padding", "output_padding"))
-    dilation = _spread(a["dilation"], rank)
+    stride, padding, more = (spread(a[name], rank) for name in ("stride", "padding", "output_padding"))
+    dilation = spread(a["dilation"], rank)
     return transposed(
         b, node, a["input"], a["weight"], a["bias"], stride, padding, more, a["groups"], dilation
     )
@@ -226,99 +226,3 @@ def transposed(
         return te.compute(out, result, name="y")
 
     return b.kernel(node, describe)
-
-
-# ---- pooling
-
-
-def _pool(
-    b: Builder, node: fx.Node, source: fx.Node, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], reduce_: Callable[..., Any], outside: float, scale: float | None,
-) -> Any:  # fmt: skip
-    dtype = dtype_name(fake(node).dtype)
-    rank = len(kernel)
-
-    def body(k: Kernel) -> te.Tensor:
-        x = k.tensor(source)
-        lead = len(x.shape) - rank
-        window = [te.reduce_axis((0, q), f"q{d}") for d, q in enumerate(kernel)]
-
-        def element(*i: Expr) -> Expr:
-            at, inside = [], None
-            for d in range(rank):
-                place = i[lead + d] * stride[d] + window[d] * dilation[d] - padding[d]
-                here = tirx.And(place >= 0, place < x.shape[lead + d])
-                inside = here if inside is None else tirx.And(inside, here)
-                at.append(place)
-            found = x(*i[:lead], *at)
-            return reduce_(tirx.if_then_else(inside, found, constant(outside, dtype)), axis=window)
-
-        y = te.compute(k.shape(node), element, name="pool")
-        return (
-            y
-            if scale is None
-            else te.compute(k.shape(node), lambda *i: y(*i) * constant(scale, dtype), name="y")
-        )
-
-    return b.kernel(node, body)
-
-
-@rule(aten.max_pool1d.default, aten.max_pool2d.default)
-def _max_pool(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
-    rank = 1 if node.target is aten.max_pool1d.default else 2
-    kernel = _spread(a["kernel_size"], rank)
-    stride = _spread(a["stride"], rank) if a["stride"] else kernel
-    return _pool(b, node, a["self"], kernel, stride, _spread(a["padding"], rank), _spread(a["dilation"], rank), te.max,
-                 float("-inf"), None)  # fmt: skip
-
-
-@rule(aten.avg_pool1d.default, aten.avg_pool2d.default)
-def _avg_pool(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
-    rank = 1 if node.target is aten.avg_pool1d.default else 2
-    kernel = _spread(a["kernel_size"], rank)
-    stride, padding = _spread(a["stride"], rank) if a["stride"] else kernel, _spread(a["padding"], rank)
-    if (any(padding) and not a["count_include_pad"]) or a["ceil_mode"]:
-        raise UnsupportedError("Average pooling is lowered with count_include_pad and without ceil_mode")
-    number = a.get("divisor_override")
-    if number is None:
-        number = 1
-        for q in kernel:
-            number *= q
-    return _pool(b, node, a["self"], kernel, stride, padding, [1] * rank, te.sum, 0.0, 1 / number)
-
-
-@rule(aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d.default)
-def _adaptive_avg_pool(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
-    rank = 1 if "pool1d" in str(node.target) else 2
-    wanted = _spread(a["output_size"], rank)
-    dtype = dtype_name(fake(node).dtype)
-    if any(w != 1 for w in wanted):
-        raise UnsupportedError("Adaptive average pooling is lowered to size 1", got=f"output_size {wanted}")
-
-    def describe(k: Kernel) -> te.Tensor:
-        x = k.tensor(a["self"])
-        lead = len(x.shape) - rank
-        window = [te.reduce_axis((0, x.shape[lead + d]), f"q{d}") for d in range(rank)]
-        out = k.shape(node)
-        y = te.compute(out, lambda *i: te.sum(x(*i[:lead], *window), axis=window), name="pool")
-        number = count(list(x.shape), list(range(lead, lead + rank)), dtype)
-        return te.compute(out, lambda *i: y(*i) / number, name="y")
-
-    return b.kernel(node, describe)
-
-
-@rule(aten.upsample_nearest1d.default, aten.upsample_nearest2d.default, aten.upsample_nearest2d.vec,
-      aten.upsample_nearest1d.vec)  # fmt: skip
-def _upsample_nearest(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
-    source = next(iter(a.values()))
-
-    def body(k: Kernel, x: te.Tensor) -> Callable[..., Expr]:
-        out = k.shape(node)
-
-        def element(n: Expr, c: Expr, *i: Expr) -> Expr:
-            at = [tirx.floordiv(p * s, o) for p, s, o in zip(i, x.shape[2:], out[2:], strict=True)]
-            return x(n, c, *at)
-
-        return element
-
-    return b.elements(node, [source], body)

@@ -152,8 +152,13 @@ def _factors(node: fx.Node, a: dict[str, Any]) -> list[float | None]:
 
 
 def _real(whole: Expr, dtype: str) -> Expr:
-    """A whole number as a float. TVM's analysis of ranges fails on a float variable that is bound to one whose bounds it
-    knows ("IntImm supports only int"), so these are hidden from it."""
+    """A whole number as a float.
+
+    TVM's analysis of ranges fails on a float variable that stands for one whose bounds it knows ("IntImm supports only
+    int"), so they are hidden from it.
+    """
+    if isinstance(whole, (int, tirx.IntImm)):
+        return tirx.const(float(int(whole)), dtype)
     return tirx.Cast(dtype, tirx.reinterpret("int64", tirx.Cast("int64", whole)))
 
 
@@ -213,21 +218,23 @@ def _interpolate(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
         out = k.shape(node)
         half = tirx.const(0.5, real)
 
-        def place(i: Expr, size: Expr, made: Expr, factor: float | None) -> Expr:
-            number = lambda v: _real(v, real)  # noqa: E731
+        def place(i: Expr, size: Expr, made: Expr, factor: float | None) -> tuple[Expr, Expr]:
+            """The value before a place, and how far behind that the place is."""
             if a["align_corners"]:
-                ratio = number(size - 1) / number(tirx.max(made - 1, 1))
-                return number(i) * ratio
-            ratio = number(size) / number(made) if factor is None else tirx.const(1.0 / factor, real)
+                steps, at = tirx.max(made - 1, 1), i * (size - 1)
+                return tirx.floordiv(at, steps), _real(tirx.floormod(at, steps), real) / _real(steps, real)
+            ratio = (
+                _real(size, real) / _real(made, real) if factor is None else tirx.const(1.0 / factor, real)
+            )
             # In front of the first value both of two are that one: as if the place were 0, which PyTorch makes it.
-            return (number(i) + half) * ratio - half
+            found = (_real(i, real) + half) * ratio - half
+            return tirx.Cast("int64", tirx.floor(found)), found - tirx.floor(found)
 
         def element(n: Expr, c: Expr, *i: Expr) -> Expr:
             choices = []
             for at, size, made, factor in zip(i, x.shape[2:], out[2:], factors, strict=True):
-                found = place(at, size, made, factor)
-                low = tirx.floor(found)
-                begin, weights = tirx.Cast("int64", low), taps(found - low, real)
+                begin, behind = place(at, size, made, factor)
+                weights = taps(behind, real)
                 choices.append([(tirx.max(tirx.min(begin + o, size - 1), 0), w) for o, w in weights])
             total: Expr = None
             for chosen in product(*choices):

@@ -215,6 +215,44 @@ def test_convolutions(execute: Callable[..., Executor]) -> None:
     )
 
 
+def test_pooling_and_resizing(execute: Callable[..., Executor]) -> None:
+    generator = torch.Generator().manual_seed(2)
+    longer = torch.export.Dim("longer", min=5)
+
+    def inputs(batch: int, length: int) -> tuple[Tensor, Tensor]:
+        return torch.randn(batch, 3, length, generator=generator), torch.randn(
+            batch, 3, length, 7, generator=generator
+        )
+
+    functions: list[Function] = [
+        lambda x, z: F.avg_pool2d(z, 3, 2, 1, count_include_pad=False),
+        lambda x, z: F.avg_pool2d(z, 2, divisor_override=3), lambda x, z: F.avg_pool1d(x, 3, 1, 1),
+        lambda x, z: F.adaptive_avg_pool2d(z, (3, 2)), lambda x, z: F.adaptive_avg_pool1d(x, 4),
+        lambda x, z: F.interpolate(z, scale_factor=2, mode="bilinear"),
+        lambda x, z: F.interpolate(z, size=(11, 5), mode="bilinear", align_corners=True),
+        lambda x, z: F.interpolate(z, size=(5, 11), mode="bilinear"),
+        lambda x, z: F.interpolate(z, scale_factor=(1.5, 0.75), mode="bilinear"),
+        lambda x, z: F.interpolate(z, size=(9, 3), mode="bicubic"),
+        lambda x, z: F.interpolate(z, scale_factor=2.5, mode="bicubic", align_corners=True),
+        lambda x, z: F.interpolate(x, scale_factor=3, mode="linear"),
+        lambda x, z: F.interpolate(z, scale_factor=2.5, mode="nearest"), lambda x, z: F.interpolate(x, size=5),
+    ]  # fmt: skip
+    check(
+        execute,
+        functions,
+        [inputs(2, 9), inputs(3, 14)],
+        ({0: BATCH, 2: longer}, {0: BATCH, 2: longer}),
+        1e-5,
+    )
+    # What rounds up puts conditions on sizes, which are known here.
+    functions = [
+        lambda x, z: F.avg_pool2d(z, 3, 2, 1, ceil_mode=True), lambda x, z: F.max_pool2d(z, 3, 2, 1, ceil_mode=True),
+        lambda x, z: F.avg_pool2d(z, 3, 2, 1, ceil_mode=True, count_include_pad=False),
+        lambda x, z: F.avg_pool2d(z, 2, 3, ceil_mode=True), lambda x, z: F.avg_pool1d(x, 3, 2, 1, True),
+    ]  # fmt: skip
+    check(execute, functions, [inputs(2, 9), inputs(3, 9)], ({0: BATCH}, {0: BATCH}), 1e-5)
+
+
 def test_convolutions_with_rows_of_any_length(execute: Callable[..., Executor]) -> None:
     generator = torch.Generator().manual_seed(1)
     whole, strided, turned, depthwise = (
@@ -286,13 +324,14 @@ def test_every_unsupported_operator_is_listed_with_its_place() -> None:
 def test_what_a_rule_refuses_is_listed_with_its_place() -> None:
     class Refused(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return F.adaptive_avg_pool2d(x, 2) + torch.linalg.vector_norm(x, 3.0)
+            return F.adaptive_avg_pool2d(x, x.shape[-1] - 2) + torch.linalg.vector_norm(x, 3.0)
 
-    program = capture(Refused(), (torch.randn(1, 2, 4, 4),), None, None)
+    size = torch.export.Dim("size", min=4)
+    program = capture(Refused(), (torch.randn(1, 2, 5, 5),), None, ({2: size, 3: size},))
     with pytest.raises(UnsupportedError) as caught:
         lower(program)
     text = str(caught.value)
-    assert "Adaptive average pooling is lowered to size 1" in text
+    assert "Adaptive average pooling is lowered to sizes that are known" in text
     assert "This norm is not lowered" in text
     assert "test_rules.py" in text
 
