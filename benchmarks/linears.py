@@ -196,7 +196,7 @@ def body() -> int:
                 if not arguments.quick:
                     theirs += [*NBITS_FLOAT.values(), NBITS8_FLOAT]
                 kinds = theirs if arguments.peers_only else ours + theirs
-                rounds = (5 if arguments.quick else 24) if m == 1 else (2 if arguments.quick else 8)
+                rounds = (5 if arguments.quick else 24) if m == 1 else (5 if arguments.quick else 8)
                 measure(results, shape, m, threads, kinds, rounds, arguments.quick)
     return results.finish(arguments)
 
