@@ -28,23 +28,14 @@ from ..compiler.dialect.packing import LANES, PackedLinear, pack_linear
 from ..compiler.editor import Editor
 from ..compiler.graph import argument, dtype
 from ..compiler.passes import Guarantee, define_pass
-from .layers import Layer, QuantizedWeight, codes_of, constant_name, layers, narrowest_bits
-from .pack_linears import packed_activations, reason_against, width_of
+from .layers import QuantizedWeight, constant_name, narrowest_bits
+from .pack_linears import packable_layers, packed_activations, width_of
 
 
 @define_pass(Guarantee.REAL)
 def pack_grouped_linears(editor: Editor) -> None:
     """Pack all grouped linears whose weight is a `dequantize_weight` of constants."""
-    packable: list[tuple[Layer, QuantizedWeight]] = []
-    for layer in layers(editor):
-        quantized = codes_of(editor, layer) if layer.is_grouped else None
-        if quantized is None:
-            continue
-        reason = quantized if isinstance(quantized, str) else reason_against(layer)
-        if isinstance(quantized, str) or reason is not None:
-            editor.refused(layer.node, reason or "")
-        else:
-            packable.append((layer, quantized))
+    packable = packable_layers(editor, grouped=True)
     activations = packed_activations(editor, packable)
     packed: dict[fx.Node, tuple[PackedLinear, dict[str, fx.Node]]] = {}
     for layer, quantized in packable:

@@ -37,16 +37,7 @@ from .layers import Layer, QuantizedWeight, codes_of, constant_name, is_call_of,
 @define_pass(Guarantee.REAL)
 def pack_linears(editor: Editor) -> None:
     """Pack all linears whose weight is a `dequantize_weight` or `dequantize_outliers` of constants."""
-    packable: list[tuple[Layer, QuantizedWeight]] = []
-    for layer in layers(editor):
-        quantized = codes_of(editor, layer) if layer.kind == "weights" and not layer.is_grouped else None
-        if quantized is None:
-            continue
-        reason = quantized if isinstance(quantized, str) else reason_against(layer)
-        if isinstance(quantized, str) or reason is not None:
-            editor.refused(layer.node, reason or "")
-        else:
-            packable.append((layer, quantized))
+    packable = packable_layers(editor, grouped=False)
     activations = packed_activations(editor, packable)
     packed: dict[fx.Node, tuple[PackedLinear, PackedOutliers | None, dict[str, fx.Node]]] = {}
     for layer, quantized in packable:
@@ -92,6 +83,23 @@ def pack_linears(editor: Editor) -> None:
             bytes_after=size,
             activations=width,
         )
+
+
+def packable_layers(editor: Editor, grouped: bool) -> list[tuple[Layer, QuantizedWeight]]:
+    """Linears (grouped: those of experts) whose codes can be packed; others with codes are refused with the reason."""
+    found: list[tuple[Layer, QuantizedWeight]] = []
+    for layer in layers(editor):
+        quantized = (
+            codes_of(editor, layer) if layer.kind == "weights" and layer.is_grouped == grouped else None
+        )
+        if quantized is None:
+            continue
+        reason = quantized if isinstance(quantized, str) else reason_against(layer)
+        if isinstance(quantized, str) or reason is not None:
+            editor.refused(layer.node, reason or "")
+        else:
+            found.append((layer, quantized))
+    return found
 
 
 def reason_against(layer: Layer) -> str | None:

@@ -29,6 +29,8 @@ SHIFT, SCALE = 1, 2
 Read = Callable[[Any, int], Any]
 """`read(j, lanes)`: elements j..j + lanes of the row that is quantized."""
 
+LEAST_SCALE = 2.0**-126
+"""As in compiler/dialect/quantization.py."""
 UNROLL = 4
 """Vectors in flight: minimum and maximum have a latency of 4 or so."""
 
@@ -111,7 +113,7 @@ def _range(read: Read, k: Any) -> tuple[Any, Any]:
 def pair_of(lo: Any, hi: Any, levels: Any) -> tuple[Any, Any]:
     """Scale and zero point of a range."""
     s = bind((hi - lo) / levels)
-    s = bind(T.Select(s < T.float32(2.0**-126), T.float32(1.0), s))  # quantization.LEAST_SCALE
+    s = bind(T.Select(s < T.float32(LEAST_SCALE), T.float32(1.0), s))
     z = T.nearbyint((T.float32(0.0) - lo) / s)
     return s, bind(T.min(T.max(z, T.float32(0.0)), levels))
 

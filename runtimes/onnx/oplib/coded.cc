@@ -75,28 +75,43 @@ OrtStatus* create_coded(void* memory, const Attributes& a) {
   return nullptr;
 }
 
+struct CodedInputs {
+  size_t weight, scale, bias;
+};
+
+// Check the weights and point the linear at them.
+OrtStatus* read_coded(const Context& c, const CodedInputs& at, isofold_coded* coded) {
+  isofold_linear& l = coded->linear;
+  Tensor weight, scale, bias;
+  ISOFOLD_TRY(c.input(at.weight, &weight));
+  ISOFOLD_TRY(c.input(at.scale, &scale));
+  ISOFOLD_TRY(c.input(at.bias, &bias));
+  int64_t panels = isofold_linear_panels(&l), bits = isofold_coded_bits(coded);
+  Shape packed = bits == 4   ? shape_of(panels, l.kp / 8, 16, 4)
+                 : bits == 8 ? shape_of(panels, l.kp / 2, 16, 2)
+                             : shape_of(panels, 3 * l.kp / 8, 16, 2);
+  OrtElementType scale_type = coded->scale == ISOFOLD_SCALE_CHANNEL   ? ORT_FLOAT
+                              : coded->scale == ISOFOLD_SCALE_FLOAT16 ? ORT_FLOAT16
+                                                                      : ORT_UINT8;
+  ISOFOLD_TRY(c.expect(at.weight, weight, ORT_UINT8, packed));
+  ISOFOLD_TRY(c.expect(at.scale, scale, scale_type, shape_of(panels, isofold_linear_groups(&l), 16)));
+  ISOFOLD_TRY(c.expect(at.bias, bias, ORT_FLOAT, shape_of(l.gated ? 16 * panels : l.n)));
+  l.weight = weight.data;
+  l.scale = scale.data;
+  l.bias = bias.f32();
+  return nullptr;
+}
+
 OrtStatus* compute_coded(void* memory, Context& c) {
   const auto& kernel = *static_cast<const CodedKernel*>(memory);
   isofold_coded coded = kernel.coded;
   isofold_linear& l = coded.linear;
-  Tensor x, weight, scale, table, bias, residual;
+  ISOFOLD_TRY(read_coded(c, {1, 2, 4}, &coded));
+  Tensor x, table, residual;
   ISOFOLD_TRY(c.input(0, &x));
-  ISOFOLD_TRY(c.input(1, &weight));
-  ISOFOLD_TRY(c.input(2, &scale));
   ISOFOLD_TRY(c.input(3, &table));
-  ISOFOLD_TRY(c.input(4, &bias));
   ISOFOLD_TRY(c.input(5, &residual));
-  int64_t panels = isofold_linear_panels(&l), bits = isofold_coded_bits(&coded);
-  Shape packed = bits == 4   ? shape_of(panels, l.kp / 8, 16, 4)
-                 : bits == 8 ? shape_of(panels, l.kp / 2, 16, 2)
-                             : shape_of(panels, 3 * l.kp / 8, 16, 2);
-  OrtElementType scale_type = coded.scale == ISOFOLD_SCALE_CHANNEL   ? ORT_FLOAT
-                              : coded.scale == ISOFOLD_SCALE_FLOAT16 ? ORT_FLOAT16
-                                                                     : ORT_UINT8;
-  ISOFOLD_TRY(c.expect(1, weight, ORT_UINT8, packed));
-  ISOFOLD_TRY(c.expect(2, scale, scale_type, shape_of(panels, isofold_linear_groups(&l), 16)));
   ISOFOLD_TRY(c.expect(3, table, ORT_FLOAT, shape_of(16)));
-  ISOFOLD_TRY(c.expect(4, bias, ORT_FLOAT, shape_of(l.gated ? 16 * panels : l.n)));
   if (table.present != (kernel.format == TABLE4))
     return c.bad_input(3, table.present ? "only the format table4 takes one" : "the format table4 needs one");
   ISOFOLD_TRY(c.expect_last(0, x, kernel.k));
@@ -104,9 +119,6 @@ OrtStatus* compute_coded(void* memory, Context& c) {
   ISOFOLD_TRY(c.expect(5, residual, ORT_FLOAT, shape));
   float* y = nullptr;
   ISOFOLD_TRY(c.output(0, shape, &y));
-  l.weight = weight.data;
-  l.scale = scale.data;
-  l.bias = bias.f32();
   if (table.present) coded.table = table.f32();
   isofold_linear_float_call call = {x.f32(), residual.f32(), y, shape.rows(), kernel.k};
   if (call.m == 0) return nullptr;
@@ -130,20 +142,11 @@ OrtStatus* compute_fp8(void* memory, Context& c) {
   const auto& kernel = *static_cast<const CodedKernel*>(memory);
   isofold_coded coded = kernel.coded;
   isofold_linear& l = coded.linear;
-  Tensor u, params, weight, scale, bias, residual;
+  ISOFOLD_TRY(read_coded(c, {2, 3, 4}, &coded));
+  Tensor u, params, residual;
   ISOFOLD_TRY(c.input(0, &u));
   ISOFOLD_TRY(c.input(1, &params));
-  ISOFOLD_TRY(c.input(2, &weight));
-  ISOFOLD_TRY(c.input(3, &scale));
-  ISOFOLD_TRY(c.input(4, &bias));
   ISOFOLD_TRY(c.input(5, &residual));
-  int64_t panels = isofold_linear_panels(&l);
-  OrtElementType scale_type = coded.scale == ISOFOLD_SCALE_CHANNEL   ? ORT_FLOAT
-                              : coded.scale == ISOFOLD_SCALE_FLOAT16 ? ORT_FLOAT16
-                                                                     : ORT_UINT8;
-  ISOFOLD_TRY(c.expect(2, weight, ORT_UINT8, shape_of(panels, l.kp / 2, 16, 2)));
-  ISOFOLD_TRY(c.expect(3, scale, scale_type, shape_of(panels, isofold_linear_groups(&l), 16)));
-  ISOFOLD_TRY(c.expect(4, bias, ORT_FLOAT, shape_of(l.gated ? 16 * panels : l.n)));
   if (u.shape.rank < 1 || u.shape[-1] < kernel.k)
     return c.bad_input(0, "expected at least %lld codes in the last dimension, got %s", (long long)kernel.k,
                        describe(u.type, u.shape).text);
@@ -153,9 +156,6 @@ OrtStatus* compute_fp8(void* memory, Context& c) {
   ISOFOLD_TRY(c.expect(5, residual, ORT_FLOAT, shape));
   float* y = nullptr;
   ISOFOLD_TRY(c.output(0, shape, &y));
-  l.weight = weight.data;
-  l.scale = scale.data;
-  l.bias = bias.f32();
   int64_t m = shape.rows(), k = kernel.k, width = u.shape[-1];
   if (m == 0) return nullptr;
   RunScratch scratch(size_t(m * k) * sizeof(float));
