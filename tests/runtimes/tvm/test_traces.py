@@ -322,7 +322,10 @@ def test_what_hangs_or_crashes_costs_the_search_its_inventor(
     found = tune_functions(tvm.IRModule({"pool": pooled()}), target, 60, tmp_path / "t.jsonl")
     (note,) = found["notes"]
     assert note == ("pool: nothing more is invented: MetaSchedule was lost: its process ended with code -11")
-    assert found["measured"] == found["workloads"][0]["tried"]
+    # One that looks faster than the default is measured twice: how many do depends on the machine's mood.
+    records = read_records(tmp_path / "t.jsonl")[0]
+    assert found["workloads"][0]["tried"] == len({r.candidate for r in records}) > 1
+    assert [r for r in records if r.trace] == []
 
 
 def test_the_workers_own_errors_name_the_cause(target: Any) -> None:
