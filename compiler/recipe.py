@@ -21,7 +21,7 @@ import fnmatch
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -67,7 +67,8 @@ class WeightFormat(_Strict):
     """How a weight matrix is stored.
 
     format: `int`; codes of a table or of small floats (nf4, table4, e4m3, e5m2, mxfp4, mxfp6_e3m2, mxfp6_e2m3,
-    mxfp8_e4m3, mxfp8_e5m2, nvfp4); `codebook`, sums of vectors of 8 weights; or `auto`. All but `int` and `auto` meet
+    mxfp8_e4m3, mxfp8_e5m2, nvfp4); `codebook`, sums of vectors of 8 weights; `auto`; or `prequantized`, the codes that
+    another tool has rounded the weight to, read off its values. All but `int`, `auto` and `prequantized` meet
     float activations, 8-bit floats also activations of `e4m3`. bits, symmetric: of `int`: width, and no zero points
     (at 2 and 3 bits they are in sixteenths of a code, and worth their byte a group). group_size: inputs that share a
     scale (0: the whole row, not at 2 and 3 bits; without it the format's own). range: how the scale is found, `absmax`
@@ -94,6 +95,7 @@ class WeightFormat(_Strict):
         "nvfp4",
         "codebook",
         "auto",
+        "prequantized",
     ] = "int"
     bits: Literal[2, 3, 4, 8] = 8
     group_size: Literal[0, 16, 32, 64, 128] = 0
@@ -122,8 +124,8 @@ class WeightFormat(_Strict):
             return ("codebooks", "code_bits", "max_error")
         if self.format == "codebook":
             return ("bits", "group_size", "symmetric", "range", "solver", "max_error", *_OUTLIERS)
-        if self.format == "auto":
-            return (
+        if self.format in ("auto", "prequantized"):
+            foreign = (
                 "bits",
                 "group_size",
                 "symmetric",
@@ -134,6 +136,7 @@ class WeightFormat(_Strict):
                 "code_bits",
                 *_OUTLIERS,
             )
+            return foreign if self.format == "auto" else (*foreign, "max_error")
         return ("bits", "symmetric", "solver", "codebooks", "code_bits", "max_error", *_OUTLIERS)
 
     @model_validator(mode="after")
@@ -213,8 +216,29 @@ class ActivationFormat(_Strict):
         return {name: given for name, given in data.items() if name != "bits" or self.format == "int"}
 
 
-class EmbeddingFormat(_Strict):
-    """How embedding tables are stored: bits, group_size along the row (0: the whole row) and range as for weights."""
+class _TableFormat(_Strict):
+    """Formats that are integers, or what another tool has made of a weight."""
+
+    format: Literal["int", "prequantized"] = "int"
+
+    @model_validator(mode="after")
+    def _found_formats_have_no_fields(self) -> Self:
+        foreign = sorted(self.model_fields_set - {"format"})
+        if self.format == "prequantized" and foreign:
+            raise ValueError(f"format prequantized has no {' and no '.join(foreign)}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_foreign_fields(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = dump(self)
+        return {"format": self.format} if self.format == "prequantized" else data
+
+
+class EmbeddingFormat(_TableFormat):
+    """How embedding tables are stored: bits, group_size along the row (0: the whole row) and range as for weights.
+
+    format: `int`, or `prequantized` as for weights, without the other fields.
+    """
 
     bits: Literal[4, 8] = 8
     group_size: Literal[0, 32, 64, 128] = 0
@@ -222,8 +246,11 @@ class EmbeddingFormat(_Strict):
     range: Literal["absmax", "mse"] = "mse"
 
 
-class ConvolutionFormat(_Strict):
-    """How convolutions are stored: int8 per output channel, with int8 activations."""
+class ConvolutionFormat(_TableFormat):
+    """How convolutions are stored: int8 per output channel, with int8 activations.
+
+    format: `int`, or `prequantized` as for weights, without the other fields.
+    """
 
     bits: Literal[8] = 8
     range: Literal["absmax", "mse"] = "mse"
@@ -376,9 +403,18 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _convolutions_need_activations(self) -> Recipe:
-        if self.convolutions is not None and self.activations.mode == "float":
+        form = self.convolutions
+        if form is not None and form.format == "int" and self.activations.mode == "float":
             raise ValueError(
                 "convolutions are quantized together with their inputs: activations.mode must not be float"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _folds_move_codes(self) -> Recipe:
+        if self.is_prequantized and self.fold is not None:
+            raise ValueError(
+                "fold moves weights off the grid that format prequantized reads; give one of them"
             )
         return self
 
@@ -409,7 +445,7 @@ class Recipe(_Strict):
                 integers.append(found)
             elif activations.format == "int" and weights.format in FP8_WEIGHTS:
                 small_floats.append(found)
-            elif activations.format == "int" and weights.format not in ("int", "auto"):
+            elif activations.format == "int" and weights.format not in ("int", "auto", "prequantized"):
                 floats.append(found)
         if floats:
             raise ValueError(
@@ -464,6 +500,13 @@ class Recipe(_Strict):
         """The formats of weights that some layer may have."""
         given = (self.weights, *(rule.weights for rule in self.layers))
         return [form for form in given if form is not None]
+
+    @property
+    def is_prequantized(self) -> bool:
+        """Whether some layer has the codes that another tool has rounded it to."""
+        rules = (self, *self.layers)
+        given = [getattr(rule, kind) for rule in rules for kind in ("weights", "embeddings", "convolutions")]
+        return any(form is not None and form.format == "prequantized" for form in given)
 
     @property
     def cache_formats(self) -> list[CacheFormat]:
@@ -552,6 +595,17 @@ def _preset(name: str, weights: WeightFormat, activations: ActivationFormat, **m
     )
 
 
+def _prequantized(name: str, activations: ActivationFormat) -> Recipe:
+    """A preset that keeps the codes that another tool has rounded weights to."""
+    return Recipe(
+        name=name,
+        weights=WeightFormat(format="prequantized"),
+        activations=activations,
+        embeddings=EmbeddingFormat(format="prequantized"),
+        convolutions=ConvolutionFormat(format="prequantized"),
+    )
+
+
 _KV4 = CacheFormat(bits=4)
 _SMOOTH = Fold(scale="search", shift="mean")
 _ROTATE = Fold(rotation="hadamard")
@@ -593,13 +647,16 @@ PRESETS: dict[str, Recipe] = {
         Recipe(name="w8-fp8", weights=_FP8, embeddings=EmbeddingFormat()),
         Recipe(name="w4-mxfp4", weights=WeightFormat(format="mxfp4"), embeddings=EmbeddingFormat()),
         Recipe(name="w2-codebook", weights=WeightFormat(format="codebook"), embeddings=EmbeddingFormat()),
+        _prequantized("prequantized", ActivationFormat(mode="float")),
+        _prequantized("prequantized-a8", _DYNAMIC),
         _preset("auto-a8", _AUTO, _DYNAMIC),
         Recipe(name="auto-a16", weights=_AUTO, embeddings=EmbeddingFormat()),
     )
 }
 """Named recipes. `w` is the width of weights, `a` that of activations (a16: float), `kv` that of keys and
 values; `fp8` E4M3 for weights and activations, `w8-fp8` for weights alone; `smooth` (scales and shifts), `rotate` and
-`learned` name the transforms that are folded in first; `auto` chooses a width for each layer by the cost model."""
+`learned` name the transforms that are folded in first; `prequantized` keeps what another tool has rounded weights and
+activations to; `auto` chooses a width for each layer by the cost model."""
 
 
 def resolve(recipe: Recipe | str | os.PathLike[str] | dict[str, Any]) -> Recipe:

@@ -226,7 +226,8 @@ def _reason_against_convolution(recipe: Recipe, layer: Layer) -> str | None:
     kernel = (shape(layer.weight) or ())[2:]
     if padding == "same" and any((d * (k - 1)) % 2 for k, d in zip(kernel, dilation, strict=True)):
         return "padding='same' with an even kernel pads unevenly, which has no packed form"
-    if recipe.format_for(layer.path, "activations").mode == "float":
+    rounded = is_call_of(layer.input, *ROUNDERS)
+    if not rounded and recipe.format_for(layer.path, "activations").mode == "float":
         return "its activations stay float by the recipe, and convolutions are quantized together with their inputs"
     return None
 
@@ -304,6 +305,8 @@ def _coded_bytes(n: int, k: int, chosen: WeightFormat) -> int:
 
 
 def _too_small(layer: Layer, weight: Tensor, chosen: Any) -> str | None:
+    if getattr(chosen, "format", "int") == "prequantized":
+        return None  # its width is not known yet
     packed, plain = packed_bytes(layer.kind, tuple(weight.shape), chosen), 4 * weight.numel()
     if packed >= plain:
         return f"too small: its weight {list(weight.shape)} takes {plain} bytes in float and {packed} packed"

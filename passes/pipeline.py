@@ -13,8 +13,9 @@
    Quantizers that still have one dense reader come last; then, for a runtime without a float matrix product of its own,
    float linears take panels (`pack_dense_linears`) and their epilogues.
 
-Between 1 and 2 come the folds that the recipe asks for (`fold_transforms`), then `prune_channels` with
-`shrink_channels` and `prune_weights`. Steps that a recipe does not ask for are left out.
+Between 1 and 2 come the codes that weights already have (`extract_codes`), the folds that the recipe asks for
+(`fold_transforms`), then `prune_channels` with `shrink_channels` and `prune_weights`. Steps that a recipe does not ask
+for are left out.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from ..compiler.program import Program
 from ..compiler.recipe import GROUP_SIZES, Recipe
 from .choose_formats import choose_formats, resolve_formats
 from .expose_pointwise import expose_pointwise
+from .extract_codes import extract_codes
 from .extract_sparsity import extract_sparsity
 from .fold_transforms import fold_steps
 from .fuse_attention import fuse_attention
@@ -76,7 +78,10 @@ def plan(
     by_gptq = any(form.solver == "gptq" for form in recipe.weight_formats)
     if calibration is not None and (recipe.fold is not None or recipe.prune_formats or by_gptq):
         calibration = list(calibration)
-    steps = [Step(canonicalize), Step(check_recipe, options), *fold_steps(recipe, calibration)]
+    steps = [Step(canonicalize), Step(check_recipe, options)]
+    if recipe.is_prequantized:
+        steps.append(Step(extract_codes, options))
+    steps.extend(fold_steps(recipe, calibration))
     structured = [form.structure is not None for form in recipe.prune_formats]
     if any(structured):
         steps.append(Step(prune_channels, {**options, "calibration": calibration}))
@@ -91,6 +96,7 @@ def plan(
         steps.append(Step(split_low_rank, options))
     if (weights or convolutions) and recipe.quantizes_activations:
         steps.append(Step(quantize_activations, {**options, "calibration": calibration}))
+    found = any(form.format == "prequantized" for form in recipe.weight_formats)
     coded = any(form.format in GROUP_SIZES for form in recipe.weight_formats)
     codebooks = any(form.format == "codebook" for form in recipe.weight_formats)
     for wanted, quantize in (
@@ -109,7 +115,7 @@ def plan(
         (weights, pack_linears),
         (weights, pack_grouped_linears),
         (True, pack_grouped_dense),
-        (coded, pack_coded_linears),
+        (coded or found, pack_coded_linears),
         (codebooks, pack_codebook_linears),
         (embeddings, pack_embeddings),
         (convolutions, pack_convolutions),

@@ -29,6 +29,7 @@ from .linear import canonicalize_linear
 from .masks import simplify_masks
 from .merge_duplicates import merge_duplicates
 from .merged_heads import split_merged_heads
+from .output_scale import fold_output_scale
 from .pointwise import canonicalize_pointwise
 from .rms_norm import canonicalize_rms_norm
 from .rotary import canonicalize_rotary
@@ -37,7 +38,8 @@ from .split import canonicalize_splits
 from .strip_no_ops import strip_no_ops
 
 #: In the order in which they run. LayerNorm goes before RMSNorm, which it contains; linears go before constants
-#: are folded, so that a transposed weight is not copied; gates after the activations they are made of.
+#: are folded, so that a transposed weight is not copied; gates after the activations they are made of; factors of
+#: outputs after attention, which takes the scale of its queries.
 FORMS: tuple[Pass, ...] = (
     strip_no_ops,
     merge_duplicates,
@@ -56,6 +58,7 @@ FORMS: tuple[Pass, ...] = (
     split_merged_heads,
     canonicalize_attention,
     absorb_grouped_queries,
+    fold_output_scale,
     simplify_masks,
     canonicalize_gated,
 )

@@ -1,7 +1,9 @@
 """Replace every expression of constants by its value.
 
 Positions, ALiBi slopes, `1 + g`, weight norm (`g * v / |v|`), masks of static size: what depends on nothing
-but parameters and literals is the same in every run. Evaluated in float64 and rounded once to its own type.
+but parameters and literals is the same in every run. Evaluated in float64 and rounded once to its own type; where a
+step of it is not continuous (rounding a weight to its codes, a comparison, a cast to integers) in the types that the
+model has, as the last bit of a quotient decides between two codes there.
 
 Side conditions: the operators are deterministic and read no codes of compressed weights; the sizes are static;
 the result is not much larger than what it was computed from (an expanded table would only take memory). Parameters
@@ -25,6 +27,16 @@ from ..passes import Guarantee, define_pass
 
 _ALWAYS_SMALL = 1 << 16
 _GROWTH = 2
+_STEPS = {
+    torch.ops.aten.round,
+    torch.ops.aten.floor,
+    torch.ops.aten.ceil,
+    torch.ops.aten.trunc,
+    torch.ops.aten.sign,
+    torch.ops.aten.fake_quantize_per_tensor_affine,
+    torch.ops.aten.fake_quantize_per_channel_affine,
+}
+"""Operators with float results that are not continuous."""
 
 
 @define_pass(Guarantee.REAL)
@@ -48,7 +60,7 @@ def fold_constants(editor: Editor) -> None:
         if fake.numel() > limit:
             editor.refused(node, f"its {fake.numel()} elements come from far fewer: kept as an expression")
             continue
-        result = _evaluate(editor, node, {}).to(fake.dtype)
+        result = _evaluate(editor, node, {}, widen=not _jumps(node, {})).to(fake.dtype)
         largest = max(sources, key=lambda s: editor.tensors[str(s.target)].numel(), default=None)
         name = editor.name_of(largest) if largest is not None else node.name
         editor.applied(node, f"folded {str(node.target).removeprefix('aten.')} of constants")
@@ -82,12 +94,25 @@ def _sources(node: fx.Node) -> set[fx.Node]:
     return set().union(*(_sources(source) for source in node.all_input_nodes))
 
 
-def _evaluate(editor: Editor, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
-    if node.op == "get_attr":
-        return _widen(editor.tensors[str(node.target)])
+def _jumps(node: fx.Node, known: dict[fx.Node, bool]) -> bool:
+    """Whether the least change of a source can change the value by much: something on the way is not continuous."""
     if node not in known:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _evaluate(editor, n, known))
-        args, kwargs = pytree.tree_map(_widen, (args, kwargs))
+        sources = node.all_input_nodes
+        packet = getattr(node.target, "overloadpacket", None)
+        results = [fake for fake in pytree.tree_leaves(value(node)) if isinstance(fake, Tensor)]
+        cast = any(map(_is_float, sources)) and not all(fake.is_floating_point() for fake in results)
+        known[node] = packet in _STEPS or cast or any(_jumps(source, known) for source in sources)
+    return known[node]
+
+
+def _evaluate(editor: Editor, node: fx.Node, known: dict[fx.Node, Any], widen: bool) -> Any:
+    if node.op == "get_attr":
+        held = editor.tensors[str(node.target)]
+        return _widen(held) if widen else held
+    if node not in known:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _evaluate(editor, n, known, widen))
+        if widen:
+            args, kwargs = pytree.tree_map(_widen, (args, kwargs))
         with torch.no_grad():
             target: Any = node.target
             known[node] = target(*args, **kwargs)
