@@ -1,6 +1,6 @@
 """Capture: an `nn.Module`, an ExportedProgram or a `.pt2` file becomes a `Program`.
 
-torch.export traces the module, `run_decompositions({})` makes the graph functional while it keeps the
+torch.export traces the module, `run_decompositions` makes the graph functional while it keeps the
 operators that mean something (linear, layer_norm, scaled_dot_product_attention), and tensors that share
 storage (tied weights) become one entry.
 """
@@ -22,7 +22,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .decompositions import DECOMPOSITIONS
 from .errors import CaptureError, InputError
 from .graph import fake_mode_of, value
 from .program import Program, load_pt2
@@ -147,13 +149,31 @@ def _from_exported(exported: ExportedProgram, dynamic_shapes: Any) -> Program:
     args, kwargs = exported.example_inputs
     if dynamic_shapes is None:
         dynamic_shapes = _dynamic_shapes_of(exported)
-    with quiet_torch():
-        module = exported.run_decompositions({}).module(check_guards=False)
+    with quiet_torch(), _frozen_subclasses(exported):
+        module = exported.run_decompositions(DECOMPOSITIONS).module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     tensors = _deduplicate(module)
     _complete_values(module.graph, tensors)
     _views_to_reshapes(module.graph)
     return Program(module.graph, tensors, args, kwargs, dynamic_shapes)
+
+
+@contextmanager
+def _frozen_subclasses(exported: ExportedProgram) -> Iterator[None]:
+    """Weights of other quantizers (tensor subclasses) as constants: torch makes parameters of their parts, and codes
+    cannot require gradients."""
+    held = [
+        tensor
+        for tensor in exported.state_dict.values()
+        if is_traceable_wrapper_subclass(tensor) and tensor.requires_grad
+    ]
+    for tensor in held:
+        tensor.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for tensor in held:
+            tensor.requires_grad_(True)
 
 
 def _deduplicate(module: fx.GraphModule) -> dict[str, Any]:

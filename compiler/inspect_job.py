@@ -164,6 +164,7 @@ def _weights(captured: Any, report: Mapping[str, Any]) -> list[dict[str, Any]]:
     from torch import Tensor
 
     from .graph import module_path
+    from .report import MAKERS_OF_CODES
 
     quantized: dict[str, Mapping[str, Any]] = {}
     for row in report["layers"]:
@@ -171,7 +172,7 @@ def _weights(captured: Any, report: Mapping[str, Any]) -> list[dict[str, Any]]:
     reasons = {
         place["module"]: group["reason"]
         for group in report["refused"]
-        if group["pass"].startswith("quantize_")
+        if group["pass"].startswith(MAKERS_OF_CODES)
         for place in group["places"]
     }
     rows: list[dict[str, Any]] = []

@@ -200,9 +200,13 @@ def add_profile(report: dict[str, Any], profile: Iterable[Mapping[str, Any]]) ->
     }
 
 
+MAKERS_OF_CODES = ("quantize_", "extract_codes")
+"""How the names of passes begin that give layers codes."""
+
+
 def _quantized_entries(records: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
     for record in records:
-        if record["pass"].startswith("quantize_"):
+        if record["pass"].startswith(MAKERS_OF_CODES):
             yield from (entry for entry in record["applied"] if "bytes_before" in entry)
 
 
