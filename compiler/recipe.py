@@ -162,13 +162,23 @@ class Recipe(Strict):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether some range or transform must be found on data."""
-        if self.fold is not None and self.fold.needs_data:
-            return True
-        if any(form.criterion == "activation" for form in self.prune_formats):
-            return True
+        """Whether something must be found on data."""
+        return bool(self.calibrated)
+
+    @property
+    def calibrated(self) -> list[tuple[str, str]]:
+        """What must be found on data, each with what could be used instead."""
         static = any(form.mode == "static" for form in self.activation_formats)
-        return static or any(form.solver == "gptq" for form in self.weight_formats)
+        by_activation = any(form.criterion == "activation" for form in self.prune_formats)
+        gptq = any(form.solver == "gptq" for form in self.weight_formats)
+        transforms = self.fold is not None and self.fold.needs_data
+        asked = (
+            (transforms, "transforms, which are chosen", "fold.scale: cle and fold.shift: none"),
+            (static, "static activation ranges, which are measured", "activations.mode: dynamic"),
+            (gptq, "weights.solver gptq, which rounds", "weights.solver: nearest"),
+            (by_activation, "prune.criterion activation, which is measured", "prune.criterion: magnitude"),
+        )
+        return [(what, instead) for wanted, what, instead in asked if wanted]
 
     @property
     def activation_formats(self) -> list[ActivationFormat]:
