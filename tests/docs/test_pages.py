@@ -12,7 +12,7 @@ import pytest
 import typer
 
 from isofold import PRESETS, Recipe
-from isofold.compiler import formats
+from isofold.compiler import errors, formats
 from isofold.compiler.cli import app
 from isofold.compiler.dialect import OPERATORS
 
@@ -26,6 +26,7 @@ PAGES = sorted(
 SOURCES = {path.relative_to(ROOT) for path in ROOT.rglob("*.*") if ".venv" not in path.parts}
 NOT_SOURCES = {
     "isofold.json",
+    "config.json",
     "report.json",
     "kernels.h",
     "hadamard_signs.h",
@@ -104,6 +105,17 @@ def test_python_is_python_and_imports_what_exists(page: Path) -> None:
         for node in ast.walk(ast.parse(code)):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 exec(ast.unparse(node), {})
+
+
+def test_commands_and_errors_are_those_of_the_page() -> None:
+    page = text_of("docs/command-line.md")
+    start, *_, errors_table = page.split("\n## ")
+    command: Any = typer.main.get_command(app)
+    assert re.findall(r"^\| `(\w+)`", start, re.M) == list(command.commands)
+    classes = {
+        name for name, held in vars(errors).items() if isinstance(held, type) and name.endswith("Error")
+    }
+    assert {*re.findall(r"^\| `(\w+)`", errors_table, re.M), "IsofoldError"} == classes
 
 
 def test_presets_are_those_of_the_table() -> None:

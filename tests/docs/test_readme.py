@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -58,3 +59,25 @@ def test_everything_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     with np.load("outputs.npz") as outputs:
         (through_cli,) = outputs.values()
     np.testing.assert_array_equal(through_cli, plain)
+    check_json()
+
+
+def check_json() -> None:
+    page = (ROOT / "docs/command-line.md").read_text()
+    rows = dict(re.findall(r"^\| (`\w+`(?: of an? \w+)?) \| (.*) \|$", page.split("## JSON")[1], re.M))
+    for name, words in (
+        ("`run`", "run artefact"),
+        ("`bench`", "bench artefact --seconds 0.1"),
+        ("`inspect` of a model", "inspect model.pt2"),
+        ("`inspect` of an artefact", "inspect artefact"),
+        ("`build`", "build"),
+        ("`tune`", "tune --merge /dev/null --database tuned.jsonl"),
+    ):
+        done = CliRunner().invoke(app, [*words.split(), "--json"])
+        assert done.exit_code == 0, done.output
+        value = json.loads(done.stdout)
+        keys = re.findall(r"`(\w+)`", re.sub(r"\(.*?\)", "", rows[name]))
+        assert set(keys) <= set(value[0] if isinstance(value, list) else value), name
+    report = json.loads(Path("artefact/report.json").read_text())
+    (text,) = re.findall(r"^The report .*? has (.*?)\.$", page, re.M | re.S)
+    assert set(re.findall(r"`(\w+)`", text)) <= set(report)
