@@ -121,9 +121,9 @@ class Tvm:
     """One of our TVM artefacts (``model`` is its folder) as it is deployed, inputs bound once."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
-        import isofold
+        from isofold.runtimes.tvm.session import open_artefact
 
-        self.model = isofold.load(spec["model"], threads=spec["threads"])
+        self.model = open_artefact(spec["model"], threads=spec["threads"])
         with np.load(spec["inputs"]) as arrays:
             self.feeds = {port.name: arrays[port.name] for port in self.model.inputs}
         self.run = self.model.executor.bound(list(self.feeds.values()))

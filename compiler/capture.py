@@ -162,10 +162,10 @@ def _from_exported(exported: ExportedProgram, dynamic_shapes: Any) -> Program:
 def _frozen_subclasses(exported: ExportedProgram) -> Iterator[None]:
     """Weights of other quantizers (tensor subclasses) as constants: torch makes parameters of their parts, and codes
     cannot require gradients."""
-    held = [
+    held: list[Any] = [
         tensor
         for tensor in exported.state_dict.values()
-        if is_traceable_wrapper_subclass(tensor) and tensor.requires_grad
+        if tensor.requires_grad and is_traceable_wrapper_subclass(tensor)
     ]
     for tensor in held:
         tensor.requires_grad_(False)

@@ -72,7 +72,7 @@ def compile_model(
         measure=False,  # below, with the asked number of threads
     )
     say("measure every operator")
-    opened = load(folder, **({"threads": threads} if threads else {}))
+    opened = load(folder, threads=threads)
     page = add_measurements(opened, folder)
     report = dict(opened.report)
     report["total_seconds"] = time.perf_counter() - started

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 
 class IsofoldError(Exception):
@@ -57,6 +57,14 @@ class ArtefactError(IsofoldError):
 
 class ToolchainError(IsofoldError):
     """A tool that building needs (g++, TVM) is missing or failed."""
+
+
+def refuse_options(unknown: Collection[str], known: Sequence[str], of: str) -> None:
+    """Raise InputError for the first option that is not known; `of` says whose options they are."""
+    for name in unknown:
+        raise InputError(
+            f"Unknown option {name!r} of {of}", expected=" | ".join(known), hint=near_misses(name, known)
+        )
 
 
 def near_misses(name: str, known: Iterable[str], most: int = 5) -> str | None:

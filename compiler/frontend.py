@@ -24,6 +24,7 @@ from .capture import capture
 from .driver import run_steps
 from .errors import ArtefactError, InputError
 from .machine import known_machine
+from .opened import OpenedModel
 from .passes import PassReport
 from .program import Program
 from .recipe import Recipe, resolve
@@ -69,14 +70,12 @@ def prepare(
     """
     say = progress or (lambda _: None)
     chosen = resolve(recipe)
-    if chosen.needs_calibration and calibration is None:
-        folds = chosen.fold is not None and chosen.fold.needs_data
+    if chosen.calibrated and calibration is None:
+        what, instead = chosen.calibrated[0]
         raise InputError(
-            f"The recipe has {'transforms' if folds else 'static activation ranges'}, which are "
-            f"{'chosen' if folds else 'measured'} on data",
+            f"The recipe has {what} on data",
             where=f"recipe {chosen.name!r}",
-            hint="pass calibration=[...] (a few dozen typical inputs), or use "
-            + ("fold.scale: cle and fold.shift: none" if folds else "activations.mode: dynamic"),
+            hint=f"pass calibration=[...] (a few dozen typical inputs), or use {instead}",
         )
     started = time.perf_counter()
     say("capture")
@@ -111,7 +110,7 @@ def compile(  # named for what users call: isofold.compile
     measure: bool = True,
     progress: Progress | None = None,
     **options: Any,
-) -> Any:
+) -> OpenedModel:
     """Compile a PyTorch model into a smaller, faster one.
 
     model: an nn.Module, an ExportedProgram, a Program, or the path of a `.pt2` file.
@@ -120,17 +119,19 @@ def compile(  # named for what users call: isofold.compile
     target: where it runs; "cpu" is ONNX Runtime with isofold's op library, "tvm-cpu" a TVM executable for this machine,
         "llvm:x86-64-v3" or "llvm:x86-64-v4" one for that instruction set, "cuda" or "cuda:sm_90a" one for NVIDIA GPUs.
     recipe: a preset's name, a YAML file, a mapping or a Recipe.
-    calibration: inputs (tuples of args, dicts of kwargs, or single tensors) for recipes with static ranges.
+    calibration: typical inputs, each a tuple of args, a dict of kwargs, or one tensor. Needed by recipes that choose
+        something on data: static ranges, GPTQ, transforms, structured pruning by activation.
     dynamic_shapes: as for torch.export.export.
     output: folder of the artefact; None keeps it in a temporary folder until `.save(folder)`.
     overwrite: replace an artefact that exists at `output`.
     verify: compare the program in float64 after every pass.
     measure: time every operator on the example inputs and write `report.html` into the artefact.
     progress: called with the name of each stage.
-    options: of the backend.
+    options: of the backend that `target` names (for "cpu": `library=False` leaves the op library out).
 
-    Returns a callable with the module's signature, `.report`, `.benchmark()` and `.save()`.
-    Raises IsofoldError; nothing half-written is left behind.
+    Returns a callable with the module's signature, `.report`, `.benchmark()` and `.save()`. Raises CaptureError,
+    InputError, RecipeError, UnsupportedError, VerificationError, ArtefactError or ToolchainError, all of them
+    IsofoldError; nothing half-written is left behind.
     """
     backend = backend_for(target)
     say = progress or (lambda _: None)

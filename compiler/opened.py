@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from .artefact import MANIFEST, publishing
+from .artefact import MANIFEST, publishing, read_manifest
 from .errors import ArtefactError, InputError
 from .structure import Structure, decode, flatten
 
@@ -55,6 +55,25 @@ def verify_files(folder: Path, manifest: Mapping[str, Any], *, hashes: bool) -> 
         raise ArtefactError(
             "The artefact is damaged", where=str(folder), got="; ".join(problems), hint=DAMAGED
         )
+
+
+def checked_manifest(folder: Path, *, backend: str, threads: int | None, verify: bool) -> dict[str, Any]:
+    """The manifest of a backend's artefact whose files are there (`verify`: with the same hashes), and threads can be.
+
+    Raises ArtefactError and InputError.
+    """
+    if threads is not None and threads < 1:
+        raise InputError("Threads must be positive", expected="None or at least 1", got=threads)
+    manifest = read_manifest(folder)
+    if manifest.get("backend") != backend:
+        raise ArtefactError(
+            "The artefact is for another runtime",
+            where=str(folder),
+            expected=backend,
+            got=manifest.get("backend"),
+        )
+    verify_files(folder, manifest, hashes=verify)
+    return manifest
 
 
 def sha256_of(path: Path) -> str:
@@ -161,6 +180,14 @@ class OpenedModel:
             "runs": runs,
             "threads": threads if threads is not None else self.threads,
         }
+
+    def profile(self, *args: Any, runs: int = 10, **kwargs: Any) -> list[dict[str, Any]]:
+        """Median time of every operator on the given arguments (default: the example inputs), in order of execution.
+
+        Returns `[{name, op, microseconds, outputs}]`: isofold's operators have the names of the program's nodes
+        (`report["layers"][i]["packed"]`); outputs are the shapes of the results.
+        """
+        raise NotImplementedError
 
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Copy the artefact to `folder`. Raises ArtefactError."""

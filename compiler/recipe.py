@@ -21,349 +21,46 @@ import fnmatch
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from .errors import RecipeError, near_misses
+from .formats import (
+    FP8_WEIGHTS,
+    GROUP_SIZES,
+    ActivationFormat,
+    CacheFormat,
+    ConvolutionFormat,
+    EmbeddingFormat,
+    Fold,
+    Prune,
+    Sparsity,
+    Strict,
+    WeightFormat,
+)
+
+__all__ = [
+    "FP8_WEIGHTS",
+    "GROUP_SIZES",
+    "PRESETS",
+    "ActivationFormat",
+    "CacheFormat",
+    "ConvolutionFormat",
+    "EmbeddingFormat",
+    "Fold",
+    "Kind",
+    "LayerRule",
+    "Prune",
+    "Recipe",
+    "Sparsity",
+    "WeightFormat",
+    "resolve",
+]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-GROUP_SIZES: dict[str, tuple[int, ...]] = {
-    "nf4": (64, 32, 128),
-    "table4": (64, 32, 128),
-    "e4m3": (0, 32, 64, 128),
-    "e5m2": (0, 32, 64, 128),
-    "mxfp4": (32,),
-    "mxfp6_e3m2": (32,),
-    "mxfp6_e2m3": (32,),
-    "mxfp8_e4m3": (32,),
-    "mxfp8_e5m2": (32,),
-    "nvfp4": (16,),
-}
-"""Sizes of the groups that each format of codes has, the default first (`dialect.element_formats.FORMATS`)."""
-
-
-FP8_WEIGHTS = ("e4m3", "e5m2", "mxfp8_e4m3", "mxfp8_e5m2")
-"""Formats of weights that FP8 activations meet (`dialect.linear_fp8.WEIGHT_FORMATS`)."""
-
-_OUTLIERS = ("outliers", "outlier_sigma")
-
-
-class WeightFormat(_Strict):
-    """How a weight matrix is stored.
-
-    format: `int`; codes of a table or of small floats (nf4, table4, e4m3, e5m2, mxfp4, mxfp6_e3m2, mxfp6_e2m3,
-    mxfp8_e4m3, mxfp8_e5m2, nvfp4); `codebook`, sums of vectors of 8 weights; `auto`; or `prequantized`, the codes that
-    another tool has rounded the weight to, read off its values. All but `int`, `auto` and `prequantized` meet
-    float activations, 8-bit floats also activations of `e4m3`. bits, symmetric: of `int`: width, and no zero points
-    (at 2 and 3 bits they are in sixteenths of a code, and worth their byte a group). group_size: inputs that share a
-    scale (0: the whole row, not at 2 and 3 bits; without it the format's own). range: how the scale is found, `absmax`
-    (largest magnitude; what the MX specification says) or `mse` (least squared error over a grid). solver: of `int`:
-    codes by rounding each weight to the nearest, or by GPTQ, which needs calibration data. low_rank: rank of a thin
-    part that stays float and makes up for the error of rounding (0: none). outliers, outlier_sigma: of `int`: the share
-    of each row's weights, or all that lie so many standard deviations from its mean, that are kept as float16 beside
-    the codes. codebooks, code_bits: of `codebook`: how many vectors are summed, and the width of the code that chooses
-    each. max_error: of `auto`, which takes the format that the cost model says is fastest here among those whose
-    rounding moves the weight by at most that share of its norm.
-    """
-
-    format: Literal[
-        "int",
-        "nf4",
-        "table4",
-        "e4m3",
-        "e5m2",
-        "mxfp4",
-        "mxfp6_e3m2",
-        "mxfp6_e2m3",
-        "mxfp8_e4m3",
-        "mxfp8_e5m2",
-        "nvfp4",
-        "codebook",
-        "auto",
-        "prequantized",
-    ] = "int"
-    bits: Literal[2, 3, 4, 8] = 8
-    group_size: Literal[0, 16, 32, 64, 128] = 0
-    symmetric: bool = True
-    range: Literal["absmax", "mse"] = "mse"
-    solver: Literal["nearest", "gptq"] = "nearest"
-    low_rank: int = Field(default=0, ge=0, le=256)
-    outliers: float = Field(default=0.0, ge=0.0, le=0.05)
-    outlier_sigma: float | None = Field(default=None, ge=2.0, le=20.0)
-    codebooks: int = Field(default=2, ge=1, le=8)
-    code_bits: Literal[8, 16] = 8
-    max_error: float = Field(default=0.1, gt=0)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _usual_group(cls, given: Any) -> Any:
-        if isinstance(given, dict) and "group_size" not in given:
-            sizes = GROUP_SIZES.get(str(given.get("format")))
-            return given if sizes is None else {**given, "group_size": sizes[0]}
-        return given
-
-    @property
-    def foreign_fields(self) -> tuple[str, ...]:
-        """Fields that mean nothing in this format."""
-        if self.format == "int":
-            return ("codebooks", "code_bits", "max_error")
-        if self.format == "codebook":
-            return ("bits", "group_size", "symmetric", "range", "solver", "max_error", *_OUTLIERS)
-        if self.format in ("auto", "prequantized"):
-            foreign = (
-                "bits",
-                "group_size",
-                "symmetric",
-                "range",
-                "solver",
-                "low_rank",
-                "codebooks",
-                "code_bits",
-                *_OUTLIERS,
-            )
-            return foreign if self.format == "auto" else (*foreign, "max_error")
-        return ("bits", "symmetric", "solver", "codebooks", "code_bits", "max_error", *_OUTLIERS)
-
-    @model_validator(mode="after")
-    def _one_rule_of_outliers(self) -> WeightFormat:
-        if self.outliers and self.outlier_sigma is not None:
-            raise ValueError("outliers (a share of each row) and outlier_sigma are two rules; give one")
-        if self.solver == "gptq" and (self.outliers or self.outlier_sigma is not None):
-            raise ValueError(
-                "solver: gptq moves every weight of a row; outliers keep some as they are; choose one"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _fields_of_the_format(self) -> WeightFormat:
-        foreign = [name for name in self.foreign_fields if name in self.model_fields_set]
-        if foreign:
-            raise ValueError(f"format {self.format} has no {' and no '.join(foreign)}")
-        if self.code_bits == 16 and self.codebooks > 2:
-            raise ValueError("codebooks of 65536 vectors (code_bits 16) are at most 2")
-        sizes = GROUP_SIZES.get(self.format, (0, 32, 64, 128))
-        if self.group_size not in sizes:
-            allowed = ", ".join(map(str, sorted(sizes)))
-            raise ValueError(
-                f"group_size of format {self.format} must be one of {allowed}, not {self.group_size}"
-            )
-        return self
-
-    @model_serializer(mode="wrap")
-    def _without_foreign_fields(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        data: dict[str, Any] = dump(self)
-        return {name: given for name, given in data.items() if name not in self.foreign_fields}
-
-    @model_validator(mode="after")
-    def _few_bits_need_groups(self) -> WeightFormat:
-        if self.bits < 4 and self.group_size == 0:
-            raise ValueError(
-                f"weights of {self.bits} bits are stored in groups: group_size must be 32, 64 or 128"
-            )
-        return self
-
-
-class ActivationFormat(_Strict):
-    """How the inputs of quantized layers are stored.
-
-    mode: `float` (not quantized), `dynamic` (per token, per sample for convolutions) or `static` (per tensor, needs
-    calibration data). format: `int`, unsigned codes with a zero point, or `e4m3`, FP8 with a scale alone, for linears
-    with weights of 8-bit floats. bits: of `int`: 8 or 4, for linears. Convolutions always read integers of 8 bits.
-    percentile: for static ranges, the share of values kept inside (100: all). range: how static ranges are found within
-    that, `minmax` (all of it) or `mse` (least squared error, each token relative to its own power).
-    """
-
-    mode: Literal["float", "dynamic", "static"] = "dynamic"
-    format: Literal["int", "e4m3"] = "int"
-    bits: Literal[4, 8] = 8
-    percentile: float = Field(default=100.0, gt=50.0, le=100.0)
-    range: Literal["minmax", "mse"] = "mse"
-
-    @model_validator(mode="after")
-    def _float_has_no_width(self) -> ActivationFormat:
-        if self.mode == "float" and self.bits != 8:
-            raise ValueError("bits is the width of quantized activations: mode must not be float")
-        if self.mode == "float" and self.format != "int":
-            raise ValueError(
-                f"format {self.format} is of quantized activations: mode must be dynamic or static"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _small_floats_have_no_bits(self) -> ActivationFormat:
-        if self.format != "int" and "bits" in self.model_fields_set:
-            raise ValueError(f"format {self.format} has no bits")
-        return self
-
-    @model_serializer(mode="wrap")
-    def _without_bits(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        data: dict[str, Any] = dump(self)
-        return {name: given for name, given in data.items() if name != "bits" or self.format == "int"}
-
-
-class _TableFormat(_Strict):
-    """Formats that are integers, or what another tool has made of a weight."""
-
-    format: Literal["int", "prequantized"] = "int"
-
-    @model_validator(mode="after")
-    def _found_formats_have_no_fields(self) -> Self:
-        foreign = sorted(self.model_fields_set - {"format"})
-        if self.format == "prequantized" and foreign:
-            raise ValueError(f"format prequantized has no {' and no '.join(foreign)}")
-        return self
-
-    @model_serializer(mode="wrap")
-    def _without_foreign_fields(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        data: dict[str, Any] = dump(self)
-        return {"format": self.format} if self.format == "prequantized" else data
-
-
-class EmbeddingFormat(_TableFormat):
-    """How embedding tables are stored: bits, group_size along the row (0: the whole row) and range as for weights.
-
-    format: `int`, or `prequantized` as for weights, without the other fields.
-    """
-
-    bits: Literal[4, 8] = 8
-    group_size: Literal[0, 32, 64, 128] = 0
-    symmetric: bool = True
-    range: Literal["absmax", "mse"] = "mse"
-
-
-class ConvolutionFormat(_TableFormat):
-    """How convolutions are stored: int8 per output channel, with int8 activations.
-
-    format: `int`, or `prequantized` as for weights, without the other fields.
-    """
-
-    bits: Literal[8] = 8
-    range: Literal["absmax", "mse"] = "mse"
-
-
-class CacheFormat(_Strict):
-    """How keys and values of attentions are stored: unsigned codes with a pair per token and head.
-
-    storage: `rounded` where attentions read them (what a cache of codes computes), or `codes`: caches that are inputs
-    and outputs of the model become codes, and the model is called with those. group: of `codes`: dimensions of a head
-    that share a pair, 0: all of them.
-    """
-
-    bits: Literal[4, 8] = 8
-    storage: Literal["rounded", "codes"] = "rounded"
-    group: Literal[0, 32, 64, 128] = 0
-
-    @model_validator(mode="after")
-    def _groups_are_stored(self) -> CacheFormat:
-        if self.group and self.storage != "codes":
-            raise ValueError("group is of caches that are stored: storage must be codes")
-        return self
-
-
-class Sparsity(_Strict):
-    """Whether linears skip the zeros of their weights.
-
-    mode: `auto` where the model of `extract_sparsity` predicts at least `gain` times the dense speed, `off` never.
-    layout: how what is not zero is stored: `auto`, the one that is predicted to be fastest, or always this one;
-    `mixture` is blocks in one layout and what is beside them in another.
-    """
-
-    mode: Literal["auto", "off"] = "auto"
-    gain: float = Field(default=1.1, gt=0.0)
-    layout: Literal[
-        "auto", "mixture", "bitmask", "panels", "windows", "1:4", "2:4", "4:8", "1x4", "16x1", "16x4"
-    ] = "auto"
-
-    @field_validator("mode", mode="before")
-    @classmethod
-    def _off_is_a_word(cls, given: Any) -> Any:
-        # YAML reads a bare off as false.
-        return "off" if given is False else given
-
-
-class Prune(_Strict):
-    """Which weights of linears become zero: the smallest by magnitude; or which channels and heads go altogether.
-
-    pattern: `unstructured` (the largest `density` of a layer's weights stay), or `1:4`, `2:4`, `4:8` (that many of
-    every 4 or 8 inputs stay, and density is not given).
-    structure: instead of a pattern, remove `fraction` of the hidden channels, of the heads of attentions, or of the
-    channels of the residual stream (`stream`), the least important by `criterion`: `magnitude` of their weights, or
-    `activation` (what they contribute on calibration data).
-    """
-
-    pattern: Literal["unstructured", "1:4", "2:4", "4:8"] = "unstructured"
-    density: float | None = Field(default=None, gt=0.0, lt=1.0)
-    structure: Literal["channels", "heads", "stream"] | None = None
-    fraction: float | None = Field(default=None, gt=0.0, lt=1.0)
-    criterion: Literal["magnitude", "activation"] = "magnitude"
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> Prune:
-        if self.structure is not None:
-            if self.fraction is None or self.density is not None or self.pattern != "unstructured":
-                raise ValueError("a structure needs a fraction, and has neither density nor pattern")
-            return self
-        if self.fraction is not None or self.criterion != "magnitude":
-            raise ValueError("fraction and criterion belong to a structure")
-        if (self.density is None) == (self.pattern == "unstructured"):
-            raise ValueError("an unstructured pattern needs a density, and an N:M pattern has its own")
-        return self
-
-
-class Fold(_Strict):
-    """Equivalent transforms before anything is rounded; the program computes the same, and rounds better.
-
-    rotation: of every channel space that takes one: `hadamard` (random signs and a Hadamard matrix), `womi`
-    (eigenvectors of the readers' weights, then Hadamard), `learned` (from hadamard, on calibration data) or `none`.
-    scale: of every quantized layer's input, per channel: `smoothquant`, `osplus`, `awq`, `cle`, `search` (the best
-    of them at each layer), `learned`, `none`. It is folded into what writes the value where that is legal, and rides
-    on the activation quantizer where not. shift: `osplus`, `mean`, `search`, `learned`, `none`, likewise.
-    online: `auto` puts Hadamard transforms into the graph where inputs are quantized and no rotation can be folded,
-    and on queries and keys where a cache is quantized; `off` never. Without a rotation there are none.
-    balance: put free scales where the weights' norms are least, first. steps, seed: of learning and of random matrices.
-    """
-
-    rotation: Literal["none", "hadamard", "womi", "learned"] = "none"
-    scale: Literal["none", "smoothquant", "osplus", "awq", "cle", "search", "learned"] = "none"
-    shift: Literal["none", "osplus", "mean", "search", "learned"] = "none"
-    online: Literal["auto", "off"] = "auto"
-    balance: bool = True
-    steps: int = Field(default=100, ge=0)
-    seed: int = 0
-
-    @field_validator("online", mode="before")
-    @classmethod
-    def _off_is_a_word(cls, given: Any) -> Any:
-        # YAML reads a bare off as false.
-        return "off" if given is False else given
-
-    @property
-    def learns(self) -> bool:
-        """Whether something is learned."""
-        return "learned" in (self.rotation, self.scale, self.shift)
-
-    @property
-    def needs_data(self) -> bool:
-        """Whether some choice is made on calibration data."""
-        return self.learns or self.scale not in ("none", "cle") or self.shift != "none"
-
-
-class LayerRule(_Strict):
+class LayerRule(Strict):
     """Formats for the layers whose module path matches; what is not given is inherited, null means float."""
 
     match: str | list[str]
@@ -381,12 +78,16 @@ class LayerRule(_Strict):
         return [self.match] if isinstance(self.match, str) else self.match
 
 
-class Recipe(_Strict):
-    """A whole recipe. `None` for weights, embeddings, convolutions or kv (keys and values) leaves those in float.
+class Recipe(Strict):
+    """What is done to which layers.
 
-    sparsity: whether linears skip the zeros of their weights, None: never. prune: which weights become zero.
-    fold: equivalent transforms that come first, None for none.
-    fuse: whether to fuse operators (attention, norms, epilogues, shared inputs) for the runtimes' kernels.
+    weights, activations, embeddings, convolutions: how these are stored; None keeps float.
+    kv: how keys and values of attentions are stored; None keeps float.
+    sparsity: whether linears skip the zeros of their weights; None: never.
+    prune: which weights become zero or are removed; None: none.
+    fold: equivalent transforms that come first; None: none.
+    fuse: whether operators are fused (attention, norms, epilogues, shared inputs) for the runtimes' kernels.
+    layers: exceptions for layers by module path; the last that matches wins.
     """
 
     name: str = "custom"
@@ -399,7 +100,7 @@ class Recipe(_Strict):
     prune: Prune | None = None
     fold: Fold | None = None
     fuse: bool = True
-    layers: list[LayerRule] = []
+    layers: list[LayerRule] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _convolutions_need_activations(self) -> Recipe:
@@ -419,14 +120,18 @@ class Recipe(_Strict):
         return self
 
     @model_validator(mode="after")
-    def _widths_need_readers(self) -> Recipe:
-        forms = [self.activations, *(r.activations for r in self.layers if r.activations is not None)]
-        if any(form.bits == 4 for form in forms) and not (
-            self.weights is not None or any(rule.weights is not None for rule in self.layers)
-        ):
+    def _narrow_activations_need_readers(self) -> Recipe:
+        if self.weight_formats:
+            return self
+        if any(form.bits == 4 for form in self.activation_formats):
             raise ValueError(
                 "activations.bits: 4 is for inputs of quantized linears, but weights are float everywhere "
                 "(convolutions read 8 bits)"
+            )
+        if any(form.format == "e4m3" for form in self.activation_formats):
+            raise ValueError(
+                "activations.format: e4m3 is for inputs of quantized linears, but weights are float everywhere "
+                "(convolutions read integers of 8 bits)"
             )
         return self
 
@@ -464,25 +169,25 @@ class Recipe(_Strict):
             )
         return self
 
-    @model_validator(mode="after")
-    def _small_floats_need_readers(self) -> Recipe:
-        weighted = self.weights is not None or any(rule.weights is not None for rule in self.layers)
-        if any(form.format == "e4m3" for form in self.activation_formats) and not weighted:
-            raise ValueError(
-                "activations.format: e4m3 is for inputs of quantized linears, but weights are float everywhere "
-                "(convolutions read integers of 8 bits)"
-            )
-        return self
-
     @property
     def needs_calibration(self) -> bool:
-        """Whether some range or transform must be found on data."""
-        if self.fold is not None and self.fold.needs_data:
-            return True
-        if any(form.criterion == "activation" for form in self.prune_formats):
-            return True
+        """Whether something must be found on data."""
+        return bool(self.calibrated)
+
+    @property
+    def calibrated(self) -> list[tuple[str, str]]:
+        """What must be found on data, each with what could be used instead."""
         static = any(form.mode == "static" for form in self.activation_formats)
-        return static or any(form.solver == "gptq" for form in self.weight_formats)
+        by_activation = any(form.criterion == "activation" for form in self.prune_formats)
+        gptq = any(form.solver == "gptq" for form in self.weight_formats)
+        transforms = self.fold is not None and self.fold.needs_data
+        asked = (
+            (transforms, "transforms, which are chosen", "fold.scale: cle and fold.shift: none"),
+            (static, "static activation ranges, which are measured", "activations.mode: dynamic"),
+            (gptq, "weights.solver gptq, which rounds", "weights.solver: nearest"),
+            (by_activation, "prune.criterion activation, which is measured", "prune.criterion: magnitude"),
+        )
+        return [(what, instead) for wanted, what, instead in asked if wanted]
 
     @property
     def activation_formats(self) -> list[ActivationFormat]:
@@ -559,11 +264,9 @@ class Recipe(_Strict):
         except yaml.YAMLError as error:
             raise RecipeError("The recipe is not valid YAML", where=where, got=str(error)) from error
         if not isinstance(data, dict):
+            got = type(data).__name__
             raise RecipeError(
-                "The recipe is not a mapping",
-                where=where,
-                expected="name: value lines",
-                got=type(data).__name__,
+                "The recipe is not a mapping", where=where, expected="name: value lines", got=got
             )
         return _validate(Recipe, data, where)
 
@@ -696,9 +399,7 @@ def _validate(model: type[_Model], data: dict[str, Any], where: str) -> _Model:
 
 
 def _field_names() -> list[str]:
-    models = (
-        Recipe,
-        LayerRule,
+    formats = (
         WeightFormat,
         ActivationFormat,
         EmbeddingFormat,
@@ -708,4 +409,4 @@ def _field_names() -> list[str]:
         Prune,
         Fold,
     )
-    return sorted({name for model in models for name in model.model_fields})
+    return sorted({name for model in (Recipe, LayerRule, *formats) for name in model.model_fields})

@@ -18,6 +18,7 @@ from .errors import InputError, near_misses
 
 if TYPE_CHECKING:
     from .driver import Step
+    from .opened import OpenedModel
     from .program import Program
     from .recipe import Recipe
 
@@ -89,8 +90,10 @@ class Backend(Protocol):
         Returns `{database, processors, seconds, measured, merged, lost, notes, workloads, library}`.
         """
 
-    def open(self, folder: Path, **options: Any) -> Any:
-        """Open what `write` wrote: a callable with the module's signature. Must not import torch."""
+    def open(
+        self, folder: Path, *, threads: int | None = None, verify: bool = False, **options: Any
+    ) -> OpenedModel:
+        """Open what `write` wrote. Must not import torch. verify: compare the hashes of all files."""
 
 
 _backends: dict[str, Backend] = {}

@@ -31,7 +31,7 @@ def run_artefact(
             "The output file exists already", where=str(outputs), hint="choose another name, or add --force"
         )
     say("open")
-    model = load(folder, **({"threads": threads} if threads else {}))
+    model = load(folder, threads=threads)
     arrays = inputs_for(model, inputs)
     say("run")
     started = time.perf_counter()
@@ -74,7 +74,7 @@ def bench(
     the first subject's median over this one's (above 1: faster than the first).
     """
     say("open")
-    first = load(paths[0], **({"threads": threads} if threads else {}))
+    first = load(paths[0], threads=threads)
     arrays = inputs_for(first, inputs)
     subjects: dict[str, Callable[[], object]] = {}
     sizes: dict[str, int] = {}
@@ -131,7 +131,7 @@ def inputs_for(model: Any, path: Path | None) -> Arrays:
 def _runner(opened: Any, path: Path, arrays: Arrays, threads: int | None) -> Callable[[], object]:
     if path.suffix == ".onnx":
         return _onnx_runner(path, arrays, threads)
-    model = opened or load(path, **({"threads": threads} if threads else {}))
+    model = opened or load(path, threads=threads)
     wanted = {port.name for port in model.inputs}
     if wanted != set(arrays):
         raise InputError(

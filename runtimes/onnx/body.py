@@ -43,6 +43,10 @@ class Body:
         """An int64 vector."""
         return self.constant(np.array(values, dtype=np.int64))
 
+    def integer(self, value: int) -> ir.Value:
+        """An int64 scalar."""
+        return self.constant(np.array(value, dtype=np.int64))
+
     def real(self, value: float) -> ir.Value:
         """A float32 scalar."""
         return self.constant(np.array(value, dtype=np.float32))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import onnx_ir as ir
 
 from .body import Body
@@ -21,11 +20,9 @@ def grouped(
     body: Body, x: ir.Value, expert: ir.Value, experts: int, n: int, matrix: Matrix, bias: ir.Value | None
 ) -> ir.Value:
     """x `[S, K]`, expert `[S]`, bias `[E, n]` → `[S, n]`; rows without one of the `experts` are 0."""
-
-    def number(value: int) -> ir.Value:
-        return body.constant(np.array(value, dtype=np.int64))
-
-    known = body("And", body("GreaterOrEqual", expert, number(0)), body("Less", expert, number(experts)))
+    known = body(
+        "And", body("GreaterOrEqual", expert, body.integer(0)), body("Less", expert, body.integer(experts))
+    )
     chosen = body("Unique", body("Compress", expert, known))
     rows = body("Shape", x, start=0, end=1)
     nothing = body("Expand", body.real(0.0), body("Concat", rows, body.ints(n), axis=0))

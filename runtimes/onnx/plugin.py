@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...compiler.errors import refuse_options
 from ...compiler.registry import register_backend
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class OnnxBackend:
         """
         from .artefact import write_artefact
 
-        _refuse(unknown)
+        refuse_options(unknown, ("library", "check"), "the ONNX backend")
         return write_artefact(program, folder, report=report, progress=progress, library=library, check=check)
 
     def write_file(
@@ -65,7 +66,7 @@ class OnnxBackend:
         """Write `path` and, beside it, `path` + ".data"; `library` and `check` as in `write` (no library is copied)."""
         from .artefact import write_onnx
 
-        _refuse(unknown)
+        refuse_options(unknown, ("library", "check"), "the ONNX backend")
         return write_onnx(program, path, report=report, progress=progress, library=library, check=check)
 
     def prepare(self, progress: Progress | None = None, force: bool = False) -> Path | None:
@@ -117,19 +118,6 @@ class OnnxBackend:
 
 def _counted(progress: Progress | None) -> Callable[[str, int, int], None] | None:
     return None if progress is None else lambda what, done, total: progress(f"{what} ({done}/{total})")
-
-
-def _refuse(unknown: dict[str, Any]) -> None:
-    from ...compiler.errors import InputError, near_misses
-
-    if unknown:
-        name = next(iter(unknown))
-        known = ["library", "check"]
-        raise InputError(
-            f"Unknown option {name!r} of the ONNX backend",
-            expected=" | ".join(known),
-            hint=near_misses(name, known),
-        )
 
 
 register_backend(OnnxBackend())

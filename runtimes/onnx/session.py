@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from ...compiler.artefact import read_manifest
 from ...compiler.errors import ArtefactError, InputError
-from ...compiler.opened import DAMAGED, OpenedModel, verify_files
+from ...compiler.opened import DAMAGED, OpenedModel, checked_manifest
 
 MODEL, WEIGHTS, LIBRARY = "model.onnx", "weights.bin", "libisofold_ops.so"
 _WITHOUT_LIBRARY = "without the op library packed models need ONNX Runtime 1.28 or newer"
@@ -38,18 +37,8 @@ def open_artefact(
     verify: compare the hashes of all files too, not only their sizes.
     Raises ArtefactError where files are missing, damaged or of a newer version, InputError for bad options.
     """
-    if threads is not None and threads < 1:
-        raise InputError("Threads must be positive", expected="None or at least 1", got=threads)
     folder = Path(folder)
-    manifest = read_manifest(folder)
-    if manifest.get("backend") != "onnx":
-        raise ArtefactError(
-            "The artefact is for another runtime",
-            where=str(folder),
-            expected="onnx",
-            got=manifest.get("backend"),
-        )
-    verify_files(folder, manifest, hashes=verify)
+    manifest = checked_manifest(folder, backend="onnx", threads=threads, verify=verify)
     return OnnxModel(
         folder, manifest, _Settings(threads, _library_file(folder, manifest, library), tuple(providers))
     )

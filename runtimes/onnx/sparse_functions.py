@@ -6,8 +6,6 @@ rows and columns that padding added.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import onnx_ir as ir
 
@@ -16,9 +14,7 @@ from ...compiler.dialect.sparse_blocks import BLOCKS
 from ...compiler.dialect.sparse_groups import GROUPS
 from ...compiler.dialect.sparse_windows import WINDOW
 from .body import Body
-
-if TYPE_CHECKING:
-    from .functions import Call
+from .function_call import Call
 
 INT32, INT64 = ir.DataType.INT32, ir.DataType.INT64
 

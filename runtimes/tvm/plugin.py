@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...compiler.errors import refuse_options
 from ...compiler.registry import register_backend
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class TvmBackend:
         """
         from .artefact import write_artefact
 
-        _refuse(unknown)
+        refuse_options(unknown, ("check",), "the TVM backend")
         target = str(report["target"])
         return write_artefact(program, folder, target=target, report=report, progress=progress, check=check)
 
@@ -81,7 +82,7 @@ class TvmBackend:
         """Write `path` and, beside it, `path` + ".data" (safetensors); `check` as in `write`."""
         from .artefact import write_library
 
-        _refuse(unknown)
+        refuse_options(unknown, ("check",), "the TVM backend")
         target = str(report["target"])
         return write_library(program, path, target=target, report=report, progress=progress, check=check)
 
@@ -139,16 +140,6 @@ class TvmBackend:
         from .session import open_artefact
 
         return open_artefact(folder, **options)
-
-
-def _refuse(unknown: dict[str, Any]) -> None:
-    from ...compiler.errors import InputError, near_misses
-
-    if unknown:
-        name = next(iter(unknown))
-        raise InputError(
-            f"Unknown option {name!r} of the TVM backend", expected="check", hint=near_misses(name, ["check"])
-        )
 
 
 register_backend(TvmBackend())

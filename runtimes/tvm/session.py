@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ...compiler.artefact import read_manifest
-from ...compiler.errors import ArtefactError, InputError, ToolchainError
-from ...compiler.opened import OpenedModel, verify_files
+from ...compiler.errors import ArtefactError, ToolchainError, refuse_options
+from ...compiler.opened import OpenedModel, checked_manifest
 from ...compiler.tensor_file import read_tensors
 from .executor import Executor, ffi
 
@@ -30,22 +29,9 @@ def open_artefact(
     verify: compare the hashes of all files too, not only their sizes.
     Raises ArtefactError where files are missing, damaged or of a newer version, InputError for bad options.
     """
-    if unknown:
-        raise InputError(
-            f"Unknown option {next(iter(unknown))!r} of a TVM artefact", expected="threads | verify"
-        )
-    if threads is not None and threads < 1:
-        raise InputError("Threads must be positive", expected="None or at least 1", got=threads)
+    refuse_options(unknown, ("threads", "verify"), "a TVM artefact")
     folder = Path(folder)
-    manifest = read_manifest(folder)
-    if manifest.get("backend") != "tvm":
-        raise ArtefactError(
-            "The artefact is for another runtime",
-            where=str(folder),
-            expected="tvm",
-            got=manifest.get("backend"),
-        )
-    verify_files(folder, manifest, hashes=verify)
+    manifest = checked_manifest(folder, backend="tvm", threads=threads, verify=verify)
     return TvmModel(folder, manifest, threads)
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from isofold.compiler.dialect.element_formats import FORMATS
-from isofold.compiler.errors import RecipeError
+from isofold.compiler.errors import InputError, RecipeError
+from isofold.compiler.frontend import prepare
 from isofold.compiler.recipe import GROUP_SIZES, PRESETS, Fold, Recipe, resolve
 
 TEXT = """
@@ -238,3 +240,27 @@ def test_the_documentation_lists_every_preset_and_field_of_fold(root: Path) -> N
         assert f"| `{name}` |" in text, name
     for field in Fold.model_fields:
         assert f"`fold.{field}`" in text, field
+
+
+@pytest.mark.parametrize(
+    ("recipe", "what", "instead"),
+    [
+        ({"weights": {"solver": "gptq"}}, "weights.solver gptq", "weights.solver: nearest"),
+        (
+            {"weights": {}, "activations": {"mode": "static"}},
+            "static activation ranges",
+            "activations.mode: dynamic",
+        ),
+        ({"fold": {"scale": "awq"}}, "transforms", "fold.scale: cle"),
+        (
+            {"prune": {"structure": "heads", "fraction": 0.5, "criterion": "activation"}},
+            "prune.criterion activation",
+            "prune.criterion: magnitude",
+        ),
+    ],
+)
+def test_without_data_the_error_names_what_needs_it(recipe: dict[str, Any], what: str, instead: str) -> None:
+    with pytest.raises(InputError) as caught:
+        prepare(torch.nn.Identity(), (torch.zeros(1),), recipe=recipe)
+    assert what in caught.value.what
+    assert instead in caught.value.hint

@@ -67,7 +67,8 @@ def test_codes_are_found_again(
         assert torch.equal(again.to(TYPES[precision]).float(), written)
     torch.testing.assert_close(again, written, rtol=2.0**-precision, atol=0)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    assert int(found.codes.min()) >= low and int(found.codes.max()) <= high
+    assert int(found.codes.min()) >= low
+    assert int(found.codes.max()) <= high
     if not zeros and precision == 24:
         assert found.zero is None
 
@@ -130,7 +131,7 @@ SCALES = {
 @pytest.mark.parametrize("kind", SCALES)
 def test_the_narrowest_format_and_the_largest_group_are_taken(kind: str) -> None:
     write, wanted = SCALES[kind]
-    program, report = applied(made(write(torch.randn(48, 256))), torch.randn(3, 256))
+    _program, report = applied(made(write(torch.randn(48, 256))), torch.randn(3, 256))
     (entry,) = report.applied
     assert entry.what.startswith(f"weight already is {wanted}, relative error ")
     assert entry.facts["weight_error"] < 2.0**-11
