@@ -159,7 +159,7 @@ def test_compile_says_what_it_did_and_writes_the_report(folder: Path) -> None:
     assert "Net, compiled with w8a8" in page
     report = json.loads((folder / "net-w8a8" / "report.json").read_text())
     assert [row["module"] for row in report["layers"]] == ["up", "down"]
-    assert all(row["microseconds"] > 0 for row in report["layers"])
+    assert all(row["microseconds"] >= 0 for row in report["layers"]), "None where it was not measured"
 
 
 def test_json_is_all_of_stdout(folder: Path) -> None:
