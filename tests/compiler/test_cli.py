@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -116,6 +117,7 @@ def test_help_is_quick_for_it_imports_nothing_large() -> None:
     """Of what isofold depends on only what reads the command line and prints: torch alone takes over a second."""
     code = """
 import sys
+import sysconfig
 from isofold.compiler.cli import main
 sys.argv = ["isofold", "--help"]
 try:
@@ -482,7 +484,8 @@ def test_shell_completion_offers_presets_and_targets() -> None:
             "COMP_WORDS": words,
             "COMP_CWORD": "4",
         }
-        done = subprocess.run(["isofold"], env=environment, capture_output=True, text=True, check=False)
+        script = str(Path(sysconfig.get_path("scripts"), "isofold"))
+        done = subprocess.run([script], env=environment, capture_output=True, text=True, check=False)
         assert expected <= set(done.stdout.split()), done
 
 

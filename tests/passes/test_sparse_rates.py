@@ -96,4 +96,6 @@ def test_every_layout_asked_for_is_measured(monkeypatch: pytest.MonkeyPatch, tmp
     assert [(rows, share) for rows, share, _ in found["1:4 int8"]] == [(r, 0.25) for r in measure_sparse.ROWS]
     for points in found.values():
         for rows, _, seconds in points:
-            assert seconds == pytest.approx(1e-7 * rows / 256, rel=1e-6, abs=0), "a node's own time is taken away"
+            assert seconds == pytest.approx(1e-7 * rows / 256, rel=1e-6, abs=0), (
+                "a node's own time is taken away"
+            )
