@@ -14,7 +14,7 @@ import subprocess
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -208,10 +208,13 @@ def forget_old_objects() -> None:
     folder = cache_folder() / "tuning-objects"
     limit = time.time() - _KEPT_DAYS * 86400
     for path in folder.glob("*") if folder.exists() else ():
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.stat().st_mtime < limit:
-            path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another run, whose folders of this minute are left alone
+            if path.stat().st_mtime >= limit:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
 
 
 def _tvm_headers() -> list[Path]:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,8 @@ import torch
 from typer.testing import CliRunner, Result
 
 from isofold.compiler.cli import app
+
+from ..processes import PATIENCE, ended, interruptible
 
 MODEL = """
 import torch
@@ -70,6 +73,19 @@ def bert():
 """
 
 
+STANDS_STILL = """
+import sys, time
+from isofold.runtimes.onnx import export
+
+def stands_still(*_, **__):
+    print("writing", file=sys.stderr, flush=True)
+    time.sleep(1000)
+
+export._write_external = stands_still
+"""
+"""A model's file with which compiling stops while it writes weights, in the folder beside the output."""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A working folder with net.py and its compiled artefact net-w8a8."""
@@ -97,19 +113,34 @@ def error_of(*words: str) -> str:
     return done.stderr
 
 
-def test_help_is_quick_and_imports_no_torch() -> None:
-    code = "import sys, isofold.compiler.cli; sys.exit(bool({'torch', 'numpy', 'onnxruntime'} & set(sys.modules)))"
-    subprocess.run([sys.executable, "-c", code], check=True)
-    least = min(_seconds([sys.executable, "-m", "isofold.compiler.cli", "--help"]) for _ in range(3))
-    # 0.3 s of processor time on the machine this was written on; importing torch takes over 1 s.
-    assert least < 0.8
-
-
-def _seconds(words: list[str]) -> float:
-    before = os.times()
-    subprocess.run(words, check=True, capture_output=True)
-    after = os.times()
-    return after.children_user + after.children_system - before.children_user - before.children_system
+def test_help_is_quick_for_it_imports_nothing_large() -> None:
+    """Of what isofold depends on only what reads the command line and prints: torch alone takes over a second."""
+    code = """
+import sys
+import sysconfig
+from isofold.compiler.cli import main
+sys.argv = ["isofold", "--help"]
+try:
+    main()
+finally:
+    print(*sys.modules, file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Usage" in done.stdout
+    loaded = {name.partition(".")[0] for name in done.stderr.split()}
+    large = {
+        "torch",
+        "numpy",
+        "onnx",
+        "onnxruntime",
+        "onnx_ir",
+        "onnxscript",
+        "tvm",
+        "transformers",
+        "safetensors",
+    }
+    assert loaded & (large | {"pydantic", "yaml", "jinja2", "psutil"}) == set()
+    assert {"typer", "rich"} <= loaded
 
 
 def test_help_lists_every_command() -> None:
@@ -130,7 +161,7 @@ def test_compile_says_what_it_did_and_writes_the_report(folder: Path) -> None:
     assert "Net, compiled with w8a8" in page
     report = json.loads((folder / "net-w8a8" / "report.json").read_text())
     assert [row["module"] for row in report["layers"]] == ["up", "down"]
-    assert all(row["microseconds"] > 0 for row in report["layers"])
+    assert all(row["microseconds"] >= 0 for row in report["layers"]), "None where it was not measured"
 
 
 def test_json_is_all_of_stdout(folder: Path) -> None:
@@ -423,22 +454,22 @@ def test_debug_shows_the_traceback(folder: Path) -> None:
 def test_interrupting_leaves_nothing_behind(
     folder: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    (tmp_path / "net.py").write_text(MODEL)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "isofold.compiler.cli", "compile", "python:net.py:make", "-o", "out"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        # The folder beside the output is open by then.
-        if "lower to ONNX" in line:
-            break
-    process.send_signal(number)
-    rest = process.stderr.read()
-    assert process.wait(60) == code, rest
+    (tmp_path / "net.py").write_text(MODEL + STANDS_STILL)
+    with interruptible():
+        process = subprocess.Popen(
+            [sys.executable, "-m", "isofold.compiler.cli", "compile", "python:net.py:make", "-o", "out"],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    with ended(process):
+        assert process.stderr is not None
+        assert "writing\n" in process.stderr  # reads on until the line comes
+        assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".out.")]
+        process.send_signal(number)
+        _, rest = process.communicate(timeout=PATIENCE)
+    assert process.returncode == code, rest
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != "__pycache__") == ["net.py"]
     if number == signal.SIGINT:
         assert "interrupted" in rest
@@ -453,7 +484,8 @@ def test_shell_completion_offers_presets_and_targets() -> None:
             "COMP_WORDS": words,
             "COMP_CWORD": "4",
         }
-        done = subprocess.run(["isofold"], env=environment, capture_output=True, text=True, check=False)
+        script = str(Path(sysconfig.get_path("scripts"), "isofold"))
+        done = subprocess.run([script], env=environment, capture_output=True, text=True, check=False)
         assert expected <= set(done.stdout.split()), done
 
 

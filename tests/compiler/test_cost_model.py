@@ -32,6 +32,8 @@ from isofold.compiler.errors import InputError
 from isofold.compiler.frontend import prepare
 from isofold.compiler.recipe import GROUP_SIZES, PRESETS
 
+from ..invented_times import invent_profiles
+
 INT8, INT4 = "linear_packed 8 bits", "linear_packed 4 bits in groups"
 
 
@@ -277,14 +279,17 @@ def test_the_command_measures_once_and_keeps_the_result(
     points = {"bitmask int8": [(1.0, 0.5, 1e-11)]}
     monkeypatch.setattr(measure_machine, "measured_sparse", lambda threads, folder: points)
     monkeypatch.setattr(measure_machine, "SETS", (1 << 20, 1 << 22))
+    invent_profiles(monkeypatch, lambda rows, outputs: 2e-6 + 1e-9 * rows * outputs)
     first = CliRunner().invoke(app, ["machine", "--threads", "1", "--json", "--quiet"])
     assert first.exit_code == 0, first.output
     found = Machine.from_json(json.loads(first.stdout))
     assert set(found.paces) == {INT8}
     assert found.sparse == points
-    one, many = (pace for _, pace in found.paces[INT8])
-    assert 0 < one < many  # 64 rows cost more than one
-    assert found.overhead > 0
+    size, small = measure_machine.SIZE, measure_machine.SMALL
+    assert found.overhead == pytest.approx(2e-6 + 1e-9 * small)
+    assert [(rows, pace) for rows, pace in found.paces[INT8]] == [
+        (rows, pytest.approx(1e-9 * (rows * size - small) / size**2, rel=1e-6, abs=0)) for rows in (1, 64)
+    ]
     assert all(rate > 1e8 for _, rate in found.bandwidth)
     second = CliRunner().invoke(app, ["machine", "--threads", "1"])
     assert second.exit_code == 0, second.output

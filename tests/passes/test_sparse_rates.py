@@ -14,6 +14,8 @@ from isofold.passes import sparse_rates
 from isofold.passes.sparse_rates import MANY, NARROW, WIDE, Rates, current, fitted
 from isofold.passes.sparse_speed import sparse_time
 
+from ..invented_times import invent_profiles
+
 WEIGHTS = 1 << 20
 SHARES = {"1:4": (0.25,), "2:4": (0.5,), "4:8": (0.5,), "windows": (0.1, 0.05)}
 
@@ -88,7 +90,12 @@ def test_every_layout_asked_for_is_measured(monkeypatch: pytest.MonkeyPatch, tmp
     }
     for name, value in {"INPUTS": 256, "OUTPUTS": 256, "REPEATS": 1, "RUNS": (2, 1), "HELD": forms}.items():
         monkeypatch.setattr(measure_sparse, name, value)
+    invent_profiles(monkeypatch, lambda rows, outputs: 1e-6 + 1e-7 * rows * outputs)
     found = measured_sparse(1, tmp_path)
     assert set(found) == {f"{layout} {value}" for layout, values in forms.items() for value in values}
     assert [(rows, share) for rows, share, _ in found["1:4 int8"]] == [(r, 0.25) for r in measure_sparse.ROWS]
-    assert all(seconds > 0 for points in found.values() for _, _, seconds in points)
+    for points in found.values():
+        for rows, _, seconds in points:
+            assert seconds == pytest.approx(1e-7 * rows / 256, rel=1e-6, abs=0), (
+                "a node's own time is taken away"
+            )

@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import pytest
 
+from isofold.runtimes.tuning.database import Database, Record
 from isofold.runtimes.tuning.machines import Tracker
 
+from ..processes import PATIENCE, wait_until
 
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+_PORTS = 20000 + os.getpid() % 10000, 32768
+"""Where a free port is looked for: below those that the system gives to others meanwhile."""
+_TRACKER = f"""
+from tvm.rpc.tracker import Tracker
+tracker = Tracker("127.0.0.1", *{_PORTS}, silent=True)
+print(tracker.port, flush=True)
+tracker.proc.join()
+"""
 
 
 @contextmanager
 def process(*words: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A process with a group of its own, which is killed at the end."""
+    """Python with a group of its own, which is killed at the end."""
     started = subprocess.Popen(
-        [sys.executable, "-m", *words],
+        [sys.executable, *words],
         start_new_session=True,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )
     try:
@@ -51,55 +54,60 @@ def kill(started: subprocess.Popen[bytes]) -> None:
 def tracker() -> Iterator[int]:
     """The port of a tracker without servers."""
     pytest.importorskip("tornado", reason="TVM's tracker needs tornado: pip install 'isofold[rpc]'")
-    port = free_port()
-    words = ["--host", "127.0.0.1", "--port", str(port), "--port-end", str(port + 1)]
-    with process("tvm.exec.rpc_tracker", *words):
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                time.sleep(0.1)
-        yield port
+    with process("-c", _TRACKER) as started:
+        assert started.stdout is not None
+        assert select.select([started.stdout], [], [], PATIENCE)[0], "the tracker says nothing"
+        yield int(started.stdout.readline())
 
 
 @contextmanager
 def server(tracker: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A server that lends this machine under the key `epyc`."""
-    port = free_port()
+    """A server that lends this machine under the key `epyc`, registered."""
+    known = Tracker("127.0.0.1", tracker, "epyc")
+    count = known.servers()
     words = ["--host", "127.0.0.1", "--tracker", f"127.0.0.1:{tracker}", "--key", "epyc", "--no-fork"]
-    with process("tvm.exec.rpc_server", *words, "--port", str(port), "--port-end", str(port + 20)) as started:
-        yield started
-
-
-def wait_for_servers(tracker: int, count: int) -> None:
-    """Until so many servers have registered."""
-    deadline = time.monotonic() + 60
-    while Tracker("127.0.0.1", tracker, "epyc").servers() < count and time.monotonic() < deadline:
-        time.sleep(0.2)
+    first, end = map(str, _PORTS)
+    try:
+        with process("-m", "tvm.exec.rpc_server", *words, "--port", first, "--port-end", end) as started:
+            wait_until(lambda: known.servers() > count, started)
+            yield started
+    finally:
+        wait_until(lambda: known.servers() <= count)  # the tracker has forgotten it
 
 
 @contextmanager
-def killed_at_the_first_result(tracker: int, database: Path) -> Iterator[None]:
-    """A server that stands still as soon as the database has a result, and is killed when another one has registered.
+def killed_at_the_first_result(tracker: int) -> Iterator[None]:
+    """A server that stands still from the first result on, and is killed when another one has registered.
 
-    It has all the work until then, so that it certainly is killed in the middle of some.
+    It has all the work, and stands still before it can be given more, so that it certainly is killed in the middle.
     """
+    stopped, whole, failed = threading.Event(), Database.add, list[BaseException]()
     with ExitStack() as stack:
         first = stack.enter_context(server(tracker))
-        wait_for_servers(tracker, 1)
+
+        def add(self: Database, records: list[Record]) -> int:
+            new = whole(self, records)
+            if new and not stopped.is_set():
+                os.killpg(first.pid, signal.SIGSTOP)
+                stopped.set()
+            return new
 
         def replace() -> None:
-            deadline = time.monotonic() + 100
-            while not (database.exists() and database.stat().st_size) and time.monotonic() < deadline:
-                time.sleep(0.01)
-            os.killpg(first.pid, signal.SIGSTOP)
-            stack.enter_context(server(tracker))
-            wait_for_servers(tracker, 2)
-            kill(first)
+            stopped.wait()
+            try:
+                stack.enter_context(server(tracker))
+            except BaseException as error:
+                failed.append(error)
+            finally:
+                kill(first)
 
         killer = threading.Thread(target=replace)
         killer.start()
-        yield
-        killer.join()
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Database, "add", add)
+                yield
+        finally:
+            stopped.set()
+            killer.join()
+        assert not failed, failed

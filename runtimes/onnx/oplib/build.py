@@ -99,10 +99,7 @@ def archive_path(progress: Progress | None = None, force: bool = False) -> Path:
 
     Raises ToolchainError as `library_path` does.
     """
-    path = (cache_folder() / _file_name(settings_for_build())).with_suffix(".a")
-    if force or not path.exists():
-        build(force=True, progress=progress)
-    return path
+    return build(force=force, progress=progress).with_suffix(".a")
 
 
 def build(
@@ -129,13 +126,13 @@ def build(
     if settings is None:
         settings = settings_for_build(own=out is None)
     path = cache_folder() / _file_name(settings) if out is None else Path(out)
-    if not force and path.exists() and out is None:
+    if not force and out is None and _is_complete(path):
         return path
     compiler = require_tools()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(cache_folder() / "build.lock") if out is None else nullcontext():
-            if not force and path.exists() and out is None:
+            if not force and out is None and _is_complete(path):
                 return path  # another process built it while this one waited
             with tempfile.TemporaryDirectory(prefix=".build-", dir=path.parent) as scratch:
                 if progress is not None:
@@ -156,6 +153,11 @@ def build(
             hint="set ISOFOLD_CACHE to a writable directory with 50 MB free",
         ) from error
     return path
+
+
+def _is_complete(path: Path) -> bool:
+    """Whether a library in the cache is there with the archive of its objects."""
+    return path.exists() and path.with_suffix(".a").exists()
 
 
 def _cached() -> Path | None:

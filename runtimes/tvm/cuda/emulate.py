@@ -16,6 +16,7 @@ import hashlib
 import os
 import re
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,21 +91,22 @@ def compile_emulated(source: DeviceSource, folder: Path) -> Path:
     library = folder / f"{digest}.so"
     if library.exists():
         return library
-    code = folder / f"{digest}.cc"
-    code.write_text(text)
-    made = folder / f"{digest}.{os.getpid()}.so"
-    command = [
-        os.environ.get("CXX", "g++"), "-std=c++17", "-fno-strict-aliasing", "-O1", "-w", "-shared", "-fPIC",
-        f"-I{HERE}", str(code), str(HERE / "emulator.cc"), "-o", str(made),
-    ]  # fmt: skip
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode:
-        raise ToolchainError(
-            "Generated CUDA source does not compile for the emulator",
-            expected="a C++17 compiler in CXX (g++)",
-            got=run.stderr.strip()[:4000],
-        )
-    os.replace(made, library)
+    # Names of its own: another process may be compiling the same.
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=folder) as scratch:
+        code, made = Path(scratch, f"{digest}.cc"), Path(scratch, f"{digest}.so")
+        code.write_text(text)
+        command = [
+            os.environ.get("CXX", "g++"), "-std=c++17", "-fno-strict-aliasing", "-O1", "-w", "-shared", "-fPIC",
+            f"-I{HERE}", str(code), str(HERE / "emulator.cc"), "-o", str(made),
+        ]  # fmt: skip
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        if run.returncode:
+            raise ToolchainError(
+                "Generated CUDA source does not compile for the emulator",
+                expected="a C++17 compiler in CXX (g++)",
+                got=run.stderr.strip()[:4000],
+            )
+        os.replace(made, library)
     return library
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,10 @@ FEW = {
 """Knobs of which only one moves, between two values."""
 
 
+COMMON_CACHE = os.environ.get("ISOFOLD_CACHE")
+"""The cache folder of all other tests, which has the op library; None: this user's."""
+
+
 @pytest.fixture(scope="session")
 def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One folder for compiled objects."""
@@ -35,6 +40,15 @@ def _own_cache(shared_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     monkeypatch.setenv("ISOFOLD_CACHE", str(shared_cache))
     yield
     (shared_cache / "tuning.jsonl").unlink(missing_ok=True)
+
+
+@pytest.fixture
+def common_cache(_own_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache folder of all other tests again."""
+    if COMMON_CACHE is None:
+        monkeypatch.delenv("ISOFOLD_CACHE")
+    else:
+        monkeypatch.setenv("ISOFOLD_CACHE", COMMON_CACHE)
 
 
 def record(**changes: Any) -> Record:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +23,8 @@ from isofold.runtimes.tuning.database import Database, read_records
 from isofold.runtimes.tuning.tune import tune
 from isofold.runtimes.tuning.workloads import Workload
 
-from ..lent_machines import free_port, killed_at_the_first_result, tracker
+from ...processes import PATIENCE, ended, interruptible, silent_port, wait_until
+from ..lent_machines import killed_at_the_first_result, tracker
 from .conftest import FEW, SMALL, record
 
 __all__ = ["tracker"]
@@ -38,15 +38,19 @@ from isofold.runtimes.tuning.workloads import Workload
 few = {{"stream_near": (0, 2048), "stream_far": (16384,), "stream_far_level": (2,)}}
 few |= {{"scales_ahead": (0,), "gemv_panels": (1, 2, 4)}}
 shapes = [Workload("linear", 4, 32, 256, 96, m, cold=False) for m in (1, 2)]
-tune(shapes, seconds=300, database=Path(sys.argv[1]), values=few)
+tune(shapes, seconds={PATIENCE}, database=Path(sys.argv[1]), values=few)
 print("done")
 """
+
+
+def has_content(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
 
 
 def test_two_values_are_measured_and_a_second_run_measures_nothing(tmp_path: Path) -> None:
     said: list[str] = []
     path = tmp_path / "db.jsonl"
-    result = tune([SMALL], seconds=60, database=path, values=FEW, say=said.append)
+    result = tune([SMALL], seconds=PATIENCE, database=path, values=FEW, say=said.append)
     records, _ = read_records(path)
     screened = [r for r in records if not r.confirmed]
     assert [r.knobs["gemv_panels"] for r in screened] == [2]
@@ -54,14 +58,14 @@ def test_two_values_are_measured_and_a_second_run_measures_nothing(tmp_path: Pat
     assert records[0].processor == processor()
     assert 1e-7 < (records[0].seconds or 0) < 1e-2
     assert result["measured"] == len(records)
-    assert result["seconds"] < 59
+    assert result["seconds"] < PATIENCE, "it ends when nothing is left to measure"
     (row,) = result["workloads"]
     assert row["workload"] == "linear w4g32 256x96 m1 t1 cached"
     assert row["before"] > 0
     assert any("1 of" in text or "0 of" in text for text in said)
     strange = [replace(r, processor="Other (3/4)") for r in records] + [replace(records[0], sources="0")]
     Database(path).add(strange)
-    again = tune([SMALL], seconds=60, database=path, values=FEW)
+    again = tune([SMALL], seconds=PATIENCE, database=path, values=FEW)
     assert again["measured"] == 0
     assert read_records(path)[0] == [*records, *strange]
     assert f"{len(records)} results of other processors (Other (3/4)) are kept" in again["notes"][0]
@@ -70,17 +74,13 @@ def test_two_values_are_measured_and_a_second_run_measures_nothing(tmp_path: Pat
 
 def test_kill_9_in_the_middle_loses_nothing_that_was_measured(tmp_path: Path) -> None:
     path = tmp_path / "db.jsonl"
-    running = subprocess.Popen([sys.executable, "-c", SCRIPT, str(path)], stdout=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while not (path.exists() and path.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(running.pid, signal.SIGKILL)
-    running.wait()
+    command = [sys.executable, "-c", SCRIPT, str(path)]
+    with ended(subprocess.Popen(command, stdout=subprocess.PIPE)) as running:
+        wait_until(lambda: has_content(path), running)
+        os.kill(running.pid, signal.SIGKILL)
     before, _ = read_records(path)
     assert before
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(path)], stdout=subprocess.PIPE, timeout=120, check=True
-    )
+    done = subprocess.run(command, stdout=subprocess.PIPE, timeout=PATIENCE, check=True)
     assert done.stdout == b"done\n"
     after, note = read_records(path)
     assert note is None
@@ -100,8 +100,8 @@ def test_one_of_two_servers_is_killed_and_no_result_is_lost(tracker: int, tmp_pa
         "scales_ahead": (0,),
     }
     shapes = [Workload("linear", 4, 32, 256, 96, m, cold=False) for m in (1, 2)]
-    with killed_at_the_first_result(tracker, path):
-        result = tune(shapes, seconds=200, database=path, rpc=address, key="epyc", values=values)
+    with killed_at_the_first_result(tracker):
+        result = tune(shapes, seconds=PATIENCE, database=path, rpc=address, key="epyc", values=values)
     records, note = read_records(path)
     assert note is None
     assert len(result["lost"]) == 1
@@ -123,7 +123,8 @@ def test_addresses_that_answer_nothing_are_explained(tracker: int) -> None:
     assert "No tracker answers" in text
     assert "no-such-host.invalid" in text
     assert "python -m tvm.exec.rpc_tracker" in text
-    assert "No tracker answers" in error_of("--rpc", f"127.0.0.1:{free_port()}")
+    with silent_port() as port:
+        assert "No tracker answers" in error_of("--rpc", f"127.0.0.1:{port}")
     text = error_of("--rpc", f"127.0.0.1:{tracker}", "--key", "nobody")
     assert "No server is registered under this key" in text
     assert f"python -m tvm.exec.rpc_server --tracker 127.0.0.1:{tracker} --key nobody" in text
@@ -186,12 +187,10 @@ def test_a_models_own_linears_are_tuned(tmp_path: Path) -> None:
     assert result["library"] is None
 
 
-def test_an_artefacts_linears_are_found_with_their_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("common_cache")
+def test_an_artefacts_linears_are_found_with_their_rows(tmp_path: Path) -> None:
     from isofold.runtimes.tuning.subjects import workloads_of_artefact
 
-    monkeypatch.delenv("ISOFOLD_CACHE")  # the op library that all tests use
     for recipe, names in {
         "w8a8": {"linear w8 64x96 m6 t2", "linear w8 96x64 m6 t2"},
         "w4a16": {"linear_float w4g32 64x96 m6 t2", "linear_float w4g32 96x64 m6 t2"},
@@ -205,14 +204,14 @@ def test_an_artefacts_linears_are_found_with_their_rows(
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
     path = tmp_path / "db.jsonl"
-    words = ["isofold", "tune", "--time", "5m", "--threads", "1", "--database", str(path)]
-    running = subprocess.Popen([sys.executable, "-m", *words], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 100
-    while not (path.exists() and path.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    running.send_signal(signal.SIGINT)
-    _, said = running.communicate(timeout=60)
-    assert running.returncode == 130
+    words = ["isofold", "tune", "--time", "20m", "--threads", "1", "--database", str(path)]
+    with interruptible():
+        running = subprocess.Popen([sys.executable, "-m", *words], stderr=subprocess.PIPE, text=True)
+    with ended(running):
+        wait_until(lambda: has_content(path), running)
+        running.send_signal(signal.SIGINT)
+        _, said = running.communicate(timeout=PATIENCE)
+    assert running.returncode == 130, said
     assert "what was measured is kept" in said
     assert "Traceback" not in said
     assert read_records(path)[1] is None

@@ -19,7 +19,7 @@ from isofold.compiler.processor import processor
 from isofold.compiler.tune_job import show_tuned
 from isofold.runtimes.tuning.child import LostError
 from isofold.runtimes.tuning.database import Database, Record, read_records
-from isofold.runtimes.tuning.machines import Machine
+from isofold.runtimes.tuning.machines import Facts, Machine
 from isofold.runtimes.tuning.search import InventionError
 from isofold.runtimes.tvm import traces, tune_cpu
 from isofold.runtimes.tvm.compile_cpu import compile_library, cpu_target, fused
@@ -172,10 +172,15 @@ def test_a_trace_of_another_function_gives_way_to_the_default(
 
 
 @pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few rounds."""
+def short(invented_times: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rounds. What is invented depends on times and on the number of cores: both are always the same."""
     monkeypatch.setattr(tune_cpu, "ROUNDS", 3)
     monkeypatch.setattr(tune_cpu, "CONFIRMING_ROUNDS", 5)
+
+    def facts(kernels: tune_cpu.GeneratedKernels, machine: Machine) -> Facts:
+        return Facts(processor(), "here", tune_cpu.isa_of(kernels.target), 2, 0)
+
+    monkeypatch.setattr(tune_cpu.GeneratedKernels, "facts", facts)
 
 
 def record_of(text: str, function: tirx.PrimFunc, target: Any, **values: Any) -> Record:
@@ -249,7 +254,7 @@ def test_a_trace_for_unknown_sizes_must_be_right_at_other_sizes_too(
     monkeypatch.setattr(Machine, "ask", ask)
     monkeypatch.setattr(Workshop, "ask", lambda self, question: {"traces": invented[True][:1]})
     module, database = tvm.IRModule({"pool": pooled(None)}), tmp_path / "tuning.jsonl"
-    tune_functions(module, target, 60, database, sizes={"n": 3, "w": 70}, traces=1)
+    tune_functions(module, target, 600, database, sizes={"n": 3, "w": 70}, traces=1)
     assert {json.dumps(q["smaller"], sort_keys=True) for q in asked} == {'{"n": 3, "w": 47}'}
     (record,) = {r.candidate: r for r in read_records(database)[0] if r.trace}.values()
     assert (record.status, record.workload["sizes"]) == ("ok", {"n": 3, "w": 70})
@@ -319,10 +324,9 @@ def test_what_hangs_or_crashes_costs_the_search_its_inventor(
             pass
 
     monkeypatch.setattr(traces, "Child", Child)
-    found = tune_functions(tvm.IRModule({"pool": pooled()}), target, 60, tmp_path / "t.jsonl")
+    found = tune_functions(tvm.IRModule({"pool": pooled()}), target, 600, tmp_path / "t.jsonl")
     (note,) = found["notes"]
     assert note == ("pool: nothing more is invented: MetaSchedule was lost: its process ended with code -11")
-    # One that looks faster than the default is measured twice: how many do depends on the machine's mood.
     records = read_records(tmp_path / "t.jsonl")[0]
     assert found["workloads"][0]["tried"] == len({r.candidate for r in records}) > 1
     assert [r for r in records if r.trace] == []
