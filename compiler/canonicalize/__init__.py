@@ -24,6 +24,7 @@ from .fold_constants import fold_constants
 from .gated import canonicalize_gated
 from .grouped_linear import canonicalize_grouped_linear
 from .grouped_query import absorb_grouped_queries
+from .interleaved import canonicalize_interleaved
 from .layer_norm import canonicalize_layer_norm
 from .linear import canonicalize_linear
 from .masks import simplify_masks
@@ -46,6 +47,7 @@ FORMS: tuple[Pass, ...] = (
     canonicalize_linear,
     canonicalize_grouped_linear,
     remove_sorting,
+    canonicalize_interleaved,
     canonicalize_pointwise,
     fold_constants,
     fold_batch_norm,
