@@ -1,7 +1,7 @@
 """Linears of experts that read the same rows with the same choice become one wider grouped linear (gate and up).
 
     linear_grouped_*(x, e, Wg), linear_grouped_*(x, e, Wu)
-        → y = linear_grouped_*(x, e, [Wg; Wu]), y[:, 0:n], y[:, Np:Np + n]        Np: n, padded to whole panels
+        → y = linear_grouped_*(x, e, [Wg; Wu]), y[:, 0:n], y[:, Np:Np + n]      Np: n, padded to whole panels
 
 A step then sorts rows by expert, puts them together and wakes its threads once. Every expert's panels lie one behind the
 other, so that the stored bytes are joined as they are, whatever the width of codes.
@@ -52,7 +52,9 @@ def fuse_grouped_linears(editor: Editor) -> None:
             given = arguments(node)
             alike.setdefault((node.target, *(given.get(name) for name in _LAYOUT)), []).append(node)
         if len(alike) > 1:
-            editor.refused(linears[0], f"{len(linears)} linears of experts read one value, but are not packed alike")
+            editor.refused(
+                linears[0], f"{len(linears)} linears of experts read one value, but are not packed alike"
+            )
         for group in alike.values():
             if len(group) > 1:
                 _join(editor, group)
@@ -78,7 +80,9 @@ def _join(editor: Editor, linears: Sequence[fx.Node]) -> None:
             assert scale is not None
             held["scale"] = _rescaled(scale, call["scale_multiplier"] / largest)
         if any(held["scale"] is None for held in tensors):
-            editor.refused(first, "group scales of experts that read one value are too far apart for one multiplier")
+            editor.refused(
+                first, "group scales of experts that read one value are too far apart for one multiplier"
+            )
             return
     widths = [ceil_to(call["n"], panel) for call in given]
     for held, call, width in zip(tensors, given, widths, strict=True):
@@ -103,7 +107,9 @@ def _join(editor: Editor, linears: Sequence[fx.Node]) -> None:
         part = editor.call(aten.slice.Tensor, wide, 1, start, start + call["n"], 1, like=node)
         editor.replace(node, part)
         start += width
-    editor.applied(wide, f"{len(linears)} linears of experts in one of {total} features", linears=len(linears))
+    editor.applied(
+        wide, f"{len(linears)} linears of experts in one of {total} features", linears=len(linears)
+    )
 
 
 def _rescaled(scale: Tensor, factor: float) -> Tensor | None:

@@ -6,8 +6,8 @@
 
 LOSSY: each weight moves by at most half a step, or further where the range search clips (`ranges.py`) or GPTQ lets
 it make up for others (`solve_gptq.py`, `solver: gptq`; each expert by the rows that chose it); the relative error of
-each layer is reported. Linears that share one weight and one format share its codes; a weight tied to an embedding gets codes of its own here, as the two
-are packed differently.
+each layer is reported. Linears that share one weight and one format share its codes; a weight tied to an embedding
+gets codes of its own here, as the two are packed differently.
 
 Refused: weights that are computed, not two-dimensional, not float32, also read in float by another operator,
 or so small that the padded layout would be larger. Constants that no packed operator can read are listed.

@@ -11,7 +11,7 @@ the largest, so all rows have the same chance, in whatever batches they come.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 

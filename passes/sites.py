@@ -245,7 +245,14 @@ def _grouped_reader(layer: Layer, weight: Tensor, chosen: Any) -> Reader:
 
     chooser = argument(layer.node, "expert").name
     return Reader(
-        layer.node.name, layer.path, weight.flatten(0, 1), chosen, run, False, experts=experts, chooser=chooser
+        layer.node.name,
+        layer.path,
+        weight.flatten(0, 1),
+        chosen,
+        run,
+        False,
+        experts=experts,
+        chooser=chooser,
     )
 
 

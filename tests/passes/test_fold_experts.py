@@ -1,4 +1,4 @@
-"""Folds, solvers and pruning cross layers of experts: every step an identity over the reals, chosen by what experts read.
+"""Folds, solvers and pruning cross layers of experts: identities over the reals, chosen by what experts read.
 
 Qwen3-MoE: gate and up in blocks, no biases. GPT-OSS: in turn, clamped, with biases.
 """
@@ -19,6 +19,7 @@ from isofold.compiler.graph import argument
 from isofold.compiler.passes import PassReport
 from isofold.compiler.program import Program
 from isofold.compiler.recipe import PRESETS, Fold, Prune, Recipe
+from isofold.compiler.spaces.analysis import analyse
 from isofold.models import registry
 from isofold.passes.choose_by_curvature import choose_by_curvature
 from isofold.passes.choose_edges import choose_edges
@@ -31,7 +32,6 @@ from isofold.passes.site_error import SiteError
 from isofold.passes.site_statistics import measure
 from isofold.passes.sites import EdgeTransform, Site, find_sites
 from isofold.passes.solve_gptq import Read, input_products
-from isofold.compiler.spaces.analysis import analyse
 
 MODELS = ("qwen3_moe", "gpt_oss")
 W4A8 = PRESETS["w4a8"]

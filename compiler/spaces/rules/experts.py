@@ -1,15 +1,15 @@
 """Mixtures of experts: linears whose rows choose their matrix, what chooses, and rows that are put in other places.
 
-=======================================  =====================================  ===================  ==================
-operator                                 T                                      log-scale            shift
-=======================================  =====================================  ===================  ==================
-y[s] = W[e[s]] x[s] + b[e[s]]            T_x and T_y any, one for all experts:  W absorbs s_x, s_y   b absorbs z_x, and
-                                         W'[e] = T_y W[e] T_x^-1                                     z_y if e is in range
-y = z, y[i[s]] += x[s] (or = x[s])       rows: none; T_y = T_z = T_x            s_y = s_z = s_x      sums: none; places:
-                                                                                                     z_y = z_z = z_x
-0                                        any                                    any                  none
-topk, sort, argmax                       none                                   none                 none
-=======================================  =====================================  ===================  ==================
+==================================  =====================================  ===================  ====================
+operator                            T                                      log-scale            shift
+==================================  =====================================  ===================  ====================
+y[s] = W[e[s]] x[s] + b[e[s]]       T_x and T_y any, one for all experts:  W absorbs s_x, s_y   b absorbs z_x, and
+                                    W'[e] = T_y W[e] T_x^-1                                     z_y if e is in range
+y = z, y[i[s]] += x[s] (or = x[s])  rows: none; T_y = T_z = T_x            s_y = s_z = s_x      sums: none; places:
+                                                                                                z_y = z_z = z_x
+0                                   any                                    any                  none
+topk, sort                          none                                   none                 none
+==================================  =====================================  ===================  ====================
 
 Every expert's matrix and bias take the same T: what lies before and behind are rows of one value. Between two
 linears whose rows choose by the same e, scales may differ from expert to expert: there the values carry the index of
@@ -25,8 +25,8 @@ import torch
 from torch import fx
 
 from ...dialect import linear_grouped
-from ...graph import argument, value
 from ...dialect.gated import gated
+from ...graph import argument, value
 from ..analysis import ROW_BY_ROW, Absorber, Analysis, rule, tensors
 from ..atoms import Group, flipped
 from ..potentials import Key
@@ -61,7 +61,9 @@ def grouped_linear(analysis: Analysis, node: fx.Node) -> None:
     analysis.allow(node, analysis.dims(expert), Group.NONE, "ids")
     rows, given = analysis.dims(weight), analysis.dims(x)
     # Where rows go is not known here: they keep their order.
-    analysis.allow(node, [given[0], *(analysis.dims(c)[0] for c in constants)], Group.NONE, "rows choose experts")
+    analysis.allow(
+        node, [given[0], *(analysis.dims(c)[0] for c in constants)], Group.NONE, "rows choose experts"
+    )
     analysis.tie(node, given[-1], flipped(rows[2]))
     analysis.dims_of[node] = [given[0], rows[1]]
     if bias is not None:
@@ -131,7 +133,11 @@ def put_rows(analysis: Analysis, node: fx.Node) -> None:
         sums = bool(argument(node, "accumulate"))
         known = len(indices) == 1 and isinstance(indices[0], fx.Node) and len(value(indices[0]).shape) == 1
     else:
-        x, dim, sums = argument(node, "source"), int(argument(node, "dim")), node.target == aten.index_add.default
+        x, dim, sums = (
+            argument(node, "source"),
+            int(argument(node, "dim")),
+            node.target == aten.index_add.default,
+        )
         known = not sums or argument(node, "alpha") == 1
     rank = len(value(node).shape)
     if not known or len(value(x).shape) != rank:

@@ -109,7 +109,7 @@ def vit() -> nn.Module:
 
 
 class Chosen(nn.Module):
-    """A block of gated experts on a stream; shares by sigmoid, which no common term of the scores leaves as they are."""
+    """A block of gated experts on a stream; shares by sigmoid, which sees a common term of all scores."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Experts are inside the spaces: the stream turns, hidden channels move together, scales differ from expert to expert."""
+"""Experts are inside the spaces: the stream turns, hidden channels move as one, scales differ between experts."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from isofold.compiler.canonicalize import canonicalize
 from isofold.compiler.capture import capture
 from isofold.compiler.driver import relative_error
+from isofold.compiler.editor import Editor
 from isofold.compiler.program import Program
 from isofold.compiler.spaces import sample
 from isofold.compiler.spaces.analysis import Space, Spaces, analyse
 from isofold.compiler.spaces.atoms import Group
 from isofold.compiler.spaces.removal import dead_indices, reason_against, remove
-from isofold.compiler.editor import Editor
 from isofold.passes.balance_scales import balance_scales
 
 E, D, H, TOP = 3, 8, 6, 2
@@ -30,7 +30,9 @@ class Experts(nn.Module):
         super().__init__()
         self.turns, self.scattered, self.clamped = turns, scattered, clamped
         self.router = nn.Linear(D, E)
-        self.gate_up, self.down = (nn.Parameter(torch.randn(E, n, k) / k**0.5) for n, k in ((2 * H, D), (D, H)))
+        self.gate_up, self.down = (
+            nn.Parameter(torch.randn(E, n, k) / k**0.5) for n, k in ((2 * H, D), (D, H))
+        )
         self.gate_up_bias, self.down_bias = (nn.Parameter(0.3 * torch.randn(E, n)) for n in (2 * H, D))
 
     def forward(self, x: Tensor) -> Tensor:
