@@ -1,7 +1,7 @@
 """Linears of experts that read the same rows with the same choice become one wider grouped linear (gate and up).
 
     linear_grouped_*(x, e, Wg), linear_grouped_*(x, e, Wu)
-        → y = linear_grouped_*(x, e, [Wg; Wu]), y[:, 0:n], y[:, Np:Np + n]      Np: n, padded to whole panels
+        → y = linear_grouped_*(x, e, [Wg; Wu]), y[:, 0:n], y[:, Np:Np + n]     Np: n in whole panels
 
 A step then sorts rows by expert, puts them together and wakes its threads once. Every expert's panels lie one behind the
 other, so that the stored bytes are joined as they are, whatever the width of codes.

@@ -17,6 +17,7 @@ from __future__ import annotations
 from ..editor import Editor
 from ..passes import Guarantee, Pass, define_pass
 from .activation import canonicalize_activations
+from .assembled import canonicalize_assembled
 from .attention import canonicalize_attention
 from .batch_norm import fold_batch_norm
 from .einsum import canonicalize_einsum
@@ -43,6 +44,7 @@ FORMS: tuple[Pass, ...] = (
     strip_no_ops,
     merge_duplicates,
     canonicalize_splits,
+    canonicalize_assembled,
     canonicalize_einsum,
     canonicalize_linear,
     canonicalize_grouped_linear,
