@@ -80,9 +80,8 @@ def _powers(
         dims = spaces.dims_of[key.node]
 
         def collect(view: Tensor, axes: list[Axis], key: Key = key) -> Tensor:
-            chosen = [
-                (at, atom) for at, (atom, _, dim) in enumerate(axes) if key.dim is None or dim == key.dim
-            ]
+            inside = spaces.axes(key)
+            chosen = [(at, atom) for at, (atom, _, dim) in enumerate(axes) if dim in inside]
             root, sign = solution.find((key, frozenset(a for _, a in chosen)))
             terms = expressed.get(root)
             if terms:

@@ -31,6 +31,7 @@ _CARRY = frozenset(
         aten.transpose.int, aten.permute.default, aten.expand.default, aten.slice.Tensor, aten.select.int,
         aten.cat.default, aten.unsqueeze.default, aten.squeeze.dim, aten.clone.default, aten._to_copy.default,
         aten.dropout.default, aten.index.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default,
+        aten.sum.dim_IntList, aten.mean.dim, aten.index_add.default, aten.index_put.default, aten.index_copy.default,
     }
 )  # fmt: skip
 """Readers through which a mean stays a mean: linear along the channels."""

@@ -131,7 +131,7 @@ def _readers(site: Site, measured: SiteCurvature, dim: Dim, fold: Fold) -> _Read
     curvature = measured.gradient.square * noise
     for reader in site.readers:
         weight = reader.weight.double().flatten(1)
-        felt = measured.outputs[reader.node].square.diagonal()
+        felt = measured.felt[reader.node]
         curvature = curvature + weight_noise(reader) * (weight.mT * felt) @ weight
     value = measured.value
     shifted = fold.shift == "learned" and site.shift_refusal is None
@@ -152,13 +152,16 @@ def _writers(
         for reader in site.readers:
             weight = spaces.constant(argument(nodes[reader.node], "weight"))
             dims = spaces.dims_of.get(weight)
-            if site.name not in measured or dims is None or not _is_whole(dims[0], space):
+            rows = 1 if reader.experts else 0
+            if site.name not in measured or dims is None or not _is_whole(dims[rows], space):
                 continue
             behind = measured[site.name].outputs[reader.node]
             if behind.rows and reader.weight.dim() == 2:
-                w = reader.weight.double()
+                # Experts as if each were chosen as often.
+                w = reader.weight.double().unflatten(0, (reader.experts or 1, -1))
+                square = (w @ w.mT).mean(0)
                 energy = float(measured[site.name].value.square.trace()) / site.channels
-                found.append(_Writer(w @ w.mT * (weight_noise(reader) * energy), behind.square))
+                found.append(_Writer(square * (weight_noise(reader) * energy), behind.square))
     return found
 
 

@@ -5,9 +5,11 @@
 The prediction is the cost model's (`compiler/cost_model.py`, with the rates of `isofold machine`); Q is the rounding
 that the format's own pass will do. Linears of one module path get one format. Where no format keeps the error, the one
 with the least error is taken, and the record says so. Candidates: integers of 8 bits a row, of 4, 3 and 2 bits in
-groups of 32, and of 4 bits in groups of 128 with 1 % of outliers; with float activations also FP8, MXFP4 and NF4. Times
-within a tenth of each other count as equal: then fewer bytes win. Where the recipe skips zeros (`sparsity`), integers
-that have sparse kernels take the time that `sparse_speed` predicts for the weight's zeros, where that is less.
+groups of 32, and of 4 bits in groups of 128 with 1 % of outliers; with float activations also FP8, MXFP4 and NF4.
+Experts have integers only; their time is that of the experts that the example's rows choose at most, with as many rows
+each. Times within a tenth of each other count as equal: then fewer bytes win. Where the recipe skips zeros
+(`sparsity`), integers that have sparse kernels take the time that `sparse_speed` predicts for the weight's zeros, where
+that is less.
 
 The choice is made on the canonical program, before transforms are folded in, which change errors a little and times not
 at all. The result is a recipe with one rule for each module path; later passes never see `auto`.
@@ -18,16 +20,19 @@ BITWISE: `choose_formats` itself only records.
 from __future__ import annotations
 
 import glob
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import optimization_hint
 
-from ..compiler.cost_model import MARGIN, Machine, Work, work_of
+from ..compiler.cost_model import MARGIN, Machine, Work
+from ..compiler.dialect import linear_grouped
 from ..compiler.editor import Editor
-from ..compiler.graph import module_path
+from ..compiler.graph import module_path, value
 from ..compiler.passes import Guarantee, define_pass
 from ..compiler.program import Program
 from ..compiler.recipe import LayerRule, Recipe, Sparsity, WeightFormat
@@ -83,19 +88,18 @@ def resolve_formats(program: Program, recipe: Recipe, machine: Machine) -> tuple
     editor, plain = Editor(program), _without_auto(recipe)
     groups: dict[str, list[Layer]] = {}
     for layer, _, reason in selected(editor, plain, "weights"):
-        if reason is None and not layer.is_grouped and _is_auto(recipe.format_for(layer.path, "weights")):
+        if reason is None and _is_auto(recipe.format_for(layer.path, "weights")):
             groups.setdefault(layer.path, []).append(layer)
     everything = [layer for group in groups.values() for layer in group]
     check_finite(editor, everything)
-    sizes = [tuple(int(size) for size in layer.weight.meta["val"].shape) for layer in everything]
     working_sets = {
-        form: sum(packed_bytes("weights", shape, form) for shape in sizes)
-        for form in (*INTEGERS, OUTLIERS, *CODES)
+        form: sum(_bytes_read(layer, form) for layer in everything) for form in (*INTEGERS, OUTLIERS, *CODES)
     }
     choices = []
     for path, group in groups.items():
         integer = recipe.format_for(path, "activations").mode != "float"
         forms = (*INTEGERS, OUTLIERS) if integer else (*INTEGERS, OUTLIERS, *CODES)
+        forms = INTEGERS if any(layer.is_grouped for layer in group) else forms
         zeros = recipe.format_for(path, "sparsity") if integer else None
         candidates = [
             _candidate(editor, group, form, integer, machine, working_sets[form], zeros) for form in forms
@@ -140,17 +144,37 @@ def _candidate(
         weight = editor.tensor(layer.weight)
         assert weight is not None
         weight = weight.detach()
-        float_work = work_of(layer.node)
-        assert float_work is not None
-        bytes_ = packed_bytes("weights", tuple(weight.shape), form)
-        work = Work(_kind(form, integer), float_work.rows, weight.numel(), bytes_)
+        rows, chosen, every = _experts_read(layer)
+        work = Work(
+            _kind(form, integer),
+            -(-rows // chosen),
+            weight.numel() * chosen // every,
+            _bytes_read(layer, form),
+        )
         prediction = machine.predict(work, working_set)
-        size += bytes_
-        share = OUTLIER_TIME if form.outliers else _share_with_zeros(weight, form, work, zeros)
+        size += packed_bytes("weights", tuple(weight.shape), form)
+        skipped = None if layer.is_grouped else zeros
+        share = OUTLIER_TIME if form.outliers else _share_with_zeros(weight, form, work, skipped)
         seconds += float("inf") if prediction is None else share * prediction.seconds
         norm = float(weight.norm())
-        errors.append(float((weight - rounded_weight(weight, form)).norm()) / norm if norm else 0.0)
+        matrix = weight.flatten(0, 1) if layer.is_grouped else weight
+        errors.append(float((matrix - rounded_weight(matrix, form)).norm()) / norm if norm else 0.0)
     return Candidate(form, max(errors), size, seconds)
+
+
+def _experts_read(layer: Layer) -> tuple[int, int, int]:
+    """Rows of the layer on the example inputs, how many matrices they choose at most, and of how many."""
+    y = value(layer.node)
+    features = int(y.shape[-1])
+    rows = max(1, math.prod(optimization_hint(size, 1) for size in y.shape) // features)
+    every = int(value(layer.weight).shape[0]) if layer.is_grouped else 1
+    return rows, min(rows, every), every
+
+
+def _bytes_read(layer: Layer, form: WeightFormat) -> int:
+    _, chosen, every = _experts_read(layer)
+    shape = tuple(int(size) for size in value(layer.weight).shape)
+    return packed_bytes("weights", shape, form) * chosen // every
 
 
 def _share_with_zeros(weight: Tensor, form: WeightFormat, work: Work, zeros: Sparsity | None) -> float:
@@ -182,7 +206,7 @@ def _kind(form: WeightFormat, integer: bool) -> str:
 def choose_formats(editor: Editor, *, choices: Sequence[Choice]) -> None:
     """Record what `resolve_formats` chose. Changes nothing."""
     by_path = {choice.path: choice for choice in choices}
-    for node in editor.calls(torch.ops.aten.linear.default):
+    for node in editor.calls(torch.ops.aten.linear.default, linear_grouped.overload):
         choice = by_path.pop(module_path(node), None)
         if choice is None:
             continue

@@ -14,11 +14,12 @@ Matrices act on channels as a column vector, v' = R v, float64.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from ..compiler.dialect import linear_grouped
 from ..compiler.graph import argument
 from ..compiler.hadamard import randomised_hadamard
-from ..compiler.spaces.analysis import Space, Spaces
+from ..compiler.spaces.analysis import Member, Space, Spaces
 from ..compiler.spaces.atoms import Group
 from ..compiler.spaces.change import Axis, by_blocks
 
@@ -43,6 +44,12 @@ def choose_rotations(spaces: Spaces, method: str, seed: int = 0) -> dict[str, Te
     return chosen
 
 
+def _reads_along(user: fx.Node, member: Member) -> bool:
+    """Whether a linear sums over a dimension of its weight."""
+    inputs = {aten.linear.default: 1, linear_grouped.overload: 2}.get(user.target)
+    return inputs == member.dim and argument(user, "weight") is member.node
+
+
 @torch.no_grad()
 def reader_basis(spaces: Spaces, space: Space) -> Tensor:
     """Eigenvectors (columns) of the covariance of the readers' weights over the space's channels.
@@ -55,12 +62,7 @@ def reader_basis(spaces: Spaces, space: Space) -> Tensor:
     first = torch.zeros(*sizes, n, dtype=torch.float64)
     count = 0
     for member in space.parameters:
-        if not any(
-            u.target is aten.linear.default and argument(u, "weight") is member.node
-            for u in member.node.users
-        ):
-            continue
-        if member.dim != 1:
+        if not any(_reads_along(user, member) for user in member.node.users):
             continue
         rows: list[Tensor] = []
 

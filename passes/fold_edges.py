@@ -46,7 +46,8 @@ def fold_edges(
     sites = {site.name: site for site in find_sites(program, recipe)}
     shifted = _fold_shifts(editor, transforms, {name: site.value for name, site in sites.items()})
     # Scales are applied after the shifts, and to the biases that those made: the program between is analysed anew.
-    _fold_scales(editor, transforms, {name: site.value for name, site in sites.items()}, shifted, rest)
+    sizes = {name: sum(reader.weight.numel() for reader in site.readers) for name, site in sites.items()}
+    _fold_scales(editor, transforms, {name: site.value for name, site in sites.items()}, sizes, shifted, rest)
 
 
 def _fold_shifts(
@@ -77,6 +78,7 @@ def _fold_scales(
     editor: Editor,
     transforms: Mapping[str, EdgeTransform],
     values: Mapping[str, str],
+    sizes: Mapping[str, int],
     shifted: set[str],
     rest: dict[str, EdgeTransform],
 ) -> None:
@@ -88,13 +90,16 @@ def _fold_scales(
         free = transform.shift is None or name in shifted
         if transform.scale is not None and free and name in values and values[name] not in by_value:
             by_value[values[name]] = (name, -transform.scale.double().log())
-    chosen, reasons = realisable(spaces, spaces.scales, {value: s for value, (_, s) in by_value.items()})
+    # Where several sites want one scale (a router's and its experts', in front of which rows are repeated), the one
+    # with the most weights gets it.
+    wanted = sorted(by_value.items(), key=lambda entry: -sizes[entry[1][0]])
+    chosen, reasons = realisable(spaces, spaces.scales, {value: s for value, (_, s) in wanted})
     realised: dict[str, Tensor] = {}
     if chosen:
         assignment = Assignment(spaces.scales, {root: v.exp() for root, v in chosen.items()}, multiply=True)
-        for value, reason in reasons.items():
+        for value in reasons:
             found = channel_key(spaces, spaces.scales, nodes[value])
-            if reason is None and not isinstance(found, str):
+            if not isinstance(found, str):
                 factor = assignment.over(*found)
                 if factor is not None:
                     realised[by_value[value][0]] = factor.reshape(-1, factor.shape[-1])[0]

@@ -70,15 +70,17 @@ def realisable(
 
 
 def channel_key(spaces: Spaces, solution: Solution, node: fx.Node) -> tuple[Key, list[Dim]] | str:
-    """A value's key and dimensions, where its vector is a function of the channels alone, or why it has none."""
+    """A value's key and what its vector is over, channels last, where that is the channels and what rows carry, or why
+    it has none."""
     pin = solution.pin_of(spaces.key(node)) if solution.knows(spaces.key(node)) else None
     if pin is not None:
         place = f" ({pin.place})" if pin.place is not None else ""
         return f"its {solution.what} is pinned: {pin.why}{place}"
     key = spaces.key(node)
-    channels = {atom for atom, _ in leaves(spaces.dims_of[node][-1])}
+    dims = spaces.vector_dims(node)
+    channels = {atom for dim in (dims[0], dims[-1]) for atom, _ in leaves(dim)}
     for block in solution.blocks(key):
         root, _ = solution.find((key, block))
         if not set(solution.ordered_support(root)) <= channels:
             return f"its {solution.what} is not one vector of channels"
-    return key, spaces.dims_of[node]
+    return key, dims

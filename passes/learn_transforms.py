@@ -50,7 +50,7 @@ from .layers import ROUNDERS, group_size_for
 from .quantize_activations import quantize_activations
 from .quantize_cache import quantize_cache
 from .ranges import QuantizedMatrix, requantized
-from .sites import EdgeTransform, Reader, Site, along, find_sites
+from .sites import EdgeTransform, Reader, Site, added, along, find_sites
 from .stiefel import RiemannianAdam
 
 ROTATION_RATE, SCALE_RATE, SHIFT_RATE = 0.02, 0.004, 0.008
@@ -354,15 +354,18 @@ class _Interpreter(fx.Interpreter):
 
     def _read(self, n: fx.Node, site: _SiteParameters, reader: Reader) -> Any:
         x, weight, bias = (self._value(argument(n, name)) for name in ("input", "weight", "bias"))
+        ids = self._value(argument(n, "expert")) if reader.experts else None
+        if ids is not None:
+            weight, bias = (None if t is None else t.flatten(0, 1) for t in (weight, bias))
         if argument(n, "input").name not in self.student.input_of:
             x = _moved(site, x)  # activations stay float
-        y = reader.run(x, self.student.rounded(reader, _folded(site, weight)))
+        y = reader.run(x, self.student.rounded(reader, _folded(site, weight)), ids)
         total = bias
         if site.shift is not None:
             shift = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
             offset = shift @ (site.shift * site.step)
             total = offset if total is None else total + offset
-        return y if total is None else y + along(total, y, site.site.channel_dim)
+        return y if total is None else y + added(total, y, ids, reader.experts, site.site.channel_dim)
 
     def _value(self, node: Any) -> Any:
         return self.env[node] if isinstance(node, fx.Node) else node

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, fx
 
 from ..compiler.canonicalize.match import vector
-from ..compiler.dialect import dequantize_cache, hadamard
+from ..compiler.dialect import dequantize_cache, hadamard, linear_grouped
 from ..compiler.editor import Editor
 from ..compiler.errors import InputError
 from ..compiler.graph import argument, dtype, module_path, shape, static_size, value
@@ -38,7 +38,7 @@ from ..compiler.passes import Guarantee, define_pass
 from .layers import ROUNDERS, is_call_of, set_argument
 
 aten = torch.ops.aten
-LINEAR = aten.linear.default
+LINEARS = (aten.linear.default, linear_grouped.overload)
 ATTENTION = aten.scaled_dot_product_attention.default
 
 Chosen = Collection[str] | Callable[[fx.Node], bool]
@@ -58,7 +58,7 @@ def place_hadamards(
     """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     readers: dict[fx.Node, list[fx.Node]] = {}
-    for node in _chosen(editor, linears, LINEAR):
+    for node in _chosen(editor, linears, *LINEARS):
         reason = _against_linear(editor, node)
         if reason is None:
             readers.setdefault(argument(node, "input"), []).append(node)
@@ -74,15 +74,15 @@ def place_hadamards(
             editor.refused(node, reason)
 
 
-def _chosen(editor: Editor, chosen: Chosen, target: object) -> list[fx.Node]:
-    found = list(editor.calls(target))
+def _chosen(editor: Editor, chosen: Chosen, *targets: object) -> list[fx.Node]:
+    found = list(editor.calls(*targets))
     if callable(chosen):
         return [node for node in found if chosen(node)]
     unknown = sorted(set(chosen) - {node.name for node in found})
     if unknown:
         raise InputError(
             "Hadamard transforms are asked for at calls that are not there",
-            expected=f"names of nodes that call {target}",
+            expected=f"names of nodes that call {' or '.join(map(str, targets))}",
             got=", ".join(unknown),
         )
     return [node for node in found if node.name in chosen]

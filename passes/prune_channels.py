@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..compiler.dialect import linear_grouped
 from ..compiler.editor import Editor
 from ..compiler.graph import argument, module_path, place_of
 from ..compiler.passes import Guarantee, define_pass
@@ -43,7 +44,7 @@ _FACTORS = (
     aten.linear.default, aten.embedding.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
     aten.conv1d.padding, aten.conv2d.padding, aten.convolution.default, aten.conv_transpose1d.default,
     aten.conv_transpose2d.input, aten.add.Tensor, aten.mul.Tensor, aten.matmul.default, aten.bmm.default,
-    aten.rms_norm.default, aten.layer_norm.default,
+    aten.rms_norm.default, aten.layer_norm.default, linear_grouped.overload,
 )  # fmt: skip
 
 PANEL = 16

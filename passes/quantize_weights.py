@@ -5,10 +5,9 @@
     with outliers   →   y = x (scale (w - zero) + S)^T + b      S: a few float16 entries (`outliers.py`)
 
 LOSSY: each weight moves by at most half a step, or further where the range search clips (`ranges.py`) or GPTQ lets
-it make up for others (`solve_gptq.py`, `solver: gptq`; experts are rounded to nearest, as each would need the moments
-of the few rows that chose it); the relative error of each layer is reported. Linears that
-share one weight and one format share its codes; a weight tied to an embedding gets codes of its own here, as the two
-are packed differently.
+it make up for others (`solve_gptq.py`, `solver: gptq`; each expert by the rows that chose it); the relative error of
+each layer is reported. Linears that share one weight and one format share its codes; a weight tied to an embedding
+gets codes of its own here, as the two are packed differently.
 
 Refused: weights that are computed, not two-dimensional, not float32, also read in float by another operator,
 or so small that the padded layout would be larger. Constants that no packed operator can read are listed.
@@ -24,7 +23,7 @@ from torch import Tensor, fx
 from ..compiler.dialect import dequantize_outliers, dequantize_weight
 from ..compiler.editor import Editor
 from ..compiler.errors import InputError
-from ..compiler.graph import place_of
+from ..compiler.graph import argument, place_of, shape
 from ..compiler.passes import Guarantee, define_pass
 from ..compiler.recipe import Kind, Recipe
 from .layers import (
@@ -42,7 +41,7 @@ from .layers import (
 )
 from .outliers import quantize_with_outliers, wants_outliers
 from .ranges import quantize_matrix
-from .solve_gptq import input_products, solve_gptq
+from .solve_gptq import Read, input_products, solve_gptq_of_all
 
 Progress = Callable[[int, int], None]
 """Called with (layers done, layers in all)."""
@@ -144,10 +143,10 @@ def _input_products(
     editor: Editor, recipe: Recipe, kind: Kind, calibration: Iterable[Any] | None
 ) -> dict[str, Tensor]:
     """H of every weight that GPTQ rounds, by its node's name; a weight with several readers gets that of all inputs."""
-    inputs: dict[str, list[str]] = {}
+    inputs: dict[str, list[Read]] = {}
     for layer, chosen, reason in selected(editor, recipe, kind):
-        if reason is None and _by_gptq(chosen) and not layer.is_grouped:
-            inputs.setdefault(layer.weight.name, []).append(layer.input.name)
+        if reason is None and _by_gptq(chosen):
+            inputs.setdefault(layer.weight.name, []).append(_read(layer))
     if not inputs:
         return {}
     if calibration is None:
@@ -158,6 +157,12 @@ def _input_products(
             hint="pass calibration=..., or use weights: {solver: nearest}",
         )
     return input_products(editor.program, inputs, calibration)
+
+
+def _read(layer: Layer) -> Read:
+    if not layer.is_grouped:
+        return Read(layer.input.name)
+    return Read(layer.input.name, argument(layer.node, "expert").name, (shape(layer.weight) or (0,))[0])
 
 
 def _quantize(
@@ -181,7 +186,7 @@ def _quantize(
             storable=storable,
         )
     if product is not None:
-        found = solve_gptq(matrix, found, product, bits=chosen.bits, group_size=group_size)
+        found = solve_gptq_of_all(matrix, found, product, bits=chosen.bits, group_size=group_size)
     tensors: dict[str, Tensor | None] = {"codes": found.codes, "scale": found.scale, "zero": found.zero}
     if experts:
         tensors = {part: None if t is None else t.unflatten(0, (experts, -1)) for part, t in tensors.items()}

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from ..compiler.program import Program
 from .calibrate import batch_arguments
 from .kl_top import vocabulary_outputs
-from .sites import Site
+from .sites import Reader, Site
 
 BATCHES = 8
 """Batches that are looked at: moments of some ten thousand tokens are those of all."""
@@ -59,12 +59,17 @@ class Moments:
 
 @dataclass
 class SiteCurvature:
-    """What is known of a site: moments of its rows, of the gradients there, and of those behind each reader."""
+    """What is known of a site: moments of its rows, of the gradients there, and of those behind each reader.
+
+    felt: mean squares of the latter over all rows, for each row of the reader's weight: of experts, each row of the
+    value counts for the one that it chose.
+    """
 
     value: Moments
     gradient: Moments
     outputs: dict[str, Moments] = field(default_factory=dict)
     """By the reader's node."""
+    felt: dict[str, Tensor] = field(default_factory=dict)
 
 
 def measure_curvature(
@@ -77,11 +82,14 @@ def measure_curvature(
         site.name: SiteCurvature(
             Moments.of(site.channels),
             Moments.of(site.channels),
-            {reader.node: Moments.of(len(reader.weight)) for reader in site.readers},
+            {reader.node: Moments.of(len(reader.weight) // (reader.experts or 1)) for reader in site.readers},
+            {reader.node: torch.zeros(len(reader.weight), dtype=torch.float64) for reader in site.readers},
         )
         for site in linears
     }
-    watched = {site.value for site in linears} | {r.node for site in linears for r in site.readers}
+    readers = [reader for site in linears for reader in site.readers]
+    watched = {site.value for site in linears} | {r.node for r in readers}
+    watched |= {r.chooser for r in readers if r.chooser is not None}
     logits = vocabulary_outputs(program)
     for index, batch in zip(range(BATCHES), batches, strict=False):
         args, kwargs = batch_arguments(program, batch, index)
@@ -91,7 +99,7 @@ def measure_curvature(
                 run.run(*program.flatten_inputs(args, kwargs), enable_io_processing=False)
             )
             felt = _felt(outputs, logits, generator)
-            names = list(run.held)
+            names = [name for name, held in run.held.items() if held.is_floating_point()]
             gradients = torch.autograd.grad(felt, [run.held[name] for name in names], allow_unused=True)
         slopes = dict(zip(names, gradients, strict=True))
         for site in linears:
@@ -103,8 +111,22 @@ def measure_curvature(
             for reader in site.readers:
                 behind = slopes.get(reader.node)
                 if behind is not None:
-                    found[site.name].outputs[reader.node].add(behind.reshape(-1, behind.shape[-1]))
+                    rows = behind.reshape(-1, behind.shape[-1])
+                    ids = None if reader.chooser is None else run.held[reader.chooser]
+                    _add(found[site.name], reader, rows, ids)
     return found
+
+
+def _add(found: SiteCurvature, reader: Reader, rows: Tensor, ids: Tensor | None) -> None:
+    moments, felt = found.outputs[reader.node], found.felt[reader.node]
+    moments.add(rows)
+    if ids is None:
+        felt.copy_(moments.square.diagonal())
+        return
+    known = (ids >= 0) & (ids < reader.experts)
+    sums = torch.zeros(reader.experts, rows.shape[-1], dtype=torch.float64)
+    sums.index_add_(0, ids[known], rows[known].double().square())
+    felt.lerp_(sums.flatten() / len(rows), len(rows) / moments.rows)
 
 
 def _felt(outputs: Sequence[Any], logits: Sequence[bool], generator: torch.Generator) -> Tensor:
@@ -133,8 +155,8 @@ class _Watching(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        if n.name in self.watched and isinstance(result, Tensor) and result.is_floating_point():
-            if not result.requires_grad:
+        if n.name in self.watched and isinstance(result, Tensor):
+            if result.is_floating_point() and not result.requires_grad:
                 result = result.detach().requires_grad_()
             self.held[n.name] = result
         return result

@@ -12,7 +12,8 @@ would serve only them: on MiniLM it preferred scales that were ten times worse f
 
 A static range is found on one half of the tokens and the error taken on the other, both ways round, so that a
 transform whose range depends on a few rare tokens does not look better than it is. For wide layers the outputs
-are a seeded sample of rows of W, as rows are rounded independently of each other.
+are a seeded sample of rows of W, as rows are rounded independently of each other. Experts are read by the rows that
+chose them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ..compiler.dialect import quantize_dequantize, quantize_dequantize_fp8
 from ..compiler.dialect.quantize_dequantize import granularity_dims
 from .calibrate import Histogram, static_params, static_scale
 from .site_statistics import SiteStatistics
-from .sites import EdgeTransform, Reader, Site, along
+from .sites import EdgeTransform, Reader, Site, added
 
 OUTPUTS = 512
 """Outputs of a reader that are looked at."""
@@ -40,10 +41,12 @@ Error = Callable[[EdgeTransform], float]
 
 @dataclass(frozen=True)
 class _Target:
-    """A reader, the rows of its weight that are looked at, its outputs `[tokens, ...]` and 1 / their power."""
+    """A reader, the rows of its weight that are looked at, what expert each token chose, its outputs `[tokens, ...]`
+    and 1 / their power."""
 
     reader: Reader
     weight: Tensor
+    chosen: list[Tensor | None]
     outputs: list[Tensor]
     shares: list[Tensor]
 
@@ -53,19 +56,21 @@ class SiteError:
 
     def __init__(self, site: Site, statistics: SiteStatistics, seed: int = 0) -> None:
         self.site, self.statistics = site, statistics
-        self._parts = _split(statistics.sample, static=site.activations.mode == "static")
+        self._static = site.activations.mode == "static"
+        self._parts = _split(statistics.sample, self._static)
         generator = torch.Generator().manual_seed(seed)
         self._targets = [self._target(reader, generator) for reader in site.readers]
 
     def _target(self, reader: Reader, generator: torch.Generator) -> _Target:
-        weight = reader.weight
-        if len(weight) > OUTPUTS:
-            weight = weight[torch.randperm(len(weight), generator=generator)[:OUTPUTS].sort().values]
+        weight = reader.some(OUTPUTS, generator)
+        chosen: list[Tensor | None] = [None] * len(self._parts)
+        if reader.chooser is not None:
+            chosen = list(_split([self.statistics.chosen[reader.chooser]], self._static))
         with torch.no_grad():
-            outputs = [reader.run(x, weight) for x in self._parts]
+            outputs = [reader.run(x, weight, ids) for x, ids in zip(self._parts, chosen, strict=True)]
         powers = [y.flatten(1).square().sum(1, dtype=torch.float64) for y in outputs]
         shares = [torch.where(p > 0, 1 / p, torch.zeros_like(p)) for p in powers]
-        return _Target(reader, weight, outputs, shares)
+        return _Target(reader, weight, chosen, outputs, shares)
 
     def __call__(self, transform: EdgeTransform = IDENTITY) -> float:
         """The error with this transform, summed over the readers."""
@@ -92,9 +97,11 @@ class SiteError:
             weight = target.reader.rounded(transform.fold(target.weight).float())
             offset = transform.offset(target.weight)
             errors = []
-            for x, y in zip(rounded, target.outputs, strict=True):
-                e = target.reader.run(x, weight) - y
-                errors.append(e if offset is None else e + along(offset.to(e), e, self.site.channel_dim))
+            for x, ids, y in zip(rounded, target.chosen, target.outputs, strict=True):
+                e = target.reader.run(x, weight, ids) - y
+                if offset is not None:
+                    e = e + added(offset.to(e), e, ids, target.reader.experts, self.site.channel_dim)
+                errors.append(e)
             found.append(errors)
         return found
 

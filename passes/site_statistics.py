@@ -11,7 +11,7 @@ the largest, so all rows have the same chance, in whatever batches they come.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +38,8 @@ class SiteStatistics:
     """Statistics of one site, all float64 `[K]`, over `count` rows.
 
     sample: float32 tensors that the readers can run on: one `[rows, K]` for linears, some of `[1, K, ...]` for
-    convolutions. covariance: `[K, K]`, or None where it was not asked for.
+    convolutions. chosen: for linears of experts, the expert of each of these rows int64 `[rows]`, by the name of the
+    value that holds them. covariance: `[K, K]`, or None where it was not asked for.
     """
 
     channels: int
@@ -48,6 +49,7 @@ class SiteStatistics:
     mean: Tensor = field(init=False)
     mean_square: Tensor = field(init=False)
     sample: list[Tensor] = field(default_factory=list)
+    chosen: dict[str, Tensor] = field(default_factory=dict)
     covariance: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -99,12 +101,12 @@ class _Reservoir:
         self.keys = torch.zeros(0, dtype=torch.float64)
         self.items: list[Tensor] = []
 
-    def add(self, x: Tensor, keys: Tensor) -> None:
-        """Offer `x [n, ...]` with one key for each of its n items."""
+    def add(self, x: Tensor, keys: Tensor, width: int | None = None) -> None:
+        """Offer `x [n, ...]` with one key for each of its n items; width: what a row counts, if not its elements."""
         if self.rows:
             held = torch.cat([*self.items, x]) if self.items else x
             keys = torch.cat([self.keys, keys])
-            most = min(ROWS, max(LEAST_ROWS, ELEMENTS // max(x.shape[1], 1)))
+            most = min(ROWS, max(LEAST_ROWS, ELEMENTS // max(width or x.shape[1], 1)))
             best = keys.topk(min(most, len(keys))).indices.sort().values
             self.keys, self.items = keys[best], [held[best].clone()]
             return
@@ -139,21 +141,35 @@ def measure(
             expected="calibration: an iterable of batches of inputs",
             hint="pass calibration=..., or choose a method that looks at weights only (scale: cle)",
         )
-    by_value: Mapping[str, list[Site]] = {s.value: [t for t in sites if t.value == s.value] for s in sites}
+    by_value: dict[str, list[Site]] = {}
+    choosers: dict[str, list[Site]] = {}
+    for site in sites:
+        by_value.setdefault(site.value, []).append(site)
+        for name in {reader.chooser for reader in site.readers if reader.chooser is not None}:
+            choosers.setdefault(name, []).append(site)
     found = {site.name: SiteStatistics(site.channels) for site in sites}
     reservoirs = {site.name: _Reservoir(rows=site.channel_dim == -1) for site in sites}
+    chosen = {(site.name, name): _Reservoir(rows=True) for name, held in choosers.items() for site in held}
+
+    def keys_of(count: int, batch: int) -> Tensor:
+        # One generator a batch: sites that see the same tokens sample the same ones, and their experts with them.
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + batch)
+        return torch.rand(count, generator=generator, dtype=torch.float64)
 
     def observe(value: str, x: Tensor, batch: int) -> None:
-        for site in by_value[value]:
+        for site in choosers.get(value, ()):
+            # As wide as the site's rows, so that as many stay.
+            held = chosen[site.name, value]
+            held.add(x.detach().reshape(-1, 1), keys_of(x.numel(), batch), width=site.channels)
+        for site in by_value.get(value, ()):
             rows = x.movedim(site.channel_dim, -1).reshape(-1, site.channels)
             found[site.name].add(rows, covariance)
             items = rows if site.channel_dim == -1 else x
-            # One generator a batch: sites that see the same tokens sample the same ones.
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + batch)
-            keys = torch.rand(len(items), generator=generator, dtype=torch.float64)
-            reservoirs[site.name].add(items.detach().float(), keys)
+            reservoirs[site.name].add(items.detach().float(), keys_of(len(items), batch))
 
-    stream(program, by_value, batches, observe, progress)
+    stream(program, {*by_value, *choosers}, batches, observe, progress)
     for name, statistics in found.items():
         statistics.sample = reservoirs[name].items
+    for (name, chooser), reservoir in chosen.items():
+        found[name].chosen[chooser] = torch.cat(reservoir.items).flatten()
     return found

@@ -6,6 +6,9 @@ is the same function without Q for every positive s and every z, so each site is
 Q, the recipe's rounding of x and W, is what makes one choice better than another. All layers that read
 one value in one activation format share the choice (q, k and v; gate and up), as they share its codes.
 
+The weights of experts are read as one matrix, their rows one above the other: x W^T is then taken for each row by the
+matrix that it chose, and a site's two vectors are those of all experts.
+
 A site is found by edges and operators, never by names. Its own name is that of its first reader's node, which
 passes keep, so that choices made on one program can be applied to a later form of it.
 """
@@ -19,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..compiler.dialect import linear_grouped
 from ..compiler.editor import Editor
 from ..compiler.errors import InputError
 from ..compiler.graph import argument, dtype, static_size
@@ -91,19 +95,31 @@ class EdgeTransform:
 class Reader:
     """One layer of a site: its node's name, module path, weight float `[N, K, ...]` and the weight's format.
 
-    run: `run(x, weight)` is the layer without its bias. pads: whether it puts zeros around x.
+    run: `run(x, weight, ids)` is the layer without its bias, on its own weight or the same rows of every expert.
+    pads: whether it puts zeros around x. experts: how many matrices the weight holds (`[E N, K]`), 0 for a plain layer.
+    chooser: the name of the value that holds the expert of each row of x.
     """
 
     node: str
     path: str
     weight: Tensor
     format: Any
-    run: Callable[[Tensor, Tensor], Tensor]
+    run: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     pads: bool
+    experts: int = 0
+    chooser: str | None = None
 
     def rounded(self, weight: Tensor) -> Tensor:
         """`weight`, some rows or a transform of the layer's own, as its format leaves it, float32."""
         return rounded_weight(weight, self.format, storable=self.weight.dim() == 2)
+
+    def some(self, most: int, generator: torch.Generator) -> Tensor:
+        """At most `most` rows of the weight, a random choice (of experts' the same rows of all, `most` of each)."""
+        weight = self.weight.unflatten(0, (self.experts or 1, -1))
+        if weight.shape[1] > most:
+            chosen = torch.randperm(weight.shape[1], generator=generator)[:most].sort().values
+            weight = weight[:, chosen]
+        return weight.flatten(0, 1)
 
     def quantized(self, weight: Tensor) -> QuantizedMatrix:
         """The integer codes that `weight`, some rows or a transform of the layer's own, gets in its format."""
@@ -150,17 +166,26 @@ def along(vector: Tensor, x: Tensor, dim: int) -> Tensor:
     return vector.reshape([-1 if i == dim % x.dim() else 1 for i in range(x.dim())])
 
 
+def added(vector: Tensor, y: Tensor, ids: Tensor | None, experts: int, dim: int) -> Tensor:
+    """`vector [N]` shaped to be added to y along `dim`; of experts (`[E N]`) the part of each row's own."""
+    if ids is None:
+        return along(vector, y, dim)
+    # Rows without an expert get nothing, as in the operator.
+    own = torch.cat([vector.unflatten(0, (experts, -1)), vector.new_zeros(1, len(vector) // experts)])
+    return own[torch.where((ids >= 0) & (ids < experts), ids, experts)]
+
+
 def find_sites(program: Program, recipe: Recipe) -> list[Site]:
     """The sites of all layers that `recipe` will quantize, in graph order.
 
-    Layers that the recipe leaves in float, that cannot be quantized, that have a matrix for each expert, or whose
-    weight or input is already quantized have none. Raises InputError where a weight holds NaN or infinity.
+    Layers that the recipe leaves in float, that cannot be quantized, or whose weight or input is already quantized have
+    none. Raises InputError where a weight holds NaN or infinity.
     """
     editor = Editor(program)
     found: dict[tuple[fx.Node, ActivationFormat, Kind], list[tuple[Layer, Any]]] = {}
     for kind in KINDS:
         for layer, chosen, reason in selected(editor, recipe, kind):
-            if reason is None and not layer.is_grouped and _is_float_value(layer.input):
+            if reason is None and _is_float_value(layer.input):
                 form = activation_format(recipe, layer)
                 found.setdefault((layer.input, form, kind), []).append((layer, chosen))
     check_finite(editor, [layer for group in found.values() for layer, _ in group])
@@ -193,6 +218,8 @@ def _site(
 def _reader(editor: Editor, layer: Layer, chosen: Any) -> Reader:
     weight = editor.tensor(layer.weight)
     assert weight is not None
+    if layer.is_grouped:
+        return _grouped_reader(layer, weight.detach(), chosen)
     assert isinstance(layer.node.target, torch._ops.OpOverload)
     operator = layer.node.target
     rest = {
@@ -201,11 +228,32 @@ def _reader(editor: Editor, layer: Layer, chosen: Any) -> Reader:
         if declared.name not in ("input", "weight", "bias")
     }
 
-    def run(x: Tensor, weight: Tensor) -> Tensor:
+    def run(x: Tensor, weight: Tensor, ids: Tensor | None) -> Tensor:
         found: Tensor = operator(x, weight, None, **rest)
         return found
 
     return Reader(layer.node.name, layer.path, weight.detach(), chosen, run, pads(layer))
+
+
+def _grouped_reader(layer: Layer, weight: Tensor, chosen: Any) -> Reader:
+    experts = len(weight)
+
+    def run(x: Tensor, weight: Tensor, ids: Tensor | None) -> Tensor:
+        assert ids is not None, "rows of experts come with what they chose"
+        found: Tensor = linear_grouped.overload(x, ids, weight.unflatten(0, (experts, -1)))
+        return found
+
+    chooser = argument(layer.node, "expert").name
+    return Reader(
+        layer.node.name,
+        layer.path,
+        weight.flatten(0, 1),
+        chosen,
+        run,
+        False,
+        experts=experts,
+        chooser=chooser,
+    )
 
 
 def pads(layer: Layer) -> bool:

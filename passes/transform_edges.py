@@ -121,8 +121,10 @@ def _fold(editor: Editor, layer: Layer, stored: EdgeTransform, done: dict[fx.Nod
     """W' and b' for one reader; readers that share a weight share the new one."""
     weight, bias = editor.tensor(layer.weight), argument(layer.node, "bias")
     assert weight is not None
+    shaped, weight = weight.shape, weight.flatten(0, 1) if layer.is_grouped else weight
     added = stored.offset(weight)
     if added is not None:
+        added = added.reshape(shaped[:2]) if layer.is_grouped else added
         held = editor.tensor(bias)
         total = added if held is None else held.double() + added
         name = constant_name(editor, layer.weight, "bias") if held is None else editor.name_of(bias)
@@ -130,6 +132,6 @@ def _fold(editor: Editor, layer: Layer, stored: EdgeTransform, done: dict[fx.Nod
     if stored.scale is None and not stored.hadamard:
         return
     if layer.weight not in done:
-        new = stored.fold(weight).to(weight.dtype)
+        new = stored.fold(weight).to(weight.dtype).reshape(shaped)
         done[layer.weight] = editor.constant(new, editor.name_of(layer.weight))
     set_argument(layer.node, "weight", done[layer.weight])

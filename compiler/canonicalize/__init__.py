@@ -17,6 +17,7 @@ from __future__ import annotations
 from ..editor import Editor
 from ..passes import Guarantee, Pass, define_pass
 from .activation import canonicalize_activations
+from .assembled import canonicalize_assembled
 from .attention import canonicalize_attention
 from .batch_norm import fold_batch_norm
 from .einsum import canonicalize_einsum
@@ -24,6 +25,7 @@ from .fold_constants import fold_constants
 from .gated import canonicalize_gated
 from .grouped_linear import canonicalize_grouped_linear
 from .grouped_query import absorb_grouped_queries
+from .interleaved import canonicalize_interleaved
 from .layer_norm import canonicalize_layer_norm
 from .linear import canonicalize_linear
 from .masks import simplify_masks
@@ -44,10 +46,12 @@ FORMS: tuple[Pass, ...] = (
     strip_no_ops,
     merge_duplicates,
     canonicalize_splits,
+    canonicalize_assembled,
     canonicalize_einsum,
     canonicalize_linear,
     canonicalize_grouped_linear,
     remove_sorting,
+    canonicalize_interleaved,
     canonicalize_pointwise,
     fold_constants,
     fold_batch_norm,

@@ -17,14 +17,15 @@ from __future__ import annotations
 import importlib
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
-from ..graph import place_of, value
+from ..graph import argument, place_of, value
 from ..program import Program
 from .atoms import Atom, Dim, Group, Reason, flatten, leaves, new, restrict, unify
 from .potentials import Block, Key, Potentials, Solution
@@ -87,6 +88,11 @@ class Analysis:
         self.axes: set[tuple[fx.Node, int]] = set()
         """Dimensions of weight matrices, which have a scale of their own."""
         self.absorbers: list[Absorber] = []
+        self.carried: dict[fx.Node, Dim] = {}
+        """An index that every row of a value has beside its dimensions: the expert that it chose."""
+        self.stacked: set[fx.Node] = set()
+        """Weights of a matrix for each expert, whose axes have a scale for each (dimension 0)."""
+        self._choosers: dict[tuple[fx.Node, int], Dim] = {}
         self._constants: dict[str, fx.Node] = {}
 
     # ---- structure
@@ -114,6 +120,10 @@ class Analysis:
         fake = value(node)
         assert isinstance(fake, Tensor)
         return [new(size) if isinstance(size, int) else None for size in fake.shape]
+
+    def chooser(self, ids: fx.Node, count: int) -> Dim:
+        """The index of what each row chooses of `count`, by a value of ids."""
+        return self._choosers.setdefault((ids, count), new(count))
 
     def tie(self, node: fx.Node, a: Dim, b: Dim, sign: int = 1) -> None:
         """The two dimensions take one matrix (sign -1: its inverse transposed)."""
@@ -192,9 +202,25 @@ def _visit(analysis: Analysis, node: fx.Node) -> None:
         _without_rule(analysis, node)
         return
     given(analysis, node)
+    if node.target in ROW_BY_ROW:
+        _carry(analysis, node)
     # A shape in which the rule did not say a dimension is one that it forgot: never free.
     if isinstance(fake, Tensor) and node not in analysis.dims_of:
         raise AssertionError(f"the rule of {node.target} gave {node} no dimensions")
+
+
+ROW_BY_ROW: set[object] = set()
+"""Operators whose result has the rows of what they read, each made of that row alone; filled by `rules/`."""
+_ALONG = (torch.ops.aten.slice.Tensor, torch.ops.aten.narrow.default, torch.ops.aten.cat.default)
+"""Those of them that work along a dimension, which may be that of the rows."""
+
+
+def _carry(analysis: Analysis, node: fx.Node) -> None:
+    """Rows carry on what all operands' rows carry; constants are the same for all rows."""
+    carried = [analysis.carried.get(x) for x in tensors(node) if not analysis.is_parameter(x)]
+    along_rows = node.target in _ALONG and argument(node, "dim") % len(value(node).shape) == 0
+    if carried and carried[0] and not along_rows and all(c == carried[0] for c in carried):
+        analysis.carried[node] = carried[0]
 
 
 @dataclass(frozen=True)
@@ -253,6 +279,16 @@ class Spaces:
     constant: Callable[[fx.Node], fx.Node] = field(repr=False)
     centred: list[fx.Node] = field(default_factory=list, repr=False)
     absorbers: list[Absorber] = field(default_factory=list, repr=False)
+    carried: dict[fx.Node, Dim] = field(default_factory=dict, repr=False)
+    stacked: set[fx.Node] = field(default_factory=set, repr=False)
+
+    def axes(self, key: Key) -> tuple[int, ...]:
+        """The dimensions of a node that a key's vector is over."""
+        return axes_of(key, len(self.dims_of[key.node]), self.stacked)
+
+    def vector_dims(self, node: fx.Node) -> list[Dim]:
+        """What a value's vector is over: what its rows carry, of one size for all, and its dimensions."""
+        return [self.carried.get(node, ()), *self.dims_of[node]]
 
     def key(self, node: fx.Node, dim: int | None = None) -> Key:
         """The key of a value's vector, or of a dimension of a weight matrix."""
@@ -284,6 +320,13 @@ def blocks_of_dims(dims: Iterable[Dim]) -> list[Block]:
     return list(dict.fromkeys(frozenset().union(*chosen) for chosen in product(*choices)))
 
 
+def axes_of(key: Key, rank: int, stacked: Collection[fx.Node]) -> tuple[int, ...]:
+    """The dimensions that a key's vector is over: an axis of experts has a scale for each, a use of one does not."""
+    if key.dim is None:
+        return tuple(range(rank))
+    return (0, key.dim) if key.node in stacked and key.use is None else (key.dim,)
+
+
 def _parts(atom: Atom) -> list[frozenset[Atom]]:
     if atom.sum is None:
         return [frozenset([atom])]
@@ -293,7 +336,8 @@ def _parts(atom: Atom) -> list[frozenset[Atom]]:
 def _resolve(analysis: Analysis) -> Spaces:
     def blocks_of(key: Key) -> list[Block]:
         dims = analysis.dims(key.node)
-        return blocks_of_dims(dims if key.dim is None else [dims[key.dim]])
+        axes = axes_of(key, len(dims), analysis.stacked)
+        return blocks_of_dims([analysis.carried.get(key.node, ()), *(dims[axis] for axis in axes)])
 
     _pin_mixed_uses(analysis)
     scales, shifts = analysis.scales.close(blocks_of), analysis.shifts.close(blocks_of)
@@ -316,6 +360,8 @@ def _resolve(analysis: Analysis) -> Spaces:
         analysis.constant,
         analysis.centred,
         analysis.absorbers,
+        analysis.carried,
+        analysis.stacked,
     )
 
 

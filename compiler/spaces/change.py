@@ -19,6 +19,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor, fx
 
+from ..dialect import linear_grouped
 from ..editor import Editor
 from ..graph import argument
 from ..hadamard import apply_hadamard, hadamard_matrix
@@ -228,6 +229,14 @@ class Assignment:
         return spread if moved else None
 
 
+def along_parameter(assignment: Assignment, spaces: Spaces, key: Key) -> Tensor | None:
+    """The vector of a parameter's key, float64, shaped to broadcast to the parameter; None where nothing moves."""
+    dims, axes = spaces.dims_of[key.node], spaces.axes(key)
+    vector = assignment.over(key, [dims[axis] for axis in axes])
+    sizes = [size_of(dim or ()) if axis in axes else 1 for axis, dim in enumerate(dims)]
+    return None if vector is None else vector.reshape(sizes)
+
+
 def _power(vector: Tensor, power: Fraction) -> Tensor:
     if power == 1:
         return vector
@@ -287,15 +296,9 @@ def apply_factors(editor: Editor, spaces: Spaces, values: Mapping[Root, Tensor])
         held = editor.tensors[name]
         factors = []
         for key in keys:
-            dims = spaces.dims_of[key.node]
-            vector = assignment.over(key, dims if key.dim is None else [dims[key.dim]])
+            vector = along_parameter(assignment, spaces, key)
             if vector is not None:
-                whole = key.dim is None
-                factors.append(
-                    vector
-                    if whole
-                    else vector.reshape([-1 if d == key.dim else 1 for d in range(held.dim())])
-                )
+                factors.append(vector)
         if factors:
             editor.set_tensor(name, _scaled(held, factors))
             changed.append(name)
@@ -331,8 +334,7 @@ def apply_shifts(editor: Editor, spaces: Spaces, values: Mapping[Root, Tensor]) 
     for key in spaces.shifts.ordered_keys():
         node = key.node
         if node.op == "get_attr" and key.use is None:
-            dims = spaces.dims_of[node]
-            added = assignment.over(key, dims if key.dim is None else [dims[key.dim]])
+            added = along_parameter(assignment, spaces, key)
             if added is not None and not _stands_for_norm(spaces, node):
                 held = editor.tensors[str(node.target)]
                 editor.set_tensor(str(node.target), (held.double() + added).to(held.dtype))
@@ -388,15 +390,23 @@ def _shift_layer(
         given = editor.tensors[str(bias.target)].double()
         total = given if total is None else given + total
     if z_x is not None:
-        # The weight as it is: a change moves either scales or shifts.
-        matrix = held.double().flatten(2).sum(2) if held.dim() > 2 else held
-        matrix = matrix.mT if absorber.rows == 1 else matrix
-        taken = torch.cat([matrix[rows].double() @ z_x for rows in row_parts(matrix)])
+        taken = _taken(held, absorber, z_x)
         total = -taken if total is None else total - taken
     assert total is not None
+    if absorber.node.target == linear_grouped.overload:
+        total = total.expand(held.shape[:2]).contiguous()
     name = str(bias.target) if bias is not None else f"{absorber.weight.target}_bias"
     set_bias(new, editor.constant(total.to(held.dtype), name))
     done.append(new)
+
+
+def _taken(weight: Tensor, absorber: Absorber, z: Tensor) -> Tensor:
+    """W z, float64 `[N]` (`[E, N]` of experts). The weight as it is: a change moves either scales or shifts."""
+    if absorber.node.target == linear_grouped.overload:
+        return torch.stack([matrix.double() @ z for matrix in weight])
+    matrix = weight.double().flatten(2).sum(2) if weight.dim() > 2 else weight
+    matrix = matrix.mT if absorber.rows == 1 else matrix
+    return torch.cat([matrix[rows].double() @ z for rows in row_parts(matrix)])
 
 
 def set_bias(node: fx.Node, bias: fx.Node) -> None:

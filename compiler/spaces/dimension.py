@@ -23,13 +23,14 @@ from itertools import combinations, product
 import torch
 from torch import Tensor, fx
 
+from ..dialect import linear_grouped
 from ..dialect.rotary import rotary
 from ..editor import Editor
 from ..graph import argument
 from ..program import Program
 from .analysis import Space, Spaces, analyse
 from .atoms import Atom, Group, flatten
-from .change import Assignment, Axis, apply_shifts, by_blocks, pairs_tied
+from .change import Assignment, Axis, along_parameter, apply_shifts, by_blocks, pairs_tied
 
 aten = torch.ops.aten
 
@@ -47,6 +48,7 @@ _VIEWS = frozenset(
 _SUMS = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.cat.default})
 _CONVOLUTIONS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.conv3d.default})
 _LAYERS = frozenset({aten.linear.default, *_CONVOLUTIONS})
+_ABSORBERS = (*_LAYERS, linear_grouped.overload, aten.layer_norm.default)
 
 
 @dataclass(frozen=True)
@@ -276,14 +278,11 @@ def _of_scales(spaces: Spaces) -> Iterator[Generator]:
             for key in solution.ordered_keys():
                 if key.node.op != "get_attr" or key.use is not None:
                     continue
-                dims = spaces.dims_of[key.node]
-                log = assignment.over(key, dims if key.dim is None else [dims[key.dim]])
+                log = along_parameter(assignment, spaces, key)
                 if log is None:
                     continue
                 name = str(key.node.target)
                 held = spaces.program.tensors[name].double()
-                if key.dim is not None:
-                    log = log.reshape([-1 if d == key.dim else 1 for d in range(held.dim())])
                 change[name] = change.get(name, torch.zeros_like(held)) + held * log
             if change:
                 yield Generator("scale", str(root[0].node), change)
@@ -313,7 +312,7 @@ def _difference(program: Program, editor: Editor, where: str) -> Generator:
             moved(name, editor.tensors[name].double() - held.double())
     new = {node.name: node for node in editor.graph.nodes}
     for node in program.graph.nodes:
-        if node.op != "call_function" or node.target not in (*_LAYERS, aten.layer_norm.default):
+        if node.op != "call_function" or node.target not in _ABSORBERS:
             continue
         before, after = argument(node, "bias"), argument(new[node.name], "bias")
         if after is None or (before is not None and before.target == after.target):

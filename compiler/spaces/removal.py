@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..dialect import linear_grouped
 from ..dialect.gated import gated
 from ..dialect.rotary import rotary
 from ..editor import Editor
@@ -40,14 +41,14 @@ _CONVOLUTIONS = (
 )  # fmt: skip
 _VIEWS = (aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.expand.default)
 _ONE_BY_ONE = {
-    *FUNCTIONS, *_VIEWS, *_CONVOLUTIONS, gated.overload, rotary.overload,
+    *FUNCTIONS, *_VIEWS, *_CONVOLUTIONS, gated.overload, rotary.overload, linear_grouped.overload,
     aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default, aten.relu.default,
     aten.leaky_relu.default, aten.abs.default, aten._to_copy.default, aten.to.dtype, aten.clone.default,
     aten.dropout.default, aten.contiguous.default, aten.alias.default, aten.transpose.int, aten.permute.default,
     aten.t.default, aten.mT.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims,
     aten.flatten.using_ints, aten.unflatten.int, aten.cat.default, aten.slice.Tensor, aten.narrow.default,
     aten.select.int, aten.stack.default, aten.constant_pad_nd.default, aten.pad.default, aten.index.Tensor,
-    aten.linear.default, aten.embedding.default, aten.matmul.default, aten.bmm.default,
+    aten.index_add.default, aten.linear.default, aten.embedding.default, aten.matmul.default, aten.bmm.default,
     aten.scaled_dot_product_attention.default, aten.rms_norm.default, aten.layer_norm.default,
     aten.batch_norm.default, aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default,
     aten.cumsum.default, aten.flip.default, aten.softmax.int, aten._softmax.default, aten.log_softmax.int,

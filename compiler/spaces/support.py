@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..dialect import linear_grouped
 from ..dialect.gated import gated
 from ..dialect.rotary import rotary
 from ..graph import argument, value
@@ -123,6 +124,20 @@ def _gated(target: Any, args: Any, kwargs: Any) -> Tensor:
     return _product(target, args[:2], {})  # every activation of it is 0 at 0
 
 
+def _clamp(target: Any, args: Any, kwargs: Any) -> Tensor:
+    ends = dict(zip(("min", "max"), args[1:], strict=False)) | kwargs
+    low, high = ends.get("min"), ends.get("max")
+    keeps = all(not isinstance(end, Tensor) for end in (low, high)) and (low or 0) <= 0 <= (high or 0)
+    return args[0] if keeps else torch.ones_like(args[0])
+
+
+def _grouped_linear(target: Any, args: Any, kwargs: Any) -> Tensor:
+    x, _, weight, bias = (*args, None)[:4]
+    # Any expert may be chosen.
+    result = torch.nn.functional.linear(x, (weight != 0).any(0).float())
+    return result if bias is None else torch.maximum((result != 0).float(), (bias != 0).any(0).float())
+
+
 def _embedding(target: Any, args: Any, kwargs: Any) -> Tensor:
     columns = (args[0] != 0).any(0).float()
     return columns.expand(*args[1].shape, -1)
@@ -168,6 +183,8 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten.mul.Tensor: _product,
     aten.div.Tensor: _quotient,
     gated.overload: _gated,
+    aten.clamp.default: _clamp,
+    linear_grouped.overload: _grouped_linear,
     aten.embedding.default: _embedding,
     aten.rms_norm.default: _rms_norm,
     aten.layer_norm.default: _layer_norm,
@@ -181,6 +198,8 @@ def contracted(node: fx.Node) -> list[tuple[fx.Node, int]]:
     target = node.target
     if target == aten.linear.default:
         return [(argument(node, "input"), -1), (argument(node, "weight"), 1)]
+    if target == linear_grouped.overload:
+        return [(argument(node, "input"), -1), (argument(node, "weight"), 2)]
     if target in (aten.matmul.default, aten.bmm.default):
         a, b = (n for n in node.args[:2] if isinstance(n, fx.Node))
         return [(a, -1), (b, -2)]

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
 import typer
+from pydantic import BaseModel
 
 from isofold import PRESETS, Recipe
 from isofold.compiler import errors, formats

@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers.integrations.moe  # noqa: F401  # registers transformers::grouped_mm_fallback
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isofold.compiler.canonicalize import canonicalize
 from isofold.compiler.capture import capture
+from isofold.compiler.dialect import linear_grouped
 from isofold.compiler.dialect.gated import gated
 from isofold.compiler.dialect.rotary import rotary
 from isofold.compiler.driver import relative_error
@@ -30,7 +32,7 @@ from isofold.compiler.spaces.analysis import RULES, Analysis, Space, Spaces, ana
 from isofold.compiler.spaces.atoms import Group
 from isofold.compiler.spaces.change import apply_bases, apply_factors, apply_shifts, project
 from isofold.compiler.spaces.potentials import Key
-from isofold.compiler.spaces.rules import attention, contraction, convolution
+from isofold.compiler.spaces.rules import attention, contraction, convolution, experts
 from isofold.compiler.spaces.transform import pair_matrix, random_orthogonal
 from isofold.passes.center_norms import center_norms
 from isofold.passes.fold_norm_affine import fold_norm_affine
@@ -592,6 +594,61 @@ class Product(nn.Module):
         return self.c(self.a(x) * self.b(x))
 
 
+class ExpertRows(nn.Module):
+    """Experts with ReLU between; the second matrices chosen by the same ids, by others, or by both."""
+
+    def __init__(self, second: str = "same") -> None:
+        super().__init__()
+        self.router, self.second = nn.Linear(8, 3), second
+        self.up, self.down = nn.Parameter(torch.zeros(3, 6, 8)), nn.Parameter(torch.zeros(3, 8, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.reshape(-1, 8)
+        scores = self.router(x)
+        ids, others = (scores.topk(1, -1, largest).indices.reshape(-1) for largest in (True, False))
+        inner = F.relu(torch.bmm(self.up[ids], x[..., None])[..., 0])
+        chosen = {"same": (ids,), "other": (others,), "both": (ids, others)}[self.second]
+        return sum(torch.bmm(self.down[c], inner[..., None])[..., 0] for c in chosen)
+
+
+class RowsWithoutExperts(nn.Module):
+    """A grouped product whose last offset lies in front of the last row, and a linear behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.head = nn.Parameter(torch.zeros(3, 8, 6)), nn.Linear(6, 8)
+        self.register_buffer("offsets", torch.tensor([2, 4, 7], dtype=torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.ops.transformers.grouped_mm_fallback(x.reshape(-1, 8), self.weight, offs=self.offsets)
+        return self.head(rows)
+
+
+class RowsPutBack(nn.Module):
+    """Several rows of one linear are added up, and read by another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 6), nn.Linear(6, 8)
+        self.register_buffer("places", torch.arange(10) // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.first(x.reshape(-1, 8))
+        return self.second(torch.zeros_like(rows).index_add(0, self.places, rows))
+
+
+def one_choice(patch: Patch) -> None:
+    """Whatever chooses, chooses the same."""
+    original = Analysis.chooser
+    made: dict[Analysis, Any] = {}
+    patch.setattr(
+        Analysis, "chooser", lambda self, ids, count: made.setdefault(self, original(self, ids, count))
+    )
+
+
+GROUPED = linear_grouped.overload
+
+
 def convolutions(padding: int, groups: int = 1) -> nn.Module:
     middle = nn.Conv1d(4, 4, 3, padding=padding, groups=groups)
     return nn.Sequential(nn.Conv1d(8, 4, 1), middle, nn.Conv1d(4, 4, 1))
@@ -666,6 +723,19 @@ MUTATIONS: dict[str, tuple[Callable[[], nn.Module], Tensor, Callable[[Patch], No
     "broadcast sum": (HeadBias, X, forget(aten.add.Tensor, "allow", says("broadcast"))),
     "product takes matrices": (Product, X, forget(aten.mul.Tensor, "allow", says("only permutations"))),
     "product takes shifts": (Product, X, forget(aten.mul.Tensor, "pin_shift", says("a product"))),
+    "order of experts": (ExpertRows, X, forget(GROUPED, "allow", says("rows choose experts"))),
+    "experts against what they read": (
+        ExpertRows, X, lambda patch: patch.setattr(experts, "flipped", lambda dim: None)
+    ),
+    "experts by other ids": (lambda: ExpertRows("other"), X, one_choice),
+    "experts by several ids": (
+        lambda: ExpertRows("both"), X, lambda patch: patch.setattr(experts, "_read_by", lambda *args: True)
+    ),
+    "rows without experts": (
+        RowsWithoutExperts, X, lambda patch: patch.setattr(experts, "_in_range", lambda *args: True)
+    ),
+    "what is ranked": (ExpertRows, X, forget(aten.topk.default, "pin", says("its entries are ranked"))),
+    "sum of rows": (RowsPutBack, X, forget(aten.index_add.default, "pin_shift", says("a sum of rows"))),
     "mean over channels": (mean_over_channels, X, forget(aten.mean.dim, "allow", says("mean over it"))),
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ from isofold.compiler.recipe import ActivationFormat, LayerRule, Recipe, WeightF
 from isofold.passes.quantize_activations import quantize_activations
 from isofold.passes.quantize_weights import quantize_weights
 from isofold.passes.ranges import QuantizedMatrix, dequantized, quantize_matrix
-from isofold.passes.solve_gptq import input_products, solve_gptq
+from isofold.passes.solve_gptq import Read, input_products, solve_gptq
 
 GPTQ = WeightFormat(bits=4, solver="gptq")
 
@@ -136,7 +136,7 @@ def test_products_are_of_what_linears_read() -> None:
     program = capture(Two().eval(), (x,))
     names = [n.name for n in program.graph.nodes if n.op == "placeholder"]
     relu = next(n.name for n in program.graph.nodes if "relu" in n.name)
-    found = input_products(program, {"a": [names[-1]], "b": [relu]}, [(x,), (2 * x,)])
+    found = input_products(program, {"a": [Read(names[-1])], "b": [Read(relu)]}, [(x,), (2 * x,)])
     torch.testing.assert_close(found["a"], 5 * x.mT @ x / 40)
     assert found["b"].shape == (96, 96)
 

@@ -5,6 +5,8 @@ the equations of scales and shifts. It must say something about every dimension 
 dimension that is forgotten would be free.
 """
 
-from . import attention, contraction, convolution, elementwise, normalization, reduction, views
+from . import attention, contraction, convolution, elementwise, experts, normalization, reduction, views
 
-__all__ = ["attention", "contraction", "convolution", "elementwise", "normalization", "reduction", "views"]
+__all__ = [
+    "attention", "contraction", "convolution", "elementwise", "experts", "normalization", "reduction", "views",
+]  # fmt: skip

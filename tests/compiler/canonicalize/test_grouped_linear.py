@@ -134,3 +134,31 @@ def test_rows_that_meet_each_other_stay_sorted(canonical: Any, of: Any) -> None:
     found = canonical(of(run), torch.randn(9, K))
     assert "sort" in found.text
     assert any("rows stay sorted: cumsum" in reason for reason in found.refused)
+
+
+def in_turn(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    ids = chosen(x)
+    y = torch.bmm(w[ids], x.unsqueeze(-1)).squeeze(-1) + b[ids]
+    return torch.sigmoid(y[..., ::2]) * y[..., 1::2]
+
+
+def in_turn_plain(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    y = torch.nn.functional.linear(x, w[0], b[0])
+    return y[..., 2::3] + y[:, 0:6:3]
+
+
+@pytest.mark.parametrize(("spelling", "parts"), [(in_turn, {"0:3", "3:6"}), (in_turn_plain, {"0:2", "4:6"})])
+def test_outputs_in_turn_lie_in_blocks(spelling: Any, parts: set[str], canonical: Any, of: Any) -> None:
+    found = canonical(of(spelling, w=torch.randn(E, N, K), b=torch.randn(E, N)), torch.randn(9, K))
+    slices = [n.args[1:] for n in found.program.graph.nodes if n.target == torch.ops.aten.slice.Tensor]
+    assert parts <= {f"{start}:{end}" for _, start, end, _ in slices}
+    assert all(step == 1 for *_, step in slices)
+
+
+def test_outputs_that_are_read_otherwise_stay_in_turn(canonical: Any, of: Any) -> None:
+    def run(x: Tensor, w: Tensor) -> Tensor:
+        y = torch.nn.functional.linear(x, w)
+        return y[..., ::2] * y[..., 1::2] + y[..., :3]
+
+    found = canonical(of(run, w=torch.randn(N, K)), torch.randn(9, K))
+    assert ", 2)" in found.text

@@ -108,6 +108,25 @@ def vit() -> nn.Module:
     return Logits(hf.ViTForImageClassification(config))
 
 
+class Chosen(nn.Module):
+    """A block of gated experts on a stream; shares by sigmoid, which sees a common term of all scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm, self.last = nn.Embedding(24, 8), nn.RMSNorm(8, eps=0.1), nn.RMSNorm(8, eps=0.1)
+        self.router, self.head = nn.Linear(8, 3, bias=False), nn.Linear(8, 12, bias=False)
+        self.gate_up, self.down = nn.Parameter(torch.zeros(3, 8, 8)), nn.Parameter(torch.zeros(3, 8, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.table(x.reshape(-1))
+        rows = self.norm(x)
+        shares, ids = self.router(rows).sigmoid().topk(2, -1)
+        rows, ids = rows.repeat_interleave(2, 0), ids.reshape(-1)
+        gate, up = torch.bmm(self.gate_up[ids], rows[..., None])[..., 0].chunk(2, -1)
+        y = torch.bmm(self.down[ids], (nn.functional.silu(gate) * up)[..., None])[..., 0]
+        return self.head(self.last(x + (y * shares.reshape(-1, 1)).reshape(-1, 2, 8).sum(1)))
+
+
 class Translation(nn.Module):
     """Ids of the source and of the target, `[batch, 6 + 5]`, to logits."""
 
@@ -163,6 +182,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor], int, f
     "gpt2": (gpt2, ids, 7, 0.7),
     "mpt": (mpt, ids, 14, 0.7),
     "opt": (opt, more_ids, 6, 0.5),
+    "experts": (Chosen, more_ids, 5, 0.7),
     "bert": (bert, ids, 8, 0.4),
     "vit": (vit, images, 5, 0.7),
     "t5": (lambda: t5(False), pairs, 7, 0.6),
