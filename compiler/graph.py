@@ -82,6 +82,17 @@ def dtype(node: fx.Node) -> torch.dtype | None:
     return fake.dtype if isinstance(fake, Tensor) else None
 
 
+def keep_exact(node: fx.Node, reason: str) -> fx.Node:
+    """Mark a constant that is no weight: a matrix that defines an operator. Passes that round or prune leave it alone."""
+    node.meta["isofold_exact"] = reason
+    return node
+
+
+def kept_exact(node: fx.Node) -> str | None:
+    """Why a constant must not be rounded, None where it may be."""
+    return node.meta.get("isofold_exact")
+
+
 def static_size(size: Any) -> int | None:
     """`size` as an int where it is not symbolic, else None."""
     return size if isinstance(size, int) else None

@@ -208,6 +208,8 @@ class OpenedModel:
         def take(index: int, where: str, value: Any) -> None:
             if torch is not None and isinstance(value, torch.Tensor):
                 seen.append(torch)
+                if value.dtype == torch.bfloat16 and self.inputs[index].dtype == "float32":
+                    value = value.float()  # what NumPy has no type for was compiled as float32
                 try:
                     value = value.detach().cpu().numpy()
                 except TypeError:

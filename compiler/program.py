@@ -332,6 +332,10 @@ class _Float64Interpreter(fx.Interpreter):
 def _widen(v: Any) -> Any:
     if isinstance(v, Tensor) and v.dtype in _FLOATS:
         return v.to(torch.float64)
+    if isinstance(v, Tensor) and v.dtype == torch.complex64:
+        return v.to(torch.complex128)
     if isinstance(v, torch.dtype) and v in _FLOATS:
         return torch.float64
+    if isinstance(v, torch.dtype) and v == torch.complex64:
+        return torch.complex128
     return v

@@ -30,7 +30,7 @@ from ..compiler.dialect.packing_codebook import GROUP
 from ..compiler.dialect.packing_coded import scale_dtype
 from ..compiler.editor import Editor
 from ..compiler.errors import InputError, RecipeError
-from ..compiler.graph import argument, dtype, module_path, place_of, shape
+from ..compiler.graph import argument, dtype, kept_exact, module_path, place_of, shape
 from ..compiler.passes import Guarantee, define_pass
 from ..compiler.recipe import ActivationFormat, Kind, Recipe, WeightFormat
 from .outliers import Outliers, most_outliers, wants_outliers
@@ -88,9 +88,11 @@ class Layer:
 
 
 def layers(editor: Editor) -> Iterator[Layer]:
-    """All layers in graph order, with weights in float or already quantized."""
+    """All layers in graph order, with weights in float or already quantized; matrices that define an operator are none."""
     for node in editor.calls(*OPERATORS):
-        yield Layer(OPERATORS[node.target], node, argument(node, "weight"), module_path(node))
+        weight = argument(node, "weight")
+        if kept_exact(weight) is None:
+            yield Layer(OPERATORS[node.target], node, weight, module_path(node))
 
 
 def is_call_of(node: object, *overloads: object) -> bool:

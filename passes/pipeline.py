@@ -1,6 +1,7 @@
 """From a recipe to the passes that it means, in order.
 
-1. `canonicalize`: one spelling, so that the rest need know no architecture; equal calls become one.
+1. `widen_halves` where the model is of half precision, then `canonicalize`: one spelling, so that the rest need know no
+   architecture; equal calls become one.
 2. `quantize_*`: activations first, as their ranges are measured on the float program, then weights, then keys and
    values of attentions.
 3. `pack_*`: codes into the layouts that kernels read; after this no float copy of a packed weight is left. Float
@@ -61,6 +62,7 @@ from .quantize_past import quantize_past
 from .quantize_weights import quantize_weights
 from .shrink_channels import shrink_channels
 from .split_low_rank import split_low_rank
+from .widen_halves import has_halves, widen_halves
 
 
 def plan(
@@ -72,17 +74,20 @@ def plan(
     """
     if any(form.format == "auto" for form in recipe.weight_formats):
         machine, _ = known_machine()
-        recipe, choices = resolve_formats(canonicalize(program).program, recipe, machine)
-        first, *others = plan(program, recipe, calibration, dense)
-        return [first, Step(choose_formats, {"choices": choices}), *others]
+        wide = widen_halves(program).program if has_halves(program) else program
+        recipe, choices = resolve_formats(canonicalize(wide).program, recipe, machine)
+        steps = plan(program, recipe, calibration, dense)
+        steps.insert(1 + has_halves(program), Step(choose_formats, {"choices": choices}))
+        return steps
     options = {"recipe": recipe}
     by_gptq = any(form.solver == "gptq" for form in recipe.weight_formats)
     if calibration is not None and (recipe.fold is not None or recipe.prune_formats or by_gptq):
         calibration = list(calibration)
-    steps = [Step(canonicalize), Step(check_recipe, options)]
+    steps = [Step(widen_halves)] if has_halves(program) else []
+    steps += [Step(canonicalize), Step(check_recipe, options)]
     if recipe.is_prequantized:
         steps.append(Step(extract_codes, options))
-    steps.extend(fold_steps(recipe, calibration))
+    steps += fold_steps(recipe, calibration)
     structured = [form.structure is not None for form in recipe.prune_formats]
     if any(structured):
         steps.append(Step(prune_channels, {**options, "calibration": calibration}))

@@ -6,7 +6,7 @@ arguments spelled out, grouped queries by `enable_gqa`), rotary embedding with `
 with `isofold.gated`, activations with `aten.gelu` and `aten.silu`, products with a constant matrix with
 `aten.linear` (einsums, and pointwise convolutions of what was channels last, too), products with a matrix that each row
 chooses with `isofold.linear_grouped`, views with `aten.reshape` and
-`aten.slice`; constants are folded, batch norms gone where they can.
+`aten.slice`; constants are folded, batch norms gone where they can, complex numbers are pairs of real ones.
 
 Each file is one form: its docstring states the identity and the side conditions, its pass reports what was
 recognised and what was refused, and why.
@@ -20,6 +20,7 @@ from .activation import canonicalize_activations
 from .assembled import canonicalize_assembled
 from .attention import canonicalize_attention
 from .batch_norm import fold_batch_norm
+from .complex_numbers import split_complex_numbers
 from .einsum import canonicalize_einsum
 from .fold_constants import fold_constants
 from .gated import canonicalize_gated
@@ -44,6 +45,7 @@ from .strip_no_ops import strip_no_ops
 #: outputs after attention, which takes the scale of its queries.
 FORMS: tuple[Pass, ...] = (
     strip_no_ops,
+    split_complex_numbers,
     merge_duplicates,
     canonicalize_splits,
     canonicalize_assembled,

@@ -19,6 +19,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from tvm import IRModule, relax, te, tirx
 
+from ...compiler.decompose import decompose
+from ...compiler.editor import Editor
 from ...compiler.errors import IsofoldError, UnsupportedError
 from ...compiler.graph import place_of, value
 from ...compiler.interface import input_names
@@ -49,6 +51,7 @@ class Lowered:
 
 def lower(program: Program) -> Lowered:
     """The program as a Relax module. Raises UnsupportedError that lists every operator without a lowering."""
+    program = _with_rules(program)
     _check(program)
     constant = _constant_nodes(program)
     bb = relax.BlockBuilder()
@@ -72,14 +75,31 @@ def parameter_names(tensors: list[str], inputs: list[str]) -> dict[str, str]:
     return {name: f"{name}_weight" if name in inputs else name for name in tensors}
 
 
+def _with_rules(program: Program) -> Program:
+    """The program with operators that have no rule in terms of others, as far as torch can say it with those that have."""
+    waiting = [node for node in program.graph.nodes if _lacks_rule(node)]
+    if not waiting:
+        return program
+    editor = Editor(program)
+    waiting = [node for node in editor.graph.nodes if _lacks_rule(node)]
+    while waiting:
+        node = waiting.pop()
+        if not node._erased:
+            waiting.extend(made for made in decompose(editor, node) or () if _lacks_rule(made))
+    return editor.finish()
+
+
+def _lacks_rule(node: fx.Node) -> bool:
+    known = node.target in RULES or node.target is GETITEM or not _is_tensor_valued(node)
+    return node.op == "call_function" and not known
+
+
 def _check(program: Program) -> None:
     """Raise UnsupportedError for operators that nothing lowers, all at once."""
     missing: dict[str, list[str]] = {}
     for node in program.graph.nodes:
-        if node.op == "call_function":
-            known = node.target in RULES or node.target is GETITEM or not _is_tensor_valued(node)
-            if not known:
-                missing.setdefault(str(node.target), []).append(str(place_of(node)))
+        if _lacks_rule(node):
+            missing.setdefault(str(node.target), []).append(str(place_of(node)))
         elif node.op in ("call_module", "call_method"):
             missing.setdefault(f"{node.op} {node.target}", []).append(str(place_of(node)))
     if missing:
