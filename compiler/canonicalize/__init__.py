@@ -19,6 +19,7 @@ from ..passes import Guarantee, Pass, define_pass
 from .activation import canonicalize_activations
 from .attention import canonicalize_attention
 from .batch_norm import fold_batch_norm
+from .custom_operators import expand_custom_operators
 from .einsum import canonicalize_einsum
 from .fold_constants import fold_constants
 from .gated import canonicalize_gated
@@ -39,6 +40,7 @@ from .strip_no_ops import strip_no_ops
 #: In the order in which they run. LayerNorm goes before RMSNorm, which it contains; linears go before constants
 #: are folded, so that a transposed weight is not copied; gates after the activations they are made of.
 FORMS: tuple[Pass, ...] = (
+    expand_custom_operators,
     strip_no_ops,
     merge_duplicates,
     canonicalize_splits,
