@@ -25,6 +25,8 @@ from .fold_constants import fold_constants
 from .gated import canonicalize_gated
 from .grouped_linear import canonicalize_grouped_linear
 from .grouped_query import absorb_grouped_queries
+from .integer_product import canonicalize_integer_products
+from .integer_values import canonicalize_integer_values
 from .layer_norm import canonicalize_layer_norm
 from .linear import canonicalize_linear
 from .masks import simplify_masks
@@ -43,9 +45,11 @@ FORMS: tuple[Pass, ...] = (
     expand_custom_operators,
     strip_no_ops,
     merge_duplicates,
+    canonicalize_integer_values,
     canonicalize_splits,
     canonicalize_einsum,
     canonicalize_linear,
+    canonicalize_integer_products,
     canonicalize_grouped_linear,
     remove_sorting,
     canonicalize_pointwise,
