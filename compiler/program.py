@@ -301,9 +301,7 @@ class _Float64Interpreter(fx.Interpreter):
     graphs of their kernels, which may refuse float64; one without such a graph runs in its own types where it refuses.
     """
 
-    def __init__(
-        self, graph: fx.Graph, tensors: Mapping[str, Any], kernels: Kernels | None = None
-    ) -> None:
+    def __init__(self, graph: fx.Graph, tensors: Mapping[str, Any], kernels: Kernels | None = None) -> None:
         super().__init__(nn.Module(), graph=graph)
         self.tensors, self.kernels = tensors, kernels or Kernels()
 
@@ -326,7 +324,9 @@ class _Float64Interpreter(fx.Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         target: Any = n.target
         try:
-            return pytree.tree_map(_widen, target(*pytree.tree_map(_widen, args), **pytree.tree_map(_widen, kwargs)))
+            return pytree.tree_map(
+                _widen, target(*pytree.tree_map(_widen, args), **pytree.tree_map(_widen, kwargs))
+            )
         except Exception:  # whatever a kernel that knows no float64 raises
             own = map_arg((n.args, n.kwargs), lambda source: _as_in(self.env[source], value(source)))
             return pytree.tree_map(_widen, target(*own[0], **own[1]))

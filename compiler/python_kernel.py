@@ -2,19 +2,20 @@
 
     ns::op(x, ...) with a kernel in Python  →  the ATen calls that the kernel makes of fake values of x
 
-Libraries register operators for what they want to keep whole while a model is traced: `torchao::quantize_affine`,
-`quantized_decomposed::quantize_per_tensor`, a user's `torch.library.custom_op`. No runtime knows them, but the kernel that
-PyTorch would run on the CPU is often Python on ATen. It is called with the fake values of a node, under a tracer, so that
-symbolic sizes stay symbols.
+Libraries register operators for what they want to keep whole while a model is traced:
+`torchao::quantize_affine`, `quantized_decomposed::quantize_per_tensor`, a user's `torch.library.custom_op`.
+No runtime knows them, but the kernel that PyTorch would run on the CPU is often Python on ATen. It is called with the
+fake values of a node, under a tracer, so that symbolic sizes stay symbols.
 
-Side conditions, each with its reason where it fails: the operator changes none of its arguments, returns no view of one
-and draws no random numbers; the kernel was registered from Python (where PyTorch's dispatcher says that it was: compiled
-kernels would read memory that fake values do not have); it branches on no values and no dynamic sizes, makes only ATen
-calls, through other custom operators where need be, and returns what the operator's own shape function says.
+Side conditions, each with its reason where it fails: the operator changes none of its arguments, returns no view of
+one and draws no random numbers; the kernel was registered from Python (where PyTorch's dispatcher says that it was:
+compiled kernels would read memory that fake values do not have); it branches on no values and no dynamic sizes, makes
+only ATen calls, through other custom operators where need be, and returns what the operator's own shape function says.
 A kernel is taken for a function of its arguments, as PyTorch asks of it: what it reads elsewhere is read once, here.
 A gradient registered for the operator is not kept.
 
-Some of PyTorch's own rounding operators have kernels that cannot be read, and are taken by formula: `rounding_formulas`.
+Some of PyTorch's own rounding operators have kernels that cannot be read, and are taken by formula
+(`rounding_formulas`).
 """
 
 from __future__ import annotations
@@ -103,7 +104,9 @@ def _trace(node: fx.Node) -> Traced:
             return traced
         if any(n.target in _ITEMS for n in traced.graph.nodes):
             return "its kernel takes numbers out of tensors (.item())"
-        foreign = [n.target for n in traced.graph.nodes if n.op == "call_function" and not _is_plain(n.target)]
+        foreign = [
+            n.target for n in traced.graph.nodes if n.op == "call_function" and not _is_plain(n.target)
+        ]
         if not foreign:
             return _as_declared(traced, value(node))
         for each in foreign:
@@ -145,7 +148,9 @@ def _result(traced: fx.GraphModule) -> Any:
 
 
 def _words(leaves: list[Any]) -> str:
-    named = (f"{leaf.dtype} {list(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
+    named = (
+        f"{leaf.dtype} {list(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves
+    )
     return ", ".join(named).replace("torch.", "")
 
 

@@ -72,7 +72,9 @@ def _choose(x: Tensor, low: int, high: int, eps: float, dtype: torch.dtype) -> t
     return scale.to(torch.float64), zero.to(torch.int64)
 
 
-def _choose_symmetric(x: Tensor, low: int, high: int, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _choose_symmetric(
+    x: Tensor, low: int, high: int, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     least, most = _range(x)
     scale = (torch.maximum(-least, most) / (float(high - low) / 2)).clamp(min=eps)
     zero = torch.full_like(scale, 128 if dtype == torch.uint8 else 0)

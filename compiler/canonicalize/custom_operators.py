@@ -66,4 +66,3 @@ def _replace(editor: Editor, node: fx.Node, results: Any) -> None:
         user.replace_all_uses_with(results[index], propagate_meta=False)
         editor.graph.erase_node(user)
     editor.erase(node)
-

@@ -60,7 +60,9 @@ def _step(editor: Editor, linear: fx.Node, sums: Tensor) -> fx.Node | None:
         shift = None if held is None else _multiple(held, sums)
         if shift is None:
             return None
-        editor.applied(linear, f"its bias is {shift:g} times the row sums of its weight: the input is shifted")
+        editor.applied(
+            linear, f"its bias is {shift:g} times the row sums of its weight: the input is shifted"
+        )
         new = editor.call(aten.linear.default, _shifted(editor, x, shift, linear), weight, like=linear)
         editor.replace(linear, new)
         return new

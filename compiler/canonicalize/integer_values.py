@@ -5,9 +5,9 @@
     float(_int_mm(uint8(u), W))    → mm(u, float(W))
     v + int8(z)                    → v + z
 
-Quantizers that compute with integers and those that simulate it say the same numbers; this is the latter's spelling,
-which linears, folds and `extract_rounding` read. What is whole and within which bounds follows from the graph: rounding,
-clamps, and sums and products of such values (`Bounds`).
+Quantizers that compute with integers and those that simulate it say the same numbers; this is the latter's
+spelling, which linears, folds and `extract_rounding` read. What is whole and within which bounds follows from the
+graph: rounding, clamps, and sums and products of such values (`Bounds`).
 
 Side conditions: a float was cast to an integer somewhere before (positions and masks stay integers); each cast and each
 result is within the range of its integer type, so that nothing wraps. NaN, which no integer holds, passes. Exactness:
@@ -25,7 +25,18 @@ from torch import fx
 from ..editor import Editor
 from ..graph import argument, dtype, shape
 from ..passes import Guarantee, define_pass
-from .match import ADDITIONS, CASTS, DIVISIONS, MULTIPLICATIONS, SUBTRACTIONS, VIEWS, aten, is_call, is_float, operands
+from .match import (
+    ADDITIONS,
+    CASTS,
+    DIVISIONS,
+    MULTIPLICATIONS,
+    SUBTRACTIONS,
+    VIEWS,
+    aten,
+    is_call,
+    is_float,
+    operands,
+)
 
 _ROUNDINGS = (aten.round.default, aten.floor.default, aten.ceil.default, aten.trunc.default)
 _CLAMPS = (aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.relu.default)
@@ -115,7 +126,11 @@ class Bounds:
             whole = whole and (least is None or a[2]) and (most is None or b[2])
             return min(max(low, a[0]), b[1]), min(max(high, a[1]), b[1]), whole
         if is_call(node, *CASTS) and not is_float(node) and not whole:
-            return math.trunc(low) if math.isfinite(low) else low, math.trunc(high) if math.isfinite(high) else high, True
+            return (
+                math.trunc(low) if math.isfinite(low) else low,
+                math.trunc(high) if math.isfinite(high) else high,
+                True,
+            )
         return low, high, whole
 
     def _of_two(self, node: fx.Node, a: Range, b: Range) -> Range:
@@ -153,7 +168,9 @@ def canonicalize_integer_values(editor: Editor) -> None:
     for node in list(editor.graph.nodes):
         if node.op != "call_function" or node._erased or not is_float(node):
             continue
-        if not is_call(node, *CASTS, *ADDITIONS, *SUBTRACTIONS, aten.rsub.Scalar, *MULTIPLICATIONS, *DIVISIONS):
+        if not is_call(
+            node, *CASTS, *ADDITIONS, *SUBTRACTIONS, aten.rsub.Scalar, *MULTIPLICATIONS, *DIVISIONS
+        ):
             continue
         for source in list(node.all_input_nodes):
             if is_float(source) or not floats.was_rounded(source):
@@ -165,7 +182,9 @@ def canonicalize_integer_values(editor: Editor) -> None:
                 editor.refused(node, reason)
                 continue
             new = floats.of(source, kind, node)
-            editor.applied(node, f"{dtype(source)} of rounded floats are computed as {kind}".replace("torch.", ""))
+            editor.applied(
+                node, f"{dtype(source)} of rounded floats are computed as {kind}".replace("torch.", "")
+            )
             if is_call(node, *CASTS):
                 editor.replace(node, new)
             else:
