@@ -38,7 +38,8 @@ def capture(
 ) -> Program:
     """Capture `model` into a Program.
 
-    model: a module (set to eval mode for the trace and back), an ExportedProgram, or the path of a `.pt2` file.
+    model: a module (set to eval mode for the trace and back; exported graphs, as `ExportedProgram.module()` returns,
+        have one mode), an ExportedProgram, or the path of a `.pt2` file.
     args, kwargs: example inputs; needed for a module, taken from the file or program otherwise.
     dynamic_shapes: as for torch.export.export; None keeps every size of the examples fixed.
     Raises CaptureError with the user's source line where the model cannot be exported, and InputError where
@@ -85,8 +86,8 @@ def _export(
 ) -> ExportedProgram:
     args, kwargs = _distinct(args, kwargs)
     modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
+        _evaluate(model)
         # torch.export prints the graph it had so far when it fails.
         with (
             quiet_torch(), redirect_stderr(io.StringIO()), torch.no_grad(), _no_new_cache(model, args, kwargs)
@@ -97,6 +98,16 @@ def _export(
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _evaluate(model: nn.Module) -> None:
+    """Set eval mode, but for exported graphs (`ExportedProgram.module()`, `convert_pt2e`) inside, which have no mode to
+    switch, and say so with an error."""
+    try:
+        model.eval()
+    except NotImplementedError:
+        for module in model.modules():
+            module.training = False
 
 
 @contextmanager

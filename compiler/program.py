@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.fx.node import map_arg
 from torch.nn.functional import linear
 from torch.utils import _pytree as pytree
 
@@ -29,6 +30,7 @@ from .coded_cache import CodedCache, decoded
 from .dialect.grouped_rows import by_expert
 from .errors import ArtefactError, InputError
 from .graph import value
+from .python_kernel import Kernels, is_custom
 
 _RECORD_FILE = "isofold.json"
 assert _dialect.OPERATORS
@@ -197,7 +199,7 @@ class Program:
         args = self.example_args if args is None else args
         kwargs = self.example_kwargs if kwargs is None else kwargs
         with torch.no_grad():
-            flat = _Float64Interpreter(self).run(
+            flat = _Float64Interpreter(self.graph, self.tensors).run(
                 *self.flatten_inputs(args, kwargs), enable_io_processing=False
             )
         return pytree.tree_leaves(flat)
@@ -295,12 +297,39 @@ class _Observer(fx.Interpreter):
 class _Float64Interpreter(fx.Interpreter):
     """Runs in float64: tensors are widened where a node reads them, and dtype arguments with them.
 
-    It reads the program's own tensors, as a module made of them would keep them alive.
+    It reads the program's own tensors, as a module made of them would keep them alive. Custom operators run as the
+    graphs of their kernels, which may refuse float64; one without such a graph runs in its own types where it refuses.
     """
 
-    def __init__(self, program: Program) -> None:
-        super().__init__(nn.Module(), graph=program.graph)
-        self.tensors = program.tensors
+    def __init__(self, graph: fx.Graph, tensors: Mapping[str, Any], kernels: Kernels | None = None) -> None:
+        super().__init__(nn.Module(), graph=graph)
+        self.tensors, self.kernels = tensors, kernels or Kernels()
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "call_function" and is_custom(n.target):
+            return self._custom(n)
+        return super().run_node(n)
+
+    def _custom(self, n: fx.Node) -> Any:
+        traced = self.kernels.trace(n)
+        if not isinstance(traced, str):
+            held = {
+                str(read.target): getattr(traced, str(read.target))
+                for read in traced.graph.find_nodes(op="get_attr")
+            }
+            inputs = (self.env[source] for source in n.all_input_nodes)
+            return _Float64Interpreter(traced.graph, held, self.kernels).run(
+                *inputs, enable_io_processing=False
+            )
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        target: Any = n.target
+        try:
+            return pytree.tree_map(
+                _widen, target(*pytree.tree_map(_widen, args), **pytree.tree_map(_widen, kwargs))
+            )
+        except Exception:  # whatever a kernel that knows no float64 raises
+            own = map_arg((n.args, n.kwargs), lambda source: _as_in(self.env[source], value(source)))
+            return pytree.tree_map(_widen, target(*own[0], **own[1]))
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self.tensors[target]
@@ -327,6 +356,11 @@ class _Float64Interpreter(fx.Interpreter):
 
     def output(self, target: Any, args: Any, kwargs: Any) -> Any:
         return pytree.tree_map(_widen, super().output(target, args, kwargs))
+
+
+def _as_in(v: Any, traced: Any) -> Any:
+    """A value in the type that it has in the program."""
+    return v.to(traced.dtype) if isinstance(v, Tensor) and isinstance(traced, Tensor) else v
 
 
 def _widen(v: Any) -> Any:

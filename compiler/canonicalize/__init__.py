@@ -21,11 +21,14 @@ from .assembled import canonicalize_assembled
 from .attention import canonicalize_attention
 from .batch_norm import fold_batch_norm
 from .complex_numbers import split_complex_numbers
+from .custom_operators import expand_custom_operators
 from .einsum import canonicalize_einsum
 from .fold_constants import fold_constants
 from .gated import canonicalize_gated
 from .grouped_linear import canonicalize_grouped_linear
 from .grouped_query import absorb_grouped_queries
+from .integer_product import canonicalize_integer_products
+from .integer_values import canonicalize_integer_values
 from .interleaved import canonicalize_interleaved
 from .layer_norm import canonicalize_layer_norm
 from .linear import canonicalize_linear
@@ -44,13 +47,16 @@ from .strip_no_ops import strip_no_ops
 #: are folded, so that a transposed weight is not copied; gates after the activations they are made of; factors of
 #: outputs after attention, which takes the scale of its queries.
 FORMS: tuple[Pass, ...] = (
+    expand_custom_operators,
     strip_no_ops,
     split_complex_numbers,
     merge_duplicates,
+    canonicalize_integer_values,
     canonicalize_splits,
     canonicalize_assembled,
     canonicalize_einsum,
     canonicalize_linear,
+    canonicalize_integer_products,
     canonicalize_grouped_linear,
     remove_sorting,
     canonicalize_interleaved,

@@ -45,7 +45,13 @@ _BILINEAR = (
     *(aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mul.Tensor, aten.mul.Scalar),
     *(aten.einsum.default, aten.outer.default, aten.mv.default, aten.dot.default, aten.vdot.default),
 )  # fmt: skip
-_MADE = (aten.zeros.default, aten.full.default, aten.new_zeros.default, aten.ones.default, aten.empty.memory_format)
+_MADE = (
+    aten.zeros.default,
+    aten.full.default,
+    aten.new_zeros.default,
+    aten.ones.default,
+    aten.empty.memory_format,
+)
 
 
 @define_pass(Guarantee.REAL)

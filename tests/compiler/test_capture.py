@@ -171,3 +171,18 @@ def test_a_cache_object_is_refused_with_what_to_do() -> None:
     assert str(caught.value).startswith("The model takes or returns an object that is no tensor")
     assert "DynamicCache" in str(caught.value)
     assert "examples/decode_with_coded_caches.py" in str(caught.value)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_exported_graphs_have_no_mode_to_switch(inside: bool) -> None:
+    x = torch.randn(3, 4)
+    source = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).eval()
+    exported = torch.export.export(source, (x,), dynamic_shapes=({0: Dim("rows")},)).module()
+    with pytest.raises(NotImplementedError):
+        exported.eval()
+    model = nn.Sequential(exported, nn.Dropout(0.5)) if inside else exported
+    before = [module.training for module in model.modules()]
+    program = capture(model, (x,), dynamic_shapes=({0: Dim("rows")},))
+    assert [module.training for module in model.modules()] == before
+    more = torch.randn(7, 4)
+    assert torch.equal(program(more), source(more))
