@@ -24,7 +24,6 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .decompositions import DECOMPOSITIONS
 from .errors import CaptureError, InputError
 from .graph import fake_mode_of, value
 from .program import Program, load_pt2
@@ -161,7 +160,7 @@ def _from_exported(exported: ExportedProgram, dynamic_shapes: Any) -> Program:
     if dynamic_shapes is None:
         dynamic_shapes = _dynamic_shapes_of(exported)
     with quiet_torch(), _frozen_subclasses(exported):
-        module = exported.run_decompositions(DECOMPOSITIONS).module(check_guards=False)
+        module = exported.run_decompositions({}).module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     tensors = _deduplicate(module)
     _complete_values(module.graph, tensors)
