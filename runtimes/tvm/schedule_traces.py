@@ -20,8 +20,8 @@ from tvm.s_tir.schedule import ScheduleError
 from tvm.tirx import PrimFunc
 from tvm_ffi import structural_map
 
+from .schedule_loops import share
 from .schedule_nests import every, substitute, variables
-from .schedule_rules import share
 
 POSTPROCESSING = "EnterPostproc"
 UNROLL = "pragma_auto_unroll_max_step"

@@ -24,8 +24,8 @@ from tvm import tirx
 from ..tuning.search import TRACE
 from ..tuning.worker import Here, There, Worker, in_turns, main
 from .schedule_cpu import schedule_function
+from .schedule_loops import Shape
 from .schedule_nests import substitute, variables
-from .schedule_rules import Shape
 from .schedule_traces import Traced, sizes_of
 
 TOLERANCE = 1e-5

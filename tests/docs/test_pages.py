@@ -35,7 +35,7 @@ NOT_SOURCES = {
     "cuda_fp16.h",
 }
 """Files that isofold writes, or that others bring."""
-FORMATS = {
+FORMATS: dict[str, type[formats.Strict]] = {
     "weights": formats.WeightFormat,
     "activations": formats.ActivationFormat,
     "embeddings": formats.EmbeddingFormat,
