@@ -22,7 +22,7 @@ import tvm
 from tvm import tirx
 
 from ..tuning.search import TRACE
-from ..tuning.worker import Here, There, Worker, in_turns, main
+from ..tuning.worker import LocalDevice, ServerDevice, Worker, in_turns, main
 from .schedule_cpu import schedule_function
 from .schedule_loops import Shape
 from .schedule_nests import substitute, variables
@@ -101,7 +101,7 @@ class FunctionWorker(Worker):
     def answer(self, question: dict[str, Any]) -> dict[str, Any]:
         if question["do"] == "machine":
             facts = super().answer(question)
-            if isinstance(self.device, There):
+            if isinstance(self.device, ServerDevice):
                 # TVM counts half of the processors unless it is told.
                 self.device.session.get_function("runtime.config_threadpool")(1, int(facts["cores"]))
             return facts
@@ -147,7 +147,7 @@ class FunctionWorker(Worker):
         return differences([m[NAME] for m in modules], arrays, tensors, TOLERANCE), tensors
 
     def _module(self, executable: Any) -> Any:
-        if not isinstance(self.device, There):
+        if not isinstance(self.device, ServerDevice):
             return executable.jit()
         with tempfile.TemporaryDirectory(prefix="isofold-") as folder:
             path = Path(folder, "candidate.so")
@@ -155,19 +155,19 @@ class FunctionWorker(Worker):
             return self.device.module(path)
 
     def _cpu(self) -> Any:
-        return self.device.session.cpu(0) if isinstance(self.device, There) else tvm.cpu()
+        return self.device.session.cpu(0) if isinstance(self.device, ServerDevice) else tvm.cpu()
 
 
-class LocalTensors(Here):
+class LocalTensors(LocalDevice):
     """This process, with tensors that TVM can be given new content for."""
 
     def put(self, array: np.ndarray[Any, Any]) -> Any:
         return tvm.runtime.tensor(array)
 
 
-def make(device: Here | There) -> FunctionWorker:
+def make(device: LocalDevice | ServerDevice) -> FunctionWorker:
     """The worker on a device."""
-    return FunctionWorker(device if isinstance(device, There) else LocalTensors())
+    return FunctionWorker(device if isinstance(device, ServerDevice) else LocalTensors())
 
 
 if __name__ == "__main__":
