@@ -259,16 +259,15 @@ def inspect_command(
     debug: DebugOption = False,
 ) -> None:
     """Show a model's layers and what a recipe would do to each, or an artefact's contents and integrity."""
-    from . import inspect_job
+    from .inspect_job import inspect
+    from .inspect_tables import show_facts
 
     with _session(as_json=as_json, quiet=quiet) as say:
-        facts = inspect_job.inspect(
-            subject, recipe=recipe, calibration=calibration, html=html, say=say, spaces=spaces
-        )
+        facts = inspect(subject, recipe=recipe, calibration=calibration, html=html, say=say, spaces=spaces)
     if as_json:
         _print_json(facts)
     else:
-        inspect_job.show(facts)
+        show_facts(facts)
     if facts.get("damaged"):
         raise typer.Exit(USER_ERROR)
 
