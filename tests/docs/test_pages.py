@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import typer
+from pydantic import BaseModel
 
 from isofold import PRESETS, Recipe
 from isofold.compiler import errors, formats
@@ -35,7 +36,7 @@ NOT_SOURCES = {
     "cuda_fp16.h",
 }
 """Files that isofold writes, or that others bring."""
-FORMATS: dict[str, type[formats.Strict]] = {
+FORMATS: dict[str, type[BaseModel]] = {
     "weights": formats.WeightFormat,
     "activations": formats.ActivationFormat,
     "embeddings": formats.EmbeddingFormat,
