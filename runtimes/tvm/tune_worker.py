@@ -29,7 +29,7 @@ from .schedule_nests import substitute, variables
 from .schedule_traces import Traced, sizes_of
 
 TOLERANCE = 1e-5
-"""Of the largest result: the order of sums differs."""
+"""Largest difference from the default, relative to the largest result: the order of sums may differ."""
 SHORT = 2e-3
 """Seconds that one timing should take at least; a faster function is called several times."""
 HOPELESS = 4.0
@@ -47,7 +47,7 @@ def compiled(function: tirx.PrimFunc, target: Any, found: Shape | Traced) -> Any
 
 
 def arguments_of(function: tirx.PrimFunc, sizes: dict[str, int], size: int) -> Arrays:
-    """Arrays (and sizes) for the parameters; indices are small."""
+    """Random arrays (and sizes) for the function's parameters; integers are small, so that they are valid indices."""
     rng = np.random.default_rng(0)
     made: Arrays = []
     for parameter in function.params:
@@ -96,7 +96,7 @@ def _difference(expected: Any, got: Any) -> float:
 
 
 class FunctionWorker(Worker):
-    """Answers `machine` and `function`."""
+    """A `Worker` for functions that TVM generated: answers the questions `machine` and `function`."""
 
     def answer(self, question: dict[str, Any]) -> dict[str, Any]:
         if question["do"] == "machine":
