@@ -2,7 +2,7 @@
 
 One model is compiled that holds a linear of 2048 x 1024 for every layout, type of values and density, and profiled at
 a few numbers of rows: one compilation, some seconds. A smaller one of the first form of each type of weights tells what
-a node costs by itself, with the transposition of many rows. What the numbers mean is the passes' affair.
+a node costs by itself, with the transposition of many rows. `passes/sparse_rates.py` interprets the numbers.
 """
 
 from __future__ import annotations

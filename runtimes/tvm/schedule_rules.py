@@ -153,7 +153,7 @@ HEAVY = ("exp", "tanh", "sigmoid", "erf", "log", "pow", "sin", "cos")
 
 
 def inline(sch: Schedule) -> None:
-    """Elementwise steps become part of what reads them, unless they are dear and read by a reduction."""
+    """Inline elementwise steps into what reads them, unless they are expensive and read by a reduction."""
     changed = True
     while changed:
         changed = False

@@ -96,7 +96,7 @@ def tune_functions(
 
     rpc, key: `HOST:PORT` of a TVM tracker and the key of its servers, which then measure instead of this machine.
     sizes: values of symbolic sizes by name: of the module's Relax functions (where they call a kernel, its own follow
-        from them), or of its kernels. traces: so many of MetaSchedule's are measured for each function at most.
+        from them), or of its kernels. traces: the most of MetaSchedule's schedules that are measured for each.
     Returns what `runtimes.tuning.tune.tune` does, a row for each function.
     Raises InputError: an unreadable database, an address where no tracker is, or all machines were lost.
     """

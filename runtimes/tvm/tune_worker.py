@@ -33,7 +33,7 @@ TOLERANCE = 1e-5
 SHORT = 2e-3
 """Seconds that one timing should take at least; a faster function is called several times."""
 HOPELESS = 4.0
-"""What takes so many times the default's time in its first run is not timed again: traces may take a hundred times."""
+"""A candidate whose first run takes this many times the default's is not timed: traces may take a hundred times."""
 NAME = "isofold_main"
 
 Arrays = list[np.ndarray[Any, Any] | int]
