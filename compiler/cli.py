@@ -1,8 +1,8 @@
 """The command line: `isofold compile | export | run | bench | inspect | build | machine | tune | demo`.
 
 Results go to stdout (with `--json` one JSON value and nothing else), progress and errors to stderr. Exit codes: 0 done,
-1 a defect, 2 something the user can correct, 130 interrupted. Everything heavy is imported inside the commands, so that
-help and completion are quick.
+1 a defect, 2 something the user can correct, 130 interrupted, 143 terminated (docs/command-line.md). Everything heavy
+is imported inside the commands, so that help and completion are quick.
 """
 
 from __future__ import annotations
@@ -19,6 +19,21 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from .cli_options import (
+    ArtefactArgument,
+    CalibrationOption,
+    DebugOption,
+    ForceOption,
+    InputsOption,
+    JsonOption,
+    ModelArgument,
+    NoVerifyOption,
+    QuietOption,
+    RecipeOption,
+    TargetOption,
+    ThreadsOption,
+    complete_target,
+)
 from .errors import InputError, IsofoldError
 
 app = typer.Typer(
@@ -32,64 +47,6 @@ app = typer.Typer(
 USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 
 _Command = TypeVar("_Command", bound=Callable[..., None])
-
-
-def _complete_recipe(incomplete: str) -> list[str]:
-    from .recipe import PRESETS
-
-    files = [str(path) for pattern in ("*.yaml", "*.yml") for path in Path().glob(pattern)]
-    return [name for name in [*PRESETS, *sorted(files)] if name.startswith(incomplete)]
-
-
-def _complete_target(incomplete: str) -> list[str]:
-    from .registry import known_targets
-
-    return [name for name in known_targets() if name.startswith(incomplete)]
-
-
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="A .pt2 file, python:module:name or python:file.py:name, or a transformers folder or config.json.",
-    ),
-]
-ArtefactArgument = Annotated[
-    Path, typer.Argument(metavar="ARTEFACT", help="A folder that `isofold compile` wrote.")
-]
-RecipeOption = Annotated[
-    str,
-    typer.Option(
-        "--recipe",
-        "-r",
-        help="A preset (w8a8, w4a8, w4a16, ...) or a YAML file.",
-        autocompletion=_complete_recipe,
-    ),
-]
-TargetOption = Annotated[
-    str, typer.Option("--target", help="Where the result runs.", autocompletion=_complete_target)
-]
-CalibrationOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE", help="Typical inputs for static ranges: .npz or .safetensors by input name, or .pt."
-    ),
-]
-ThreadsOption = Annotated[
-    int | None, typer.Option("--threads", min=1, help="Threads to use. Default: all cores.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value to stdout and nothing else.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace what exists at the output.")]
-NoVerifyOption = Annotated[
-    bool, typer.Option("--no-verify", help="Do not compare the program after every pass.")
-]
-DebugOption = Annotated[
-    bool, typer.Option("--debug", help="Show the traceback of errors.", envvar="ISOFOLD_DEBUG")
-]
-InputsOption = Annotated[
-    Path | None, typer.Option("--inputs", "-i", metavar="FILE", help="Inputs by name, .npz or .safetensors.")
-]
 
 
 def command(function: _Command) -> _Command:
@@ -302,16 +259,15 @@ def inspect_command(
     debug: DebugOption = False,
 ) -> None:
     """Show a model's layers and what a recipe would do to each, or an artefact's contents and integrity."""
-    from . import inspect_job
+    from .inspect_job import inspect
+    from .inspect_tables import show_facts
 
     with _session(as_json=as_json, quiet=quiet) as say:
-        facts = inspect_job.inspect(
-            subject, recipe=recipe, calibration=calibration, html=html, say=say, spaces=spaces
-        )
+        facts = inspect(subject, recipe=recipe, calibration=calibration, html=html, say=say, spaces=spaces)
     if as_json:
         _print_json(facts)
     else:
-        inspect_job.show(facts)
+        show_facts(facts)
     if facts.get("damaged"):
         raise typer.Exit(USER_ERROR)
 
@@ -365,13 +321,15 @@ def tune_command(
     subject: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL|ARTEFACT]",
+            metavar="MODEL|ARTEFACT",
             help="Tune for its linears (MODEL as for compile). Default: common shapes.",
         ),
     ] = None,
     time: Annotated[
         str | None,
-        typer.Option("--time", "-t", help="How long: 90s, 10m, 1h30m. [default: 10m; with --merge 0]"),
+        typer.Option(
+            "--time", "-t", help="How long: 90s, 10m, 1h30m. Default: 10m; 0 where --merge is given."
+        ),
     ] = None,
     recipe: RecipeOption = "w4a8",
     threads: ThreadsOption = None,
@@ -394,7 +352,8 @@ def tune_command(
     target: Annotated[
         str,
         typer.Option(
-            help="What runs the model: cpu, tvm-cpu (also what TVM generates for MODEL), or cuda:sm_80 and its like."
+            help="What runs the model: cpu, tvm-cpu (also what TVM generates for MODEL), or cuda:sm_80 and its like.",
+            autocompletion=complete_target,
         ),
     ] = "cpu",
     traces: Annotated[

@@ -22,9 +22,14 @@ from .hadamard import apply_hadamard
 
 @dataclass(frozen=True)
 class CodedCache:
-    """One cache. name: of the input of floats that it was; kind: keys or values; inputs: names of the inputs of codes
-    and of pairs; output: number of the output of codes, that of pairs is the next; depth: dimensions of a head; group:
-    those that share a pair, 0: all; hadamard, scale: what floats go through first."""
+    """One cache of keys or values.
+
+    name: of the float input that it was in the captured model. kind: `keys` or `values`.
+    inputs: names of the inputs of codes and of pairs (scale, zero point).
+    output: index of the output of codes; the pairs are the next.
+    depth: dimensions of a head. group: dimensions that share a pair, 0 for all of them.
+    scale, hadamard: what floats are multiplied by, then transformed with, before they are rounded.
+    """
 
     name: str
     kind: str
@@ -37,20 +42,20 @@ class CodedCache:
     scale: tuple[float, ...] = ()
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes and pairs of floats `[..., D]`."""
+        """Codes and pairs (scale, zero point) of keys or values `[..., D]`, as the compiled model takes them."""
         scaled = x * torch.tensor(self.scale, dtype=x.dtype) if self.scale else x
         turned = apply_hadamard(scaled, self.hadamard)
         codes, pairs = quantize_cache.reference(turned, None, self.bits, (), self.group)
         return codes, pairs
 
     def decode(self, codes: Tensor, pairs: Tensor) -> Tensor:
-        """The floats `[..., D]` that codes stand for, without what they went through."""
+        """The floats `[..., D]` that codes stand for, with the Hadamard transform and the scale undone."""
         x = dequantize_cache.reference(codes, pairs, self.depth, self.bits, self.group)
         x = apply_hadamard(x, self.hadamard, transpose=True)
         return x / torch.tensor(self.scale, dtype=x.dtype) if self.scale else x
 
     def to_json(self) -> dict[str, Any]:
-        """As in `Program.save` and in reports."""
+        """The fields as JSON-like data, for `Program.save` and reports."""
         return {
             **vars(self),
             "inputs": list(self.inputs),
@@ -60,7 +65,7 @@ class CodedCache:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> CodedCache:
-        """Inverse of `to_json`."""
+        """The inverse of `to_json`."""
         lists = {key: tuple(data[key]) for key in ("inputs", "hadamard", "scale")}
         return CodedCache(**{**data, **lists})
 

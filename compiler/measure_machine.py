@@ -31,7 +31,7 @@ SETS = (1 << 19, 1 << 21, 1 << 23, 1 << 25, 1 << 27)
 
 
 def measured(name: str, threads: int, say: Say) -> Machine:
-    """Measure now; takes about three seconds for each format."""
+    """Measure bandwidth and the rates of all formats now; takes about three seconds for each format."""
     recipes = list(linear_formats().values())
     paces: dict[str, list[tuple[float, float]]] = {}
     overhead = 0.0
@@ -54,7 +54,7 @@ def measured(name: str, threads: int, say: Say) -> Machine:
 def _profile(
     recipe: Recipe, size: int, rows: Sequence[int], threads: int, folder: Path
 ) -> tuple[str, list[float]]:
-    """Kind and seconds, by number of rows, of one linear under a recipe."""
+    """Compile one linear with a recipe and profile it: its kind, and its seconds for each number of rows."""
     generator = torch.Generator().manual_seed(0)
     model = nn.Linear(size, size, bias=False)
     with torch.no_grad():

@@ -2,7 +2,7 @@
 
 One model is compiled that holds a linear of 2048 x 1024 for every layout, type of values and density, and profiled at
 a few numbers of rows: one compilation, some seconds. A smaller one of the first form of each type of weights tells what
-a node costs by itself, with the transposition of many rows. What the numbers mean is the passes' affair.
+a node costs by itself, with the transposition of many rows. `passes/sparse_rates.py` interprets the numbers.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from .recipe import ActivationFormat, LayerRule, Recipe, Sparsity, WeightFormat
 from .registry import backend_for
 
 INPUTS, OUTPUTS, PART = 1024, 2048, 8
-"""Of a linear; the small one has a PART of the outputs."""
+"""Sizes of the measured linear; the small one has OUTPUTS / PART outputs."""
 
 MANY = 128
 ROWS = (1, 2, 4, MANY)
 RUNS, REPEATS = (20, 4), 4
-"""Of a profile of few and of many rows, and profiles."""
+"""Runs in one profile with few and with many rows, and the number of profiles."""
 
 DENSITIES = {"windows": (0.1, 0.05)}
-"""Shares of weights that are not zero, by layout; others: 0.5 and 0.2. N:M has the share of its pattern."""
+"""Densities (shares of non-zero weights) that are measured, by layout; others have 0.5 and 0.2, N:M its own."""
 
 ANY_GAIN = 1e-3
-"""A gain that every layout reaches: the layout that is asked for is taken, whatever is predicted of it."""
+"""`sparsity.gain` so low that the asked-for layout is taken whatever is predicted of it."""
 
 WEIGHTS = {
     "float32": None,
@@ -40,15 +40,15 @@ WEIGHTS = {
 }
 
 WEIGHTS_OF = {"float32": ("float32", "bfloat16"), "int8": ("int8",), "int4": ("int4",)}
-"""Types of values by type of weights."""
+"""Types of stored values that a recipe's type of weights can give."""
 
 Points = list[tuple[float, float, float]]
-"""(rows, share of weights that are not zero, seconds a weight for all rows)."""
+"""(rows, density, seconds for one weight with all rows)."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """A linear that is measured."""
+    """One measured linear: recipe of its weights, layout, type of stored values, density."""
 
     weights: str
     layout: str
@@ -57,7 +57,7 @@ class Form:
 
 
 def measured_sparse(threads: int, folder: Path) -> dict[str, Points]:
-    """Points of each layout and type of values, by `layout value`, weights in the cache."""
+    """Measure every layout and type of values with weights in the cache; points by `"LAYOUT VALUE"`."""
     forms = [
         Form(weights, layout, value, density)
         for weights, values in WEIGHTS_OF.items()
@@ -92,7 +92,7 @@ def _densities(layout: str) -> tuple[float, ...]:
 
 
 class _Beside(nn.Module):
-    """Linears on one input, one output each."""
+    """A module of linears that read the same input and return one result each."""
 
     def __init__(self, matrices: list[Tensor]) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class _Beside(nn.Module):
 
 
 def _profile(small: list[Form], whole: list[Form], threads: int, folder: Path) -> list[list[float]]:
-    """Seconds by number of rows of small linears, and of whole ones."""
+    """Seconds by number of rows (`ROWS`): a list for each small linear, then for each whole one."""
     generator = torch.Generator().manual_seed(0)
     chosen = [*small, *whole]
     matrices = [_matrix(form, generator) for form in chosen]
@@ -139,7 +139,7 @@ def _profile(small: list[Form], whole: list[Form], threads: int, folder: Path) -
 
 
 def _seconds(opened: Any, names: list[str], rows: int, generator: torch.Generator) -> list[float]:
-    """Of each node, the best of several profiles: others may use the machine."""
+    """Least seconds of each node over several profiles, as others may use the machine."""
     x = torch.randn(rows, INPUTS, generator=generator)
     best = dict.fromkeys(names, float("inf"))
     for _ in range(REPEATS):

@@ -38,8 +38,8 @@ class Port:
     shape: tuple[int | str, ...]
 
 
-def verify_files(folder: Path, manifest: Mapping[str, Any], *, hashes: bool) -> None:
-    """Raise ArtefactError that lists every file that is missing, has another size, or (with `hashes`) other content."""
+def damage(folder: Path, manifest: Mapping[str, Any], *, hashes: bool) -> list[str]:
+    """What is wrong with the files of an artefact: missing, of another size, or (with `hashes`) of other content."""
     problems = []
     for name, entry in manifest["files"].items():
         path = folder / name
@@ -51,10 +51,7 @@ def verify_files(folder: Path, manifest: Mapping[str, Any], *, hashes: bool) -> 
             problems.append(f"{name} is {kind}: {size} bytes instead of {entry['bytes']}")
         elif hashes and sha256_of(path) != entry["sha256"]:
             problems.append(f"{name} has another content than was written")
-    if problems:
-        raise ArtefactError(
-            "The artefact is damaged", where=str(folder), got="; ".join(problems), hint=DAMAGED
-        )
+    return problems
 
 
 def checked_manifest(folder: Path, *, backend: str, threads: int | None, verify: bool) -> dict[str, Any]:
@@ -72,7 +69,11 @@ def checked_manifest(folder: Path, *, backend: str, threads: int | None, verify:
             expected=backend,
             got=manifest.get("backend"),
         )
-    verify_files(folder, manifest, hashes=verify)
+    problems = damage(folder, manifest, hashes=verify)
+    if problems:
+        raise ArtefactError(
+            "The artefact is damaged", where=str(folder), got="; ".join(problems), hint=DAMAGED
+        )
     return manifest
 
 

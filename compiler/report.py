@@ -28,13 +28,14 @@ from torch import Tensor, fx
 
 from .block_graph import block_graph
 from .cost_model import Machine
+from .decoded_weights import decoded
 from .dialect.operator import operator_of
 from .graph import argument, module_path, place_of, value
 from .interface import cache_facts
 from .passes import PassReport
 from .predicted_times import predict_layers
 from .program import Program
-from .weight_histograms import decoded, weight_inside, worst_histograms
+from .weight_histograms import weight_inside, worst_histograms
 
 WORST = 6
 """Layers whose weights are drawn."""

@@ -52,7 +52,7 @@ def tune(
         has is not measured again; after a kill or Ctrl-C the next call goes on.
     merge: other databases whose measurements are taken over first. isa: "v3" or "v4"; default the best there is.
     target: "cpu", "tvm-cpu" (also what TVM generates for the model) or "cuda:sm_80" (a GPU, here or there).
-    traces: so many of MetaSchedule's schedules are measured for each kernel that TVM generates; 0: none.
+    traces: how many schedules of MetaSchedule are measured for each kernel that TVM generates; 0: none.
 
     Returns a dict: database, processors, seconds, measured, merged, lost, notes, library (built, or None) and
     workloads, a list of {workload, group, isa, processor, tried, before, after, ratio, noise, knobs, invented}; before

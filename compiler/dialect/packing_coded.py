@@ -42,9 +42,6 @@ from .element_formats import (
 )
 from .packing import LANES, alignment, ceil_to, pack_groups, storable_scale, unpack_groups
 
-STEP_BYTES = {4: (8, 4), 6: (8, 6), 8: (2, 2)}
-"""bits → (inputs of a unit of steps, bytes of a row in it)."""
-
 
 @dataclass(frozen=True)
 class CodedMatrix:

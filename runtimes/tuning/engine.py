@@ -31,9 +31,9 @@ Known = Callable[[str, str, str], list[Record]]
 BATCH = 4
 ROUNDS, CONFIRMING_ROUNDS = 31, 201
 _EVERY = 5.0
-"""Seconds between two words on the progress."""
+"""Seconds between two lines of progress."""
 _LOSSES = 3
-"""So many machines in a row may be lost before one that answers none is given up."""
+"""A thread gives up after losing this many machines in a row."""
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,20 @@ class Outcome:
 
 
 class SkippedError(RuntimeError):
-    """A search cannot go on in this run, and others can: why."""
+    """A search cannot go on in this run, while others can; the message says why."""
 
 
 class Kernels(Protocol):
-    """What is tuned."""
+    """What the engine needs to know of the kernels that are tuned."""
 
     rounds: tuple[int, int]
-    """Of a first measurement and of a confirming one."""
+    """Rounds of a first and of a confirming measurement."""
 
     def hire(self) -> Machine:
-        """The next machine. It may turn out to be lost when it is first asked."""
+        """A machine to measure on, for one thread. Whether it answers shows only when it is asked."""
 
     def facts(self, machine: Machine) -> Facts:
-        """What the machine is. Raises LostError."""
+        """Processor, instruction sets and cache of the machine. Raises LostError."""
 
     def searches(self, facts: Facts, known: Known) -> list[Search]:
         """The searches on this kind of machine. Raises InputError where it cannot run them."""
@@ -91,22 +91,22 @@ class Engine:
         self._machines: set[Machine] = set()
 
     def over(self) -> bool:
-        """The time is up, or someone has stopped it."""
+        """Whether the time is up or the run was stopped."""
         return self._stop.is_set() or time.monotonic() >= self.deadline
 
     def run(self) -> dict[str, Any]:
         """Measure, and sum up: see `tune.tune`. Raises InputError where no machine could be used."""
         size = 1 if self.tracker is None else self.tracker.servers()
-        crew = [threading.Thread(target=self._guarded, daemon=True) for _ in range(size)]
+        threads = [threading.Thread(target=self._guarded, daemon=True) for _ in range(size)]
         try:
-            for thread in crew:
+            for thread in threads:
                 thread.start()
-            self._wait(crew)
+            self._wait(threads)
         finally:
             self._stop.set()
             for machine in list(self._machines):
                 machine.close()  # after Ctrl-C: what they are measuring is not waited for
-            for thread in crew:
+            for thread in threads:
                 thread.join(timeout=30)
         for error in self._errors:
             raise error
@@ -116,7 +116,7 @@ class Engine:
                 got="; ".join(dict.fromkeys(self.lost)),
                 hint="what was measured before is kept; look at the servers' own output",
             )
-        self.database.notes += self._strangers()
+        self.database.notes += self._unused_records()
         return {
             "database": str(self.database.path),
             "processors": sorted(self.searches),
@@ -132,7 +132,7 @@ class Engine:
             ],
         }
 
-    def _strangers(self) -> list[str]:
+    def _unused_records(self) -> list[str]:
         """What the database has on the same kernels that does not count here: of other machines, or other versions."""
         current = {
             (search.group, search.isa): search.sources
@@ -154,10 +154,10 @@ class Engine:
             )
         return notes
 
-    def _wait(self, crew: Sequence[threading.Thread]) -> None:
+    def _wait(self, threads: Sequence[threading.Thread]) -> None:
         """Until all work is done, or the time is up and no machine has work: some may still wait in a tracker's
         queue."""
-        for thread in crew:
+        for thread in threads:
             while thread.is_alive() and not (self.over() and not self._running):
                 thread.join(timeout=0.2)  # a join without limit would not see Ctrl-C
 
@@ -306,7 +306,7 @@ def _servers_left(tracker: Tracker) -> int:
 
 
 def crashed(candidate: Candidate, search: Search, batch: Batch, why: str) -> Outcome:
-    """A candidate that took its machine with it, on the first of its workloads."""
+    """The outcome of a candidate whose machine was lost, on the first of its workloads."""
     return Outcome(candidate, (batch.workloads or search.workloads)[0], why, "crashed")
 
 
@@ -338,7 +338,7 @@ def record_of(facts: Facts, search: Search, outcome: Outcome, rounds: int, confi
 
 
 def summary(search: Search, processor: str, database: Database) -> list[dict[str, Any]]:
-    """Before and after of every workload of a search."""
+    """A row for every workload of a search: seconds of the default and of what would be chosen, and their ratio."""
     now = search.best()
     seen = {
         r.shape: r
@@ -368,5 +368,5 @@ def summary(search: Search, processor: str, database: Database) -> list[dict[str
 
 
 def changed(candidate: Mapping[str, int], default: Mapping[str, int]) -> dict[str, int]:
-    """The values that are not the default's."""
+    """The knobs of a candidate whose value is not the default."""
     return {name: value for name, value in candidate.items() if value != default.get(name)}

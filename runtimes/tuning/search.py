@@ -3,10 +3,10 @@
 Each batch mixes the untried neighbours of the best (one knob moved by one step), crossings of good ones, and random
 ones; a candidate that looks better than what is confirmed by more than its noise is measured again alone, with more
 rounds, since the best of many noisy times is always too good. The state is what the records say, so a resumed search
-goes on where the last one ended. Candidates in other machines' hands are left out until they are done or given back.
+goes on where the last one ended. Candidates that another machine is measuring are left out until it is done or lost.
 
-A search may have an inventor too: whoever writes whole schedules from what was measured so far (MetaSchedule, for the
-kernels that TVM generates). Its schedules are candidates like the others, with one knob, the number of their text.
+A search may also have an inventor, which writes whole schedules from what was measured so far (MetaSchedule, for the
+kernels that TVM generates). Its schedules are candidates with one knob, `TRACE`, whose value is the schedule's number.
 """
 
 from __future__ import annotations
@@ -38,29 +38,30 @@ __all__ = [
 
 Candidate = dict[str, int]
 _CROSSED = 4
-"""How many of the best are crossed."""
+"""How many of the best candidates are crossed with each other."""
 TRACE = "trace"
-"""The knob of invented candidates: the number of a schedule's text."""
+"""The knob of invented candidates; its value is the number of a schedule's text."""
 MOST_LOSSES = 2
-"""So often a candidate may take its machine with it before it counts as the culprit."""
+"""After losing its machine this many times while measured alone, a candidate counts as crashed."""
 
 
 class Measurable(Protocol):
-    """What a candidate is measured on."""
+    """A workload that candidates are measured on."""
 
     @property
     def name(self) -> str:
-        """For people."""
+        """A short name for progress and tables."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data: the key of records."""
+        """The workload as JSON-like data, which identifies it in the database."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Candidates of one group to be measured on workloads; confirm: with more rounds.
+    """Candidates of one group to be measured on some workloads.
 
-    invent: there are none yet; so many are to be invented (`Search.invent`, then `Search.offer`).
+    confirm: with more rounds, to decide whether the candidate is chosen.
+    invent: above 0 the batch has no candidates; this many are to be invented first (`Search.invent`, `Search.offer`).
     """
 
     isa: str
@@ -72,29 +73,33 @@ class Batch:
 
 
 class InventionError(RuntimeError):
-    """An inventor is of no use to a search: why."""
+    """An inventor cannot go on for this search; the message says why."""
 
 
 class Inventor(Protocol):
-    """Who invents schedules."""
+    """A source of whole schedules."""
 
     most: int
-    """So many of a search are measured at most."""
+    """The most schedules that are measured in one search."""
 
     def __call__(self, measured: Sequence[tuple[str, float | None]], count: int) -> list[str]:
-        """Texts of schedules that are not measured yet; none: there are no more. measured: texts and times against the
-        default's (None: wrong, or it failed). Raises InventionError."""
+        """Up to `count` schedules, as text, that are not measured yet; an empty list: there are no more.
+
+        measured: schedules with their time over the default's, None where the result was wrong or running failed.
+        Raises InventionError.
+        """
 
     def number(self, text: str) -> int:
-        """What a candidate has as the value of `TRACE`."""
+        """The number of a schedule: the value of the knob `TRACE`."""
 
 
 @dataclass(frozen=True)
 class Space:
-    """The candidates of a group: values of each knob (neighbours behave alike) and the default.
+    """The candidates of a group.
 
-    needs: a knob that changes nothing where the named one is 0. exact: outputs keep every bit. legal: whether a machine
-    can run a candidate at all.
+    values: of each knob, in an order in which neighbours behave alike. default: the candidate to beat.
+    needs: knob → another knob; the first changes nothing where the second is 0.
+    exact: every candidate must give the default's outputs bit by bit. legal: whether the machine can run a candidate.
     """
 
     values: Mapping[str, tuple[int, ...]]
@@ -105,7 +110,7 @@ class Space:
 
 
 def space_of(isa: str, group: str, values: Mapping[str, Sequence[int]] | None = None) -> Space:
-    """The knobs of a group of the op library's kernels; values: allow only these of some."""
+    """The space of a group of the op library's kernels. values: for some knobs, the only values to try."""
     knobs = knobs_of(group)
     return Space(
         {knob.name: tuple((values or {}).get(knob.name, knob.values)) for knob in knobs},
@@ -120,10 +125,14 @@ def _key(candidate: Candidate) -> str:
 
 
 class Search:
-    """The search of one group. workloads: what a candidate is measured on; records: of this group, processor, isa.
+    """The search of one group of kernels on one processor and instruction set.
 
-    space: None: the group's knobs, of which `values` may allow only some. title: for people; sources: for records.
-    inventor: of more candidates. weight: how much time the search should have, against others.
+    workloads: what every candidate is measured on. records: what was measured before, of the same group, processor and
+        instruction set.
+    space: the candidates; None for the group's own knobs, of which `values` may allow only some.
+    sources: hash of what the measurements depend on, for records. title: for progress and tables.
+    inventor: a source of further candidates.
+    weight: from the default's seconds (None: not known yet) to the share of the time that the search should get.
     """
 
     def __init__(
@@ -155,7 +164,7 @@ class Search:
         """Nothing more is proposed."""
         self._random = random.Random(f"{seed} {isa} {group}")
         self._records: list[Record] = []
-        self._in_hand: dict[str, Candidate] = {}
+        self._pending: dict[str, Candidate] = {}
         self._losses: dict[str, int] = {}
         self._again: list[Batch] = []
         self._seen: dict[tuple[str, bool], dict[str, Record]] = {}
@@ -186,15 +195,15 @@ class Search:
 
     @property
     def weight(self) -> float:
-        """How much time it should have against others."""
+        """The share of the time that this search should get, relative to the others."""
         return self._weight(next((r.baseline for r in self._records if r.baseline), None))
 
     def best(self) -> tuple[Candidate, dict[str, Record]] | None:
-        """What would be chosen now."""
+        """The candidate that a build would take now, and its records by workload; None: the default."""
         return best(self._records)
 
     def next(self, count: int) -> Batch | None:
-        """What to measure next; None: nothing is left that is not in some machine's hand."""
+        """About `count` candidates to measure next; None: other machines are measuring all that is left."""
         if self.skipped:
             return None
         if self._again:
@@ -226,7 +235,7 @@ class Search:
         return self.inventor(measured, count)
 
     def offer(self, texts: Sequence[str]) -> None:
-        """Take over what was invented; nothing: there is no more."""
+        """Add invented schedules to the candidates; an empty list ends inventing."""
         if not texts or self.inventor is None:
             self.inventor = None
             return
@@ -250,7 +259,7 @@ class Search:
         return new[:count]
 
     def _take(self, candidates: list[Candidate], *, confirm: bool) -> Batch:
-        self._in_hand.update({_key(c): c for c in candidates})
+        self._pending.update({_key(c): c for c in candidates})
         missing = [
             w
             for shape, w in self.shapes.items()
@@ -259,19 +268,19 @@ class Search:
         return Batch(self.isa, self.group, tuple(candidates), tuple(missing), confirm)
 
     def done(self, batch: Batch) -> None:
-        """The batch's records have been added."""
+        """Note that a batch was measured and its records added."""
         self._inventing &= not batch.invent
         for candidate in batch.candidates:
-            self._in_hand.pop(_key(candidate), None)
+            self._pending.pop(_key(candidate), None)
             self._losses.pop(_key(candidate), None)
 
     def lost(self, batch: Batch) -> list[Candidate]:
-        """The batch went down with its machine: its candidates come again, alone. Returns the likely culprits."""
+        """Note that a batch's machine was lost: its candidates come again, one by one. Returns those that crashed."""
         culprits = []
         self._inventing &= not batch.invent
         for candidate in batch.candidates:
             key = _key(candidate)
-            self._in_hand.pop(key, None)
+            self._pending.pop(key, None)
             # A whole batch says little about each of its members.
             self._losses[key] = self._losses.get(key, 0) + (len(batch.candidates) == 1)
             if self._losses[key] >= MOST_LOSSES:
@@ -281,7 +290,7 @@ class Search:
         return culprits
 
     def _score(self, candidate: str) -> float | None:
-        """Mean log ratio, of the screening where it was not confirmed."""
+        """Mean over workloads of the logarithm of time over the default's time; None: not measured on all of them."""
         seen = self._seen.get((candidate, True), {})
         if len(seen) < len(self.shapes):
             seen = self._seen.get((candidate, False), {})
@@ -296,7 +305,7 @@ class Search:
         found: tuple[float, Candidate] | None = None
         for (key, confirmed), seen in self._seen.items():
             score = self._score(key)
-            if confirmed or score is None or key in self._in_hand:
+            if confirmed or score is None or key in self._pending:
                 continue
             if len(self._seen.get((key, True), {})) == len(self.shapes):
                 continue
@@ -360,7 +369,7 @@ class Search:
     def _is_new(self, key: str, candidate: Candidate) -> bool:
         whole = len(self._seen.get((key, False), {})) == len(self.shapes)
         waiting = any(candidate in batch.candidates for batch in self._again)
-        return not (candidate == self.default or key in self._bad or key in self._in_hand or waiting or whole)
+        return not (candidate == self.default or key in self._bad or key in self._pending or waiting or whole)
 
     def _neighbours(self, centre: Candidate) -> Iterable[Candidate]:
         for name, values in self.space.items():

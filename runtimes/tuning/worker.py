@@ -32,22 +32,22 @@ TOLERANCE = 1e-5
 
 
 class Device(Protocol):
-    """Where candidates run."""
+    """A place where candidates run, with memory of its own."""
 
     def load(self, path: Path) -> Callable[[str], Function]:
-        """The functions of a library by name."""
+        """Load a library; the result gives its functions by name."""
 
     def put(self, array: NDArray[Any]) -> Any:
-        """A copy of an array there."""
+        """A copy of an array in the device's memory."""
 
     def empty(self, size: int) -> Any:
-        """Uninitialised bytes there."""
+        """`size` uninitialised bytes in the device's memory."""
 
     def get(self, tensor: Any, dtype: str) -> NDArray[Any]:
-        """A tensor's content here."""
+        """The content of a device tensor as a NumPy array of this process."""
 
 
-class Here:
+class LocalDevice:
     """This process."""
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class Here:
         return np.from_dlpack(tensor).view(dtype)
 
 
-class There:
+class ServerDevice:
     """A server that a tracker lends."""
 
     def __init__(self, host: str, port: int, key: str) -> None:
@@ -235,17 +235,17 @@ def in_turns(
     return seconds
 
 
-def main(arguments: list[str], make: Callable[[Here | There], Worker] = Worker) -> None:
+def main(arguments: list[str], make: Callable[[LocalDevice | ServerDevice], Worker] = Worker) -> None:
     """Serve the parent; a lost server is told as `{"lost": why}`."""
     worker: Worker | None = None
 
     def answer(question: dict[str, Any]) -> dict[str, Any]:
         nonlocal worker
         if not arguments:
-            worker = worker or make(Here())
+            worker = worker or make(LocalDevice())
             return worker.answer(question)
         try:
-            worker = worker or make(There(arguments[0], int(arguments[1]), arguments[2]))
+            worker = worker or make(ServerDevice(arguments[0], int(arguments[1]), arguments[2]))
             return worker.answer(question)
         except Exception as error:
             # Through RPC nothing tells a crash there from a broken line.

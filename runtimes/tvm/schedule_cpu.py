@@ -19,10 +19,11 @@ from tvm.s_tir.schedule import ScheduleError
 from tvm.tirx import PrimFunc
 from tvm_ffi import structural_hash
 
+from .schedule_loops import Shape
 from .schedule_lower import to_loops
 from .schedule_math import with_fast_math
 from .schedule_nests import Nest, nests, without_empty
-from .schedule_rules import NEST_RULES, Rows, Shape, inline
+from .schedule_rules import NEST_RULES, Rows, inline
 from .schedule_traces import Traced, TraceError, apply_trace
 
 ATTRIBUTE = "isofold.schedule"

@@ -56,7 +56,7 @@ class _End:
 
 def to_loops(function: tirx.PrimFunc, target: Any, lanes: int, chains: int) -> tirx.PrimFunc:
     """A scheduled function without blocks (but one around all of it): loops over the same rows joined, tiles free of
-    conditions. lanes, chains: as in `schedule_rules.Shape`."""
+    conditions. lanes, chains: as in `schedule_loops.Shape`."""
     with target:
         module = tvm.ir.transform.Sequential([make() for make in _TO_LOOPS])(tvm.IRModule({"main": function}))
     lowered = module["main"]

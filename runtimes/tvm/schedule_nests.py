@@ -18,7 +18,7 @@ SMALL = 8192
 
 @dataclass(frozen=True)
 class Axis:
-    """A loop of a nest that is not split yet."""
+    """One loop of a nest as TVM made it: its variable, extent and whether it reduces."""
 
     loop: Loop
     var: Any
@@ -28,7 +28,7 @@ class Axis:
 
 
 class Nest:
-    """One block under the loops it came with."""
+    """A block of the schedule and the loops around it, before any of them was split."""
 
     def __init__(self, sch: Schedule, block: Block) -> None:
         self.block = block
@@ -58,7 +58,7 @@ class Nest:
         return str(self.stmt.writes[0].source.dtype)
 
     def size(self, axes: list[Axis] | None = None) -> int:
-        """How many iterations, unknown extents counted as many."""
+        """Iterations of the given loops (default: all); an unknown extent counts as many."""
         total = 1
         for axis in self.axes if axes is None else axes:
             total *= 4096 if axis.extent is None else axis.extent
@@ -74,13 +74,13 @@ class Nest:
         return found
 
     def written_stride(self, axis: Axis) -> int | None:
-        """How far the first result moves with the axis."""
+        """Elements by which the first written element moves when the axis advances by one."""
         steps = [stride(store, axis.var) for store in stores(self.stmt)]
         return steps[0] if steps else None
 
 
 def every(root: Any, kind: Any) -> list[Any]:
-    """All nodes of a kind in a statement or expression, inner ones first."""
+    """All nodes of a class in a statement or expression, children before parents."""
     found: list[Any] = []
 
     def keep(node: Any) -> None:
@@ -96,7 +96,7 @@ def variables(expr: Any) -> set[Any]:
 
 
 def substitute(stmt: Any, values: dict[Any, Any]) -> Any:
-    """`stmt` with other values for variables."""
+    """`stmt` with its variables replaced by the given values."""
     return structural_map(stmt, (ir.Var, lambda v: values.get(v, v)))
 
 

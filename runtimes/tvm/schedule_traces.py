@@ -20,8 +20,8 @@ from tvm.s_tir.schedule import ScheduleError
 from tvm.tirx import PrimFunc
 from tvm_ffi import structural_map
 
+from .schedule_loops import share
 from .schedule_nests import every, substitute, variables
-from .schedule_rules import share
 
 POSTPROCESSING = "EnterPostproc"
 UNROLL = "pragma_auto_unroll_max_step"
@@ -34,18 +34,18 @@ _SPLIT_OF = {"SamplePerfectTile", "SamplePartitionedTile"}
 
 
 class TraceError(RuntimeError):
-    """A trace cannot be applied to a function: why."""
+    """A trace cannot be applied to a function; the message says why."""
 
 
 @dataclass(frozen=True)
 class Traced:
-    """How MetaSchedule schedules a function."""
+    """A schedule that MetaSchedule found for a function: its trace, as text."""
 
     text: str
 
 
 def number_of(text: str) -> int:
-    """A trace's number: the value of the knob that stands for it in records."""
+    """The number of a trace: the value of the knob `TRACE` in records."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
 
@@ -66,7 +66,7 @@ def _plain(value: Any) -> Any:
 
 
 def apply_trace(function: PrimFunc, traced: Traced) -> Schedule:
-    """The function under a trace. Raises TraceError where the trace is none of it."""
+    """The function scheduled by a trace. Raises TraceError where the trace does not apply to it."""
     sch = Schedule(function)
     open_ended = has_unknown_sizes(function)
     try:
@@ -176,7 +176,7 @@ def _leaves(sch: Schedule, root: Any) -> list[Any]:
 
 
 def _bindings(sch: Schedule, block: Any) -> Iterator[tuple[Any, Any]]:
-    """Iterators of a block with what loops give them."""
+    """The iterators of a block and the loop expressions bound to them."""
     stmt = sch.get(block)
     for realize in every(sch.mod["main"].body, SBlockRealize):
         if realize.block.same_as(stmt):

@@ -18,7 +18,7 @@ from tvm.s_tir import meta_schedule as ms
 LEAST = 6
 """Measurements below which nothing is predicted."""
 SLOWEST = 30.0
-"""Slower than so many times the default is all the same."""
+"""Times above this many times the default's are not told apart."""
 RIDGE = 0.1
 """What is added to the kernel's diagonal: noise, against a spread of 1."""
 

@@ -27,7 +27,7 @@ from .schedule_traces import representative, text_of  # noqa: E402
 from .trace_model import SLOWEST, Kinship  # noqa: E402
 
 POPULATION, GENERATIONS, NEWCOMERS = 48, 3, 24
-"""Traces of a generation, generations, and how many of the first are sampled: proposing eight takes seconds."""
+"""Size of a generation, number of generations, and how many of the first generation are random samples."""
 
 SHARED = 48 << 10
 """Bytes of a block's shared memory on every GPU."""
@@ -74,7 +74,7 @@ def invent(question: dict[str, Any]) -> dict[str, Any]:
 
 
 def scheduled(text: str, module: tvm.IRModule) -> Schedule | None:
-    """The module under a trace; None where that is none of it."""
+    """The module scheduled by a trace; None where the trace does not apply to it."""
     sch = Schedule(module)
     try:
         Trace.apply_json_to_schedule(json.loads(text), sch)

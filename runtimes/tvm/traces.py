@@ -17,9 +17,9 @@ from ..tuning.search import InventionError
 from .schedule_traces import number_of
 
 MOST = 64
-"""Traces of a function that are measured, unless the caller says otherwise."""
+"""Default for the most traces that are measured for one function."""
 PATIENCE = 120.0
-"""Seconds for one answer; a few are usual."""
+"""Seconds after which an answer counts as lost; a few are usual."""
 _WORKER = "isofold.runtimes.tvm.trace_worker"
 
 
@@ -50,7 +50,7 @@ class Workshop:
 
 
 class MetaSchedule:
-    """Traces for one function, at these sizes. cores: of the machine that they are for."""
+    """An `Inventor` of traces for one function at the given sizes. cores: of the machine that will run them."""
 
     def __init__(
         self,

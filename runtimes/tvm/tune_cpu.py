@@ -1,7 +1,7 @@
 """Tuning of what TVM generates: shapes of default schedules, and MetaSchedule's traces, measured for each function.
 
 A function's key is its structural hash, so equal kernels of two models share what was measured. Candidates are the tile
-sizes that its rules depend on (`schedule_rules.Shape`) and schedules that MetaSchedule invents (`traces`,
+sizes that its rules depend on (`schedule_loops.Shape`) and schedules that MetaSchedule invents (`traces`,
 `schedule_traces`), in turns; the search, the machines (this one, or those of a tracker) and the database are those of
 the op library's knobs (`runtimes/tuning/engine.py`). A candidate is compiled and run in a process of its own
 (`tune_worker`), and must give the default's results within rounding. Functions share the time by what they cost: the
@@ -38,8 +38,8 @@ from ..tuning.machines import TURNS, Facts, Machine, Tracker, compared
 from ..tuning.search import TRACE, Batch, Candidate, Search, Space
 from ..tuning.selection import best, database_path
 from .schedule_cpu import function_key, schedulable, schedule_function
+from .schedule_loops import Shape
 from .schedule_nests import substitute, variables
-from .schedule_rules import Shape
 from .schedule_traces import Traced, sizes_of
 from .symbols import size_of, solve_for_symbol, variable_name
 from .traces import MOST, MetaSchedule, Workshop
@@ -96,7 +96,7 @@ def tune_functions(
 
     rpc, key: `HOST:PORT` of a TVM tracker and the key of its servers, which then measure instead of this machine.
     sizes: values of symbolic sizes by name: of the module's Relax functions (where they call a kernel, its own follow
-        from them), or of its kernels. traces: so many of MetaSchedule's are measured for each function at most.
+        from them), or of its kernels. traces: the most of MetaSchedule's schedules that are measured for each.
     Returns what `runtimes.tuning.tune.tune` does, a row for each function.
     Raises InputError: an unreadable database, an address where no tracker is, or all machines were lost.
     """

@@ -22,18 +22,18 @@ import tvm
 from tvm import tirx
 
 from ..tuning.search import TRACE
-from ..tuning.worker import Here, There, Worker, in_turns, main
+from ..tuning.worker import LocalDevice, ServerDevice, Worker, in_turns, main
 from .schedule_cpu import schedule_function
+from .schedule_loops import Shape
 from .schedule_nests import substitute, variables
-from .schedule_rules import Shape
 from .schedule_traces import Traced, sizes_of
 
 TOLERANCE = 1e-5
-"""Of the largest result: the order of sums differs."""
+"""Largest difference from the default, relative to the largest result: the order of sums may differ."""
 SHORT = 2e-3
 """Seconds that one timing should take at least; a faster function is called several times."""
 HOPELESS = 4.0
-"""What takes so many times the default's time in its first run is not timed again: traces may take a hundred times."""
+"""A candidate whose first run takes this many times the default's is not timed: traces may take a hundred times."""
 NAME = "isofold_main"
 
 Arrays = list[np.ndarray[Any, Any] | int]
@@ -47,7 +47,7 @@ def compiled(function: tirx.PrimFunc, target: Any, found: Shape | Traced) -> Any
 
 
 def arguments_of(function: tirx.PrimFunc, sizes: dict[str, int], size: int) -> Arrays:
-    """Arrays (and sizes) for the parameters; indices are small."""
+    """Random arrays (and sizes) for the function's parameters; integers are small, so that they are valid indices."""
     rng = np.random.default_rng(0)
     made: Arrays = []
     for parameter in function.params:
@@ -96,12 +96,12 @@ def _difference(expected: Any, got: Any) -> float:
 
 
 class FunctionWorker(Worker):
-    """Answers `machine` and `function`."""
+    """A `Worker` for functions that TVM generated: answers the questions `machine` and `function`."""
 
     def answer(self, question: dict[str, Any]) -> dict[str, Any]:
         if question["do"] == "machine":
             facts = super().answer(question)
-            if isinstance(self.device, There):
+            if isinstance(self.device, ServerDevice):
                 # TVM counts half of the processors unless it is told.
                 self.device.session.get_function("runtime.config_threadpool")(1, int(facts["cores"]))
             return facts
@@ -147,7 +147,7 @@ class FunctionWorker(Worker):
         return differences([m[NAME] for m in modules], arrays, tensors, TOLERANCE), tensors
 
     def _module(self, executable: Any) -> Any:
-        if not isinstance(self.device, There):
+        if not isinstance(self.device, ServerDevice):
             return executable.jit()
         with tempfile.TemporaryDirectory(prefix="isofold-") as folder:
             path = Path(folder, "candidate.so")
@@ -155,19 +155,19 @@ class FunctionWorker(Worker):
             return self.device.module(path)
 
     def _cpu(self) -> Any:
-        return self.device.session.cpu(0) if isinstance(self.device, There) else tvm.cpu()
+        return self.device.session.cpu(0) if isinstance(self.device, ServerDevice) else tvm.cpu()
 
 
-class LocalTensors(Here):
+class LocalTensors(LocalDevice):
     """This process, with tensors that TVM can be given new content for."""
 
     def put(self, array: np.ndarray[Any, Any]) -> Any:
         return tvm.runtime.tensor(array)
 
 
-def make(device: Here | There) -> FunctionWorker:
+def make(device: LocalDevice | ServerDevice) -> FunctionWorker:
     """The worker on a device."""
-    return FunctionWorker(device if isinstance(device, There) else LocalTensors())
+    return FunctionWorker(device if isinstance(device, ServerDevice) else LocalTensors())
 
 
 if __name__ == "__main__":

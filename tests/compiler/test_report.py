@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from isofold.compiler.block_graph import block_graph
 from isofold.compiler.capture import capture
+from isofold.compiler.decoded_weights import decoded
 from isofold.compiler.errors import ArtefactError
 from isofold.compiler.frontend import prepare, report_of
 from isofold.compiler.html_report import format_bytes, render_html, write_html
 from isofold.compiler.report import FOLDS, add_profile, packed_bytes, packed_nodes, refused_groups
 from isofold.compiler.svg import graph_svg, histogram_svg
-from isofold.compiler.weight_histograms import BINS, decoded, weight_inside
+from isofold.compiler.weight_histograms import BINS, weight_inside
 
 
 class Block(nn.Module):

@@ -155,8 +155,8 @@ def tune_kernels(
     """Measure other values for kernels, and so many traces for what TVM generates at most, on a GPU of one of these
     architectures; returns what `tuning.tune.tune` does.
 
-    hire, toolchain: who measures, and what makes libraries (for tests: an emulated GPU). Raises InputError where there
-    is no GPU, here or at the address; it says what would have been measured.
+    hire, toolchain: what gives machines to measure on, and what makes libraries (for tests: an emulated GPU). Raises
+    InputError where there is no GPU, here or at the address; it says what would have been measured.
     """
     spaces = [(kernel, space) for kernel in kernels if (space := space_of(kernel, archs)) is not None]
     if not spaces and not generics:

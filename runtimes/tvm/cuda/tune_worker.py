@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...tuning.child import serve
-from ...tuning.worker import There, in_turns
+from ...tuning.worker import ServerDevice, in_turns
 
 COLD = 4
 """All copies of the inputs together are this many times the second-level cache."""
@@ -90,7 +90,7 @@ class LocalGpu:
 class LentGpu:
     """The GPU of a server."""
 
-    def __init__(self, server: There) -> None:
+    def __init__(self, server: ServerDevice) -> None:
         self.server, self.device = server, server.session.cuda(0)
 
     def facts(self) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def main(arguments: list[str]) -> None:
 
     def connect() -> Device:
         if not kept:
-            lent = LentGpu(There(arguments[0], int(arguments[1]), arguments[2])) if arguments else None
+            lent = LentGpu(ServerDevice(arguments[0], int(arguments[1]), arguments[2])) if arguments else None
             kept.append(lent or LocalGpu())
         return kept[0]
 

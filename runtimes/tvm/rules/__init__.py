@@ -1,6 +1,7 @@
 """How each operator is written in Relax, one file for each family. Importing this package fills `RULES`."""
 
 from . import (
+    binary,
     contractions,
     convolutions,
     creation,
@@ -8,9 +9,9 @@ from . import (
     indexing,
     normalization,
     ordering,
-    pointwise,
     pooling,
     reductions,
+    unary,
     views,
 )
 from .registry import RULES, Rule, rule
@@ -19,6 +20,7 @@ __all__ = ["RULES", "Rule", "rule"]
 
 assert all(
     (
+        binary,
         contractions,
         convolutions,
         creation,
@@ -26,9 +28,9 @@ assert all(
         indexing,
         normalization,
         ordering,
-        pointwise,
         pooling,
         reductions,
+        unary,
         views,
     )
 )

@@ -23,7 +23,7 @@ from isofold.runtimes.tuning.child import LostError
 from isofold.runtimes.tuning.database import Database, Record, read_records
 from isofold.runtimes.tuning.machines import Facts, Machine
 from isofold.runtimes.tuning.search import Space
-from isofold.runtimes.tuning.worker import Here
+from isofold.runtimes.tuning.worker import LocalDevice
 from isofold.runtimes.tvm import tune_cpu, tune_worker
 from isofold.runtimes.tvm.compile_cpu import cpu_target
 from isofold.runtimes.tvm.schedule_cpu import TUNED, function_key, schedule_cpu, schedule_report
@@ -243,7 +243,7 @@ def test_a_wrong_result_is_found(target: Any, monkeypatch: pytest.MonkeyPatch) -
         "sizes": {},
         "size": 16,
     }
-    answer = tune_worker.make(Here()).answer(question)
+    answer = tune_worker.make(LocalDevice()).answer(question)
     assert answer["wrong"][:2] == [None, None]
     assert answer["wrong"][2].startswith("wrong: differs from the default by 1.0e-03")
     assert answer["seconds"][2] == []
