@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from isofold.passes import sparse_rates
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Examples follow from the test's name: the same in every run. No clock decides whether a property holds.
@@ -45,3 +47,9 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
 def root() -> Path:
     """The repository's root folder."""
     return ROOT
+
+
+@pytest.fixture
+def wide_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sparse layouts are chosen by the rates of one kind of machine, whatever this one is or was measured to have."""
+    monkeypatch.setattr(sparse_rates, "_current", lambda measured, wide: sparse_rates.WIDE)

@@ -237,6 +237,7 @@ def test_a_residual_that_is_no_thin_part_costs_nothing() -> None:
     assert all(thin_works(node) == [] for node in program.graph.nodes)
 
 
+@pytest.mark.usefixtures("wide_rates")
 def test_zeros_that_are_skipped_have_the_times_of_their_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Linear(256, 256)
     with torch.no_grad():

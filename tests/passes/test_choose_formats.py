@@ -136,6 +136,7 @@ def test_a_module_path_with_a_globs_characters_is_meant_literally(monkeypatch: p
     assert module.glob.escape("layers[0].*") == "layers[[]0].[*]"
 
 
+@pytest.mark.usefixtures("wide_rates")
 def test_zeros_make_integers_faster_where_the_recipe_skips_them(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(1024, 1024).eval()

@@ -22,7 +22,6 @@ from isofold.compiler.html_report import render_html
 from isofold.compiler.passes import PassReport
 from isofold.compiler.program import Program
 from isofold.compiler.recipe import PRESETS, LayerRule, Prune, Recipe, Sparsity, WeightFormat, resolve
-from isofold.passes import sparse_speed
 from isofold.passes.pipeline import plan
 from isofold.passes.prune_weights import kept
 from isofold.passes.sparse_candidates import candidates
@@ -80,10 +79,7 @@ def only(part: type[nn.Module] | Callable[..., nn.Module], matrix: Tensor) -> nn
     return nn.Sequential(linear).eval()
 
 
-@pytest.fixture(autouse=True)
-def rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Choices are tested by the rates of one kind of machine, whatever this one is."""
-    monkeypatch.setattr(sparse_speed, "current", lambda: WIDE)
+pytestmark = pytest.mark.usefixtures("wide_rates")
 
 
 @pytest.mark.parametrize("preset", ["sparse-float32", "sparse-int8"])

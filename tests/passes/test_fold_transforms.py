@@ -16,6 +16,8 @@ from isofold.compiler.recipe import PRESETS, Fold, Recipe
 from isofold.models import registry
 from isofold.passes.fold_transforms import fold_steps
 
+from ..captured import captured
+
 OPS: Any = torch.ops.isofold
 
 
@@ -130,7 +132,7 @@ def test_no_fold_no_steps() -> None:
     ],
 )
 def test_edges_where_nothing_folds(name: str, preset: str, step: str, count: int) -> None:
-    case = registry.get(name)
-    program = canonicalize(capture(case.module, case.args, dynamic_shapes=case.dynamic_shapes)).program
+    case, program = captured(name)
+    program = canonicalize(program).program
     _, reports = run(program, PRESETS[preset], [case.args, case.args])
     assert len(reports[step].applied) == count

@@ -8,12 +8,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from isofold.compiler.capture import capture
 from isofold.compiler.driver import relative_error, run_steps
 from isofold.compiler.program import Program
 from isofold.compiler.recipe import PRESETS
 from isofold.models import get
 from isofold.passes.pipeline import plan
+
+from ..captured import captured
 
 Count = Callable[[Program], Counter[str]]
 
@@ -31,8 +32,7 @@ LAST = {"norm_quantize": 1, "linear_packed": 1}
 
 def lowered(name: str, recipe: str) -> tuple[Program, Program]:
     """The packed program before and after the fusions of the pipeline."""
-    case = get(name)
-    program = capture(case.module, case.args, None, case.dynamic_shapes)
+    _, program = captured(name)
     chosen = PRESETS[recipe]
     plain = plan(program, chosen.model_copy(update={"fuse": False}))
     steps = plan(program, chosen)

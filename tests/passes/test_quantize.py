@@ -33,6 +33,8 @@ from isofold.passes.quantize_convolutions import quantize_convolutions
 from isofold.passes.quantize_embeddings import quantize_embeddings
 from isofold.passes.quantize_weights import quantize_weights
 
+from ..processes import PATIENCE
+
 OPS: Any = torch.ops.isofold
 DYNAMIC = ActivationFormat(mode="dynamic")
 
@@ -426,4 +428,4 @@ def test_importing_the_plugin_does_not_import_torch() -> None:
     import sys
 
     code = "import sys, isofold.passes.plugin; assert 'torch' not in sys.modules, 'torch was imported'"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)

@@ -31,6 +31,7 @@ from isofold.runtimes.onnx.export import export_onnx
 from isofold.runtimes.onnx.oplib.build import library_path
 from isofold.runtimes.onnx.session import open_session
 
+pytestmark = pytest.mark.usefixtures("wide_rates")
 OPS: Any = torch.ops.isofold
 RECIPES = {"int8": "sparse-int8", "float32": "sparse-float32"}
 DENSE = {"int8": "w8a8", "float32": "float32"}

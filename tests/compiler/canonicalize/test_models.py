@@ -20,6 +20,8 @@ from isofold.compiler.canonicalize import canonicalize
 from isofold.compiler.capture import capture
 from isofold.compiler.driver import REAL_TOLERANCE, relative_error
 
+from ...captured import captured
+
 FORMS = ("scaled_dot_product_attention", "rms_norm", "layer_norm", "rotary", "gated", "gelu")
 #: attention, RMSNorm, LayerNorm, rotary, gated products, gelu, of two layers (Bamba three, MiniLM six)
 EXPECTED = {
@@ -88,8 +90,11 @@ def test_the_table_is_complete() -> None:
     ],
 )
 def test_canonical_form(name: str, attention: str) -> None:
-    case = isofold.models.get(name, attention=attention)
-    program = capture(case.module, case.args, dynamic_shapes=case.dynamic_shapes)
+    if attention == "sdpa":
+        case, program = captured(name)
+    else:
+        case = isofold.models.get(name, attention=attention)
+        program = capture(case.module, case.args, dynamic_shapes=case.dynamic_shapes)
     result = canonicalize(program)
     called = collections.Counter(
         node.target._schema.name.split("::")[1]
@@ -114,17 +119,19 @@ def test_canonical_form(name: str, attention: str) -> None:
 
 
 def test_canonical_form_is_stable() -> None:
-    case = isofold.models.get("t5_decoder")
-    once = canonicalize(capture(case.module, case.args, dynamic_shapes=case.dynamic_shapes))
+    once = canonicalize(captured("t5_decoder")[1])
     twice = canonicalize(once.program)
     assert twice.report.applied == []
     assert twice.program.operator_count == once.program.operator_count
 
 
 def test_both_attention_implementations_come_out_alike() -> None:
+    eager = isofold.models.get("t5_encoder", attention="eager")
     texts = []
-    for attention in ("sdpa", "eager"):
-        case = isofold.models.get("t5_encoder", attention=attention)
-        program = canonicalize(capture(case.module, case.args, dynamic_shapes=case.dynamic_shapes)).program
-        texts.append(sorted(str(node.target) for node in program.graph.nodes if node.op == "call_function"))
+    for program in (
+        captured("t5_encoder")[1],
+        capture(eager.module, eager.args, dynamic_shapes=eager.dynamic_shapes),
+    ):
+        nodes = canonicalize(program).program.graph.nodes
+        texts.append(sorted(str(node.target) for node in nodes if node.op == "call_function"))
     assert texts[0] == texts[1]

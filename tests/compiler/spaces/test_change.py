@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from isofold.compiler.canonicalize import canonicalize
-from isofold.compiler.capture import capture
 from isofold.compiler.driver import relative_error
 from isofold.compiler.editor import Editor
 from isofold.compiler.hadamard import hadamard_matrix, randomised_hadamard
@@ -14,15 +13,14 @@ from isofold.compiler.program import Program
 from isofold.compiler.spaces import analyse, change, sample
 from isofold.compiler.spaces.change import Basis, apply_bases, apply_factors, apply_shifts
 from isofold.compiler.spaces.transform import random_orthogonal
-from isofold.models import registry
 from isofold.passes.fold_norm_affine import fold_norm_affine
+
+from ...captured import captured
 
 
 @pytest.fixture(scope="module", params=["llama", "bert"])
 def program(request: pytest.FixtureRequest) -> Program:
-    case = registry.get(request.param)
-    captured = capture(case.module, case.args, dynamic_shapes=case.dynamic_shapes)
-    return fold_norm_affine(canonicalize(captured).program).program
+    return fold_norm_affine(canonicalize(captured(request.param)[1]).program).program
 
 
 def changed(program: Program) -> dict[str, torch.Tensor]:

@@ -8,9 +8,10 @@ from types import ModuleType
 import pytest
 
 from isofold.compiler.canonicalize import canonicalize
-from isofold.compiler.capture import capture
 from isofold.compiler.spaces.analysis import analyse
 from isofold.models import registry
+
+from ...captured import captured
 
 
 def documented(root: Path, benchmark: ModuleType) -> dict[str, list[str]]:
@@ -22,8 +23,7 @@ def documented(root: Path, benchmark: ModuleType) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "resnet"])
 def test_the_table_is_current(name: str, root: Path, spaces_benchmark: ModuleType) -> None:
-    case = registry.get(name)
-    program = canonicalize(capture(case.module, case.args, dynamic_shapes=case.dynamic_shapes)).program
+    program = canonicalize(captured(name)[1]).program
     ready, gains, total = spaces_benchmark.prepared(spaces_benchmark.widened(program))
     spaces = analyse(ready)
     scales, shifts = len(spaces.scales.free_roots()), len(spaces.shifts.free_roots())

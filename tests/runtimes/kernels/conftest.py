@@ -1,8 +1,9 @@
-"""One shared library with the kernels of this folder and their drivers, built once per test session."""
+"""One shared library with the kernels of this folder and their drivers, built once for all processes of a test run."""
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -241,7 +242,32 @@ def address(array: Any) -> int:
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """All kernels for both instruction sets, and the test entry points above."""
-    folder = tmp_path_factory.mktemp("kernels")
+    own = tmp_path_factory.getbasetemp()
+    folder = (
+        own.parent if own.name.startswith("popen-") else own
+    ) / "kernels"  # of all workers of pytest-xdist
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "test.so").exists():
+            build_library(folder)
+    loaded = ctypes.CDLL(str(folder / "test.so"))
+    for name in (
+        "test_tasks",
+        "test_scratch",
+        "test_float_tasks",
+        "test_dense_tasks",
+        "test_sparse_tasks",
+        "test_sparse_scratch",
+        "test_lookup_bytes",
+    ):
+        getattr(loaded, name).restype = ctypes.c_int64
+    loaded.test_sparse_table.restype = ctypes.c_void_p
+    return loaded
+
+
+def build_library(folder: Path) -> None:
+    """`test.so`, which is there when it is whole."""
     sparse_modules = (
         sparse,
         sparse_many,
@@ -262,24 +288,12 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         f"-I{FOLDER}",
         "-Wl,--no-undefined",
         "-o",
-        "test.so",
+        "made.so",
         "test.c",
         *map(str, objects),
     ]
     subprocess.run(command, cwd=folder, check=True)
-    loaded = ctypes.CDLL(str(folder / "test.so"))
-    for name in (
-        "test_tasks",
-        "test_scratch",
-        "test_float_tasks",
-        "test_dense_tasks",
-        "test_sparse_tasks",
-        "test_sparse_scratch",
-        "test_lookup_bytes",
-    ):
-        getattr(loaded, name).restype = ctypes.c_int64
-    loaded.test_sparse_table.restype = ctypes.c_void_p
-    return loaded
+    (folder / "made.so").replace(folder / "test.so")
 
 
 @pytest.fixture(scope="session")

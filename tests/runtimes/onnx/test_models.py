@@ -8,20 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from isofold.compiler.capture import capture
 from isofold.compiler.differences import relative_difference
 from isofold.compiler.driver import run_steps
 from isofold.compiler.recipe import resolve
 from isofold.compiler.registry import pipeline
-from isofold.models import registry
 from isofold.runtimes.onnx.export import export_onnx
 from isofold.runtimes.onnx.session import open_session
+
+from ...captured import captured
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_uncompressed_models_equal_pytorch_at_other_sizes(name: str, tmp_path: Path) -> None:
-    case = registry.get(name)
-    program = capture(case.module, case.args, None, case.dynamic_shapes)
+    case, program = captured(name)
     export_onnx(program, tmp_path / "m.onnx", "m.data")
     session = open_session(tmp_path / "m.onnx", library=None)
     for args in (case.args, case.other_args):
@@ -54,9 +53,8 @@ def test_uncompressed_models_equal_pytorch_at_other_sizes(name: str, tmp_path: P
 def test_compressed_models_agree_with_and_without_the_library(
     name: str, recipe: str, tmp_path: Path, library: str
 ) -> None:
-    case = registry.get(name)
-    captured = capture(case.module, case.args, None, case.dynamic_shapes)
-    program, _ = run_steps(captured, pipeline()(captured, resolve(recipe), None, False), verify=False)
+    case, plain = captured(name)
+    program, _ = run_steps(plain, pipeline()(plain, resolve(recipe), None, False), verify=False)
     export_onnx(program, tmp_path / "m.onnx", "m.data")
     feed = dict(
         zip([p.name for p in program.placeholders], (a.numpy() for a in case.other_args), strict=True)

@@ -11,7 +11,6 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from isofold.compiler.capture import capture
 from isofold.compiler.differences import share_of_codes
 from isofold.compiler.driver import run_steps
 from isofold.compiler.errors import VerificationError
@@ -22,6 +21,8 @@ from isofold.compiler.registry import pipeline
 from isofold.models import registry
 from isofold.runtimes.onnx.export import export_onnx
 from isofold.runtimes.onnx.operator_check import operator_differences
+
+from ...captured import captured
 
 Case = tuple[Program, registry.ModelCase, Path]
 LINEARS = (
@@ -37,9 +38,8 @@ def compressed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str],
 
     def build(name: str, recipe: str) -> Case:
         if (name, recipe) not in made:
-            case = registry.get(name)
-            captured = capture(case.module, case.args, None, case.dynamic_shapes)
-            program, _ = run_steps(captured, pipeline()(captured, resolve(recipe), None, False), verify=False)
+            case, plain = captured(name)
+            program, _ = run_steps(plain, pipeline()(plain, resolve(recipe), None, False), verify=False)
             path = tmp_path_factory.mktemp(name) / "m.onnx"
             export_onnx(program, path, "m.data")
             made[name, recipe] = program, case, path

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from isofold.compiler.cli import app
 from isofold.compiler.errors import InputError
 from isofold.compiler.processor import processor
 from isofold.compiler.tune_job import duration
+from isofold.runtimes.tuning import session
 from isofold.runtimes.tuning.database import Database, read_records
 from isofold.runtimes.tuning.tune import tune
 from isofold.runtimes.tuning.workloads import Workload
@@ -178,12 +180,22 @@ class Net(torch.nn.Module):
         return self.down(torch.relu(self.up(x)))
 
 
-def test_a_models_own_linears_are_tuned(tmp_path: Path) -> None:
+def test_a_models_own_linears_are_tuned_for_as_long_as_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Workload] = []
+
+    def seen(workloads: list[Workload], **options: Any) -> dict[str, Any]:
+        asked.extend(workloads)
+        return tune(workloads, **options)
+
+    monkeypatch.setattr(session, "tune", seen)
     result = isofold.tune(
-        Net(), (torch.randn(3, 64),), recipe="w8a8", time=3, threads=1, database=tmp_path / "db.jsonl"
+        Net(), (torch.randn(3, 64),), recipe="w8a8", time=1, threads=1, database=tmp_path / "db.jsonl"
     )
-    names = {row["workload"] for row in result["workloads"]}
-    assert names <= {"linear w8 64x96 m3 t1", "linear w8 96x64 m3 t1"}
+    names = {"linear w8 64x96 m3 t1", "linear w8 96x64 m3 t1"}
+    assert {workload.name for workload in asked} == names
+    assert {row["workload"] for row in result["workloads"]} <= names, "none where a second is too short"
     assert result["library"] is None
 
 

@@ -12,6 +12,8 @@ import pytest
 from isofold.compiler.errors import ToolchainError
 from isofold.runtimes.onnx.oplib import build as module
 
+from ....processes import PATIENCE
+
 BUILD = "from isofold.runtimes.onnx.oplib import build as module\n"
 FAKE = """
 import os, time, sys
@@ -65,7 +67,7 @@ def test_two_processes_build_once(tmp_path: Path) -> None:
     running = [
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)
     ]
-    paths = {process.communicate(timeout=60)[0].strip() for process in running}
+    paths = {process.communicate(timeout=PATIENCE)[0].strip() for process in running}
     assert len(paths) == 1
     assert Path(paths.pop()).read_bytes() == b"library"
     assert (tmp_path / "log").read_text() == "built\n"
@@ -135,7 +137,7 @@ def test_a_script_without_a_main_guard_can_build(tmp_path: Path) -> None:
         + f"steps = []\nmodule.build({str(tmp_path / 'ops.so')!r}, progress=lambda *s: steps.append(s))\n"
         "assert steps[-1][1] == steps[-1][2] == len(steps), steps\n"
     )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     code = "import ctypes, sys; f = ctypes.CDLL(sys.argv[1]).isofold_ops_info; f.restype = ctypes.c_char_p; print(f())"
     command = [sys.executable, "-c", code, str(tmp_path / "ops.so")]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -111,10 +108,3 @@ def test_wrong_inputs_are_named(run_operator: Run, name: str, changes: dict[int,
         arguments[index] = value
     with pytest.raises(Exception, match=message):
         run_operator(operator, arguments, constants=WEIGHTS)
-
-
-@pytest.mark.skipif("ISOFOLD_ISA" in os.environ, reason="this is the run with a forced instruction set")
-def test_the_other_instruction_set() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", __file__, "-k", "threads or constant"]
-    done = subprocess.run(command, env={**os.environ, "ISOFOLD_ISA": "v3"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]

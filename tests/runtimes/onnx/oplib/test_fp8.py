@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -105,10 +102,3 @@ def test_wrong_vectors_are_named(run_operator: Run) -> None:
         run_operator("quantize_activation_fp8", [torch.ones(2, 8), torch.ones(2), 32])
     with pytest.raises(Exception, match=r"input 2 \(shift\): expected float32 \[8\], got float32 \[7\]"):
         run_operator("quantize_activation_fp8", [torch.ones(2, 8), None, 32, torch.ones(7)])
-
-
-@pytest.mark.skipif("ISOFOLD_ISA" in os.environ, reason="this is the run with a forced instruction set")
-def test_the_other_instruction_set() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", __file__]
-    done = subprocess.run(command, env={**os.environ, "ISOFOLD_ISA": "v3"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -127,12 +124,3 @@ def test_wrong_inputs_are_named(
         arguments[position] = made.contiguous() if isinstance(made, Tensor) else made
     with pytest.raises(Exception, match=message):
         run_operator(name_of(form), arguments)
-
-
-def test_the_other_instruction_set() -> None:
-    """v3 forced, in a process of its own: the choice is made when the library is loaded."""
-    selected = f"{__file__}::test_threads"
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", selected]
-    done = subprocess.run(command, env={**os.environ, "ISOFOLD_ISA": "v3"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "90 passed" in done.stdout

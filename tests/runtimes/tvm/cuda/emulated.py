@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from isofold.runtimes.tvm.cuda.emulate import emulated
 from isofold.runtimes.tvm.cuda.operators import EMITTERS
 from isofold.runtimes.tvm.cuda.plan import Call, Operand, Plan
 
-CACHE = Path(tempfile.gettempdir(), "isofold-cuda-emulator")
+CACHE = Path(tempfile.gettempdir(), f"isofold-cuda-emulator-{os.getuid()}")
 
 
 def arguments_of(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:

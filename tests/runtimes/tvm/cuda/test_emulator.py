@@ -28,6 +28,8 @@ from isofold.runtimes.tvm.cuda.builder import (
 )
 from isofold.runtimes.tvm.cuda.emulate import emulated
 
+from ....processes import PATIENCE
+
 
 def run(tmp_path: Path, tensors: list[Tensor], emit: Any, arrays: dict[str, np.ndarray]) -> np.ndarray:
     """The last tensor after one call of a kernel."""
@@ -177,7 +179,7 @@ def test_barrier_that_not_all_reach_ends_with_a_message(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert done.returncode != 0
     assert "a barrier or warp operation that not all threads reach: 40 of 64 threads" in done.stderr
