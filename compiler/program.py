@@ -29,12 +29,15 @@ from .coded_cache import CodedCache, decoded
 from .dialect.grouped_rows import by_expert
 from .errors import ArtefactError, InputError
 from .graph import value
+from .threads import one_thread
 
 _RECORD_FILE = "isofold.json"
 assert _dialect.OPERATORS
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _LARGE = 1 << 20
 """Elements of a weight above which it is widened in parts."""
+_SMALL, _FEW = 1 << 22, 1 << 15
+"""Elements of weights and of inputs below which a run in float64 takes one thread."""
 
 
 class Program:
@@ -196,10 +199,10 @@ class Program:
         """Flat results computed in float64 (weights cast one use and one part at a time: no second copy of them)."""
         args = self.example_args if args is None else args
         kwargs = self.example_kwargs if kwargs is None else kwargs
-        with torch.no_grad():
-            flat = _Float64Interpreter(self).run(
-                *self.flatten_inputs(args, kwargs), enable_io_processing=False
-            )
+        inputs = self.flatten_inputs(args, kwargs)
+        small = _elements(self.tensors.values()) < _SMALL and _elements(inputs) < _FEW
+        with torch.no_grad(), one_thread(when=small):
+            flat = _Float64Interpreter(self).run(*inputs, enable_io_processing=False)
         return pytree.tree_leaves(flat)
 
     def run_comparable(self) -> list[Any]:
@@ -327,6 +330,10 @@ class _Float64Interpreter(fx.Interpreter):
 
     def output(self, target: Any, args: Any, kwargs: Any) -> Any:
         return pytree.tree_map(_widen, super().output(target, args, kwargs))
+
+
+def _elements(values: Iterable[Any]) -> int:
+    return sum(v.numel() for v in values if isinstance(v, Tensor))
 
 
 def _widen(v: Any) -> Any:
