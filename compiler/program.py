@@ -31,12 +31,15 @@ from .dialect.grouped_rows import by_expert
 from .errors import ArtefactError, InputError
 from .graph import value
 from .python_kernel import Kernels, is_custom
+from .threads import one_thread
 
 _RECORD_FILE = "isofold.json"
 assert _dialect.OPERATORS
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _LARGE = 1 << 20
 """Elements of a weight above which it is widened in parts."""
+_SMALL, _FEW = 1 << 22, 1 << 15
+"""Elements of weights and of inputs below which a run in float64 takes one thread."""
 
 
 class Program:
@@ -198,10 +201,10 @@ class Program:
         """Flat results computed in float64 (weights cast one use and one part at a time: no second copy of them)."""
         args = self.example_args if args is None else args
         kwargs = self.example_kwargs if kwargs is None else kwargs
-        with torch.no_grad():
-            flat = _Float64Interpreter(self.graph, self.tensors).run(
-                *self.flatten_inputs(args, kwargs), enable_io_processing=False
-            )
+        inputs = self.flatten_inputs(args, kwargs)
+        small = _elements(self.tensors.values()) < _SMALL and _elements(inputs) < _FEW
+        with torch.no_grad(), one_thread(when=small):
+            flat = _Float64Interpreter(self.graph, self.tensors).run(*inputs, enable_io_processing=False)
         return pytree.tree_leaves(flat)
 
     def run_comparable(self) -> list[Any]:
@@ -361,6 +364,10 @@ class _Float64Interpreter(fx.Interpreter):
 def _as_in(v: Any, traced: Any) -> Any:
     """A value in the type that it has in the program."""
     return v.to(traced.dtype) if isinstance(v, Tensor) and isinstance(traced, Tensor) else v
+
+
+def _elements(values: Iterable[Any]) -> int:
+    return sum(v.numel() for v in values if isinstance(v, Tensor))
 
 
 def _widen(v: Any) -> Any:

@@ -98,7 +98,7 @@ def resolve_formats(program: Program, recipe: Recipe, machine: Machine) -> tuple
     choices = []
     for path, group in groups.items():
         integer = recipe.format_for(path, "activations").mode != "float"
-        forms = (*INTEGERS, OUTLIERS) if integer else (*INTEGERS, OUTLIERS, *CODES)
+        forms: tuple[WeightFormat, ...] = (*INTEGERS, OUTLIERS) if integer else (*INTEGERS, OUTLIERS, *CODES)
         forms = INTEGERS if any(layer.is_grouped for layer in group) else forms
         zeros = recipe.format_for(path, "sparsity") if integer else None
         candidates = [

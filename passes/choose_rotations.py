@@ -46,8 +46,11 @@ def choose_rotations(spaces: Spaces, method: str, seed: int = 0) -> dict[str, Te
 
 def _reads_along(user: fx.Node, member: Member) -> bool:
     """Whether a linear sums over a dimension of its weight."""
-    inputs = {aten.linear.default: 1, linear_grouped.overload: 2}.get(user.target)
-    return inputs == member.dim and argument(user, "weight") is member.node
+    inputs = {aten.linear.default: 1, linear_grouped.overload: 2}
+    return any(
+        user.target is target and member.dim == dim and argument(user, "weight") is member.node
+        for target, dim in inputs.items()
+    )
 
 
 @torch.no_grad()

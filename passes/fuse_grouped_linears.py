@@ -3,8 +3,8 @@
     linear_grouped_*(x, e, Wg), linear_grouped_*(x, e, Wu)
         → y = linear_grouped_*(x, e, [Wg; Wu]), y[:, 0:n], y[:, Np:Np + n]     Np: n in whole panels
 
-A step then sorts rows by expert, puts them together and wakes its threads once. Every expert's panels lie one behind the
-other, so that the stored bytes are joined as they are, whatever the width of codes.
+A step then sorts rows by expert, puts them together and wakes its threads once. Every expert's panels lie one behind
+the other, so that the stored bytes are joined as they are, whatever the width of codes.
 
 Side conditions: packed alike (operator, k, bits, groups), tensors are constants; group scales fit one float16
 multiplier. Others stay apart, with the reason.

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..compiler.dialect.packing import code_range, dequantize, storable_scale, zero_steps
+from ..compiler.threads import one_thread
 
 CHUNK = 1 << 15
 """Elements of a matrix that are searched at a time: few enough to stay in a core's cache."""
@@ -76,7 +76,7 @@ def quantize_matrix(
     matrix = weight.detach().flatten(1)
     low, high = code_range(bits, symmetric)
     zero_is_a_code = symmetric or zero_steps(bits) == 1
-    with torch.no_grad(), _one_thread():
+    with torch.no_grad(), one_thread():
         found = [
             _symmetric(g, bits, search) if symmetric else _asymmetric(g, bits, search)
             for g in _grouped(matrix, group_size, zero_is_a_code)
@@ -136,17 +136,6 @@ def requantized(weight: Tensor, like: QuantizedMatrix, *, bits: int, group_size:
     zero = 0 if like.zero is None else like.zero.repeat_interleave(size, 1)[:, : matrix.shape[1]]
     codes = _rounded(matrix / torch.where(scale == 0, torch.ones_like(scale), scale), zero, low, high)
     return codes.sub_(zero).mul_(scale).reshape(weight.shape)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Operators this small lose more at the barriers of torch's threads than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def dequantized(quantized: QuantizedMatrix, group_size: int) -> Tensor:

@@ -153,7 +153,10 @@ def _row_of(column: fx.Node, dim: int) -> fx.Node | None:
 
 def _row_of_result(user: fx.Node, dim: int) -> bool:
     """Whether a reader drops the dimension of size 1 again."""
-    if not is_call(user, aten.squeeze.dim, aten.squeeze.dims, *RESHAPES):
+    if is_call(user, aten.select.int):
+        if operands(user)[1] % 3 != dim % 3:
+            return False
+    elif not is_call(user, aten.squeeze.dim, aten.squeeze.dims, *RESHAPES):
         return False
     wide, flat = list(shape(operands(user)[0]) or ()), list(shape(user) or ())
     wide.pop(dim)

@@ -37,7 +37,7 @@ _MOVES = (
     aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims,
     aten.flatten.using_ints, aten.unflatten.int, aten.expand.default, aten.cat.default, aten.slice.Tensor,
     aten.narrow.default, aten.select.int, aten.stack.default, aten.clone.default, aten.contiguous.default,
-    aten.alias.default, aten.flip.default,
+    aten.alias.default, aten.flip.default, aten.repeat_interleave.self_int,
 )  # fmt: skip
 """Every result is one of the operands' elements."""
 

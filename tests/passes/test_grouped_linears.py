@@ -173,3 +173,15 @@ def test_linears_that_are_not_packed_alike_stay_apart(gated: Program) -> None:
     assert not applied(reports, "fuse_grouped_linears")
     refused = [e.reason for r in reports if r.name == "fuse_grouped_linears" for e in r.refused]
     assert refused == ["2 linears of experts read one value, but are not packed alike"]
+
+
+@pytest.mark.parametrize(("largest", "chosen"), [(0.2, {2, 3, 4}), (0.02, {8})])
+def test_auto_chooses_a_width_of_experts(largest: float, chosen: set[int], program: Program) -> None:
+    recipe = Recipe(weights=WeightFormat(format="auto", max_error=largest))
+    _, reports = run_steps(program, plan(program, recipe))
+    (choice,) = (e for e in applied(reports, "choose_formats") if e.place.module == "experts")
+    # Integers are all that experts have.
+    assert [c["format"].split(",")[0][:3] for c in choice.facts["candidates"]] == ["int"] * 4
+    packed = {e.facts["bits"] for e in applied(reports, "pack_grouped_linears")}
+    assert len(packed) == 1
+    assert packed <= chosen

@@ -608,7 +608,7 @@ class ExpertRows(nn.Module):
         ids, others = (scores.topk(1, -1, largest).indices.reshape(-1) for largest in (True, False))
         inner = F.relu(torch.bmm(self.up[ids], x[..., None])[..., 0])
         chosen = {"same": (ids,), "other": (others,), "both": (ids, others)}[self.second]
-        return sum(torch.bmm(self.down[c], inner[..., None])[..., 0] for c in chosen)
+        return torch.stack([torch.bmm(self.down[c], inner[..., None])[..., 0] for c in chosen]).sum(0)
 
 
 class RowsWithoutExperts(nn.Module):

@@ -149,11 +149,11 @@ def put_rows(analysis: Analysis, node: fx.Node) -> None:
             analysis.pin(node, operand, "ids")
     dims, added = list(analysis.dims(z)), analysis.dims(x)
     analysis.dims_of[node] = dims
-    for at in range(rank):
-        if at == dim % rank:
-            analysis.allow(node, [dims[at], added[at]], Group.NONE, "rows are put where ids say")
+    for index in range(rank):
+        if index == dim % rank:
+            analysis.allow(node, [dims[index], added[index]], Group.NONE, "rows are put where ids say")
         else:
-            analysis.tie(node, dims[at], added[at])
+            analysis.tie(node, dims[index], added[index])
     for operand in (z, x):
         analysis.same_scale(node, operand)
         if sums:

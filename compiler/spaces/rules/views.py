@@ -222,6 +222,22 @@ def pad(analysis: Analysis, node: fx.Node) -> None:
             analysis.pin_scale(node, side, "padding with a number")
 
 
+@rule(aten.repeat_interleave.self_int)
+def repeat(analysis: Analysis, node: fx.Node) -> None:
+    """Every index of one dimension several times in turn: that dimension is pinned."""
+    x, at = argument(node, "self"), argument(node, "dim")
+    given, dims = analysis.dims(x), analysis.fresh(node)
+    if at is None:
+        analysis.pin(node, x, "repeated as one dimension")
+        analysis.dims_of[node] = dims
+        analysis.pin(node, node, "repeated as one dimension")
+        return
+    at = int(at) % len(given)
+    analysis.allow(node, [given[at], dims[at]], Group.NONE, "its entries are repeated")
+    analysis.dims_of[node] = [*given[:at], dims[at], *given[at + 1 :]]
+    _same(analysis, node, x)
+
+
 @rule(aten.index.Tensor, aten.index_select.default, aten.gather.default)
 def index(analysis: Analysis, node: fx.Node) -> None:
     """Rows chosen by ids: what is not indexed passes."""

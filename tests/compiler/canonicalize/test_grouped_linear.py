@@ -38,6 +38,11 @@ def indexed_transposed(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return b[ids] + torch.matmul(x.unsqueeze(1), w.transpose(1, 2)[ids]).squeeze(1)
 
 
+def indexed_and_selected(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    ids = chosen(x)
+    return torch.bmm(w[ids], x[..., None])[..., 0] + b[ids]
+
+
 def sorted_rows(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     ids, order = torch.sort(chosen(x))
     y = grouped_mm(x[order], w.transpose(1, 2), offsets_of(ids)) + b[ids]
@@ -46,7 +51,7 @@ def sorted_rows(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return y[inverse]
 
 
-@pytest.mark.parametrize("spelling", [indexed, indexed_transposed, sorted_rows])
+@pytest.mark.parametrize("spelling", [indexed, indexed_transposed, indexed_and_selected, sorted_rows])
 def test_one_spelling_for_all(spelling: Any, canonical: Any, of: Any) -> None:
     module = of(spelling, w=torch.randn(E, N, K), b=torch.randn(E, N))
     found = canonical(module, torch.randn(9, K), dynamic_shapes=(ROWS,))

@@ -113,12 +113,12 @@ class Chosen(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.table, self.norm, self.last = nn.Embedding(24, 8), nn.RMSNorm(8, eps=0.1), nn.RMSNorm(8, eps=0.1)
+        self.first, self.norm, self.last = nn.Linear(8, 8), nn.RMSNorm(8, eps=0.1), nn.RMSNorm(8, eps=0.1)
         self.router, self.head = nn.Linear(8, 3, bias=False), nn.Linear(8, 12, bias=False)
         self.gate_up, self.down = nn.Parameter(torch.zeros(3, 8, 8)), nn.Parameter(torch.zeros(3, 8, 4))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.table(x.reshape(-1))
+        x = self.first(x)
         rows = self.norm(x)
         shares, ids = self.router(rows).sigmoid().topk(2, -1)
         rows, ids = rows.repeat_interleave(2, 0), ids.reshape(-1)
@@ -171,6 +171,10 @@ def images(index: int) -> Tensor:
     return torch.randn(64, 2, 4, 4, generator=torch.Generator().manual_seed(index), dtype=torch.float64)
 
 
+def rows(index: int) -> Tensor:
+    return torch.randn(64, 8, generator=torch.Generator().manual_seed(index), dtype=torch.float64)
+
+
 #: Architecture: how it is built, its inputs, how many of them, how large weights are.
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor], int, float]] = {
     "llama": (lambda: llama(False), ids, 6, 0.7),
@@ -182,7 +186,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor], int, f
     "gpt2": (gpt2, ids, 7, 0.7),
     "mpt": (mpt, ids, 14, 0.7),
     "opt": (opt, more_ids, 6, 0.5),
-    "experts": (Chosen, more_ids, 5, 0.7),
+    "experts": (Chosen, rows, 2, 0.7),
     "bert": (bert, ids, 8, 0.4),
     "vit": (vit, images, 5, 0.7),
     "t5": (lambda: t5(False), pairs, 7, 0.6),
