@@ -124,7 +124,49 @@ def _rsub(x: Any, other: float, alpha: float = 1) -> Any:
     return opset18.Sub(opset18.CastLike(other, scaled), scaled)
 
 
-_MENDED: dict[Any, Callable[..., Any]] = {torch.ops.aten.rsub.Scalar: _rsub}
+def _ints(*values: int) -> Any:
+    return opset18.Constant(value_ints=list(values))
+
+
+def _repeat_interleave(x: Any, repeats: int, dim: int | None = None, output_size: Any = None) -> Any:
+    """Each element `repeats` times in a row. torch.onnx repeats the whole instead where it has no dynamic sizes."""
+    if dim is None:
+        x, dim, rank = opset18.Reshape(x, _ints(-1)), 0, 1
+    else:
+        rank = len(x.shape)
+        dim %= rank
+    times = [repeats if d == dim + 1 else 1 for d in range(rank + 1)]
+    spread = opset18.Tile(
+        opset18.Unsqueeze(x, _ints(dim + 1)), _ints(*times)
+    )
+    sizes = [_ints(-1)]
+    if dim:
+        sizes.insert(0, opset18.Shape(x, start=0, end=dim))
+    if dim + 1 < rank:
+        sizes.append(opset18.Shape(x, start=dim + 1))
+    return opset18.Reshape(spread, sizes[0] if len(sizes) == 1 else opset18.Concat(*sizes, axis=0))
+
+
+def _cumulative_product(x: Any, dim: int, dtype: Any = None) -> Any:
+    """Products of the first 1, 2, 3, ... values. ONNX has no operator for it: each step doubles how many are taken in."""
+    rank, size = len(x.shape), x.shape[dim % len(x.shape)]
+    if not isinstance(size, int):
+        raise TypeError("aten.cumprod along a dimension without a static size")
+    axis, step = _ints(dim % rank), 1
+    while step < size:
+        head = opset18.Slice(x, _ints(0), _ints(step), axis)
+        rest = opset18.Slice(x, _ints(step), _ints(size), axis)
+        before = opset18.Slice(x, _ints(0), _ints(size - step), axis)
+        x = opset18.Concat(head, opset18.Mul(rest, before), axis=dim % rank)
+        step *= 2
+    return x
+
+
+_MENDED: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.rsub.Scalar: _rsub,
+    torch.ops.aten.repeat_interleave.self_int: _repeat_interleave,
+    torch.ops.aten.cumprod.default: _cumulative_product,
+}
 """Translations of ATen that torch.onnx lacks or does wrong."""
 
 
