@@ -286,7 +286,8 @@ def _explain(error: Exception, model: nn.Module) -> CaptureError:
             "The model takes or returns an object that is no tensor, and no tuple, list or dict of tensors",
             where=type(model).__qualname__,
             got=summary.split(". ")[0],
-            hint="wrap the model in a module that takes its tensors apart (for the caches of decoders, see "
+            hint="register a dataclass (torch.export.register_dataclass), or wrap the model in a module that takes its "
+            "tensors apart (for the caches of decoders, see "
             "examples/decode_with_coded_caches.py), or leave the cache out: kwargs={..., 'use_cache': False}",
         )
     return CaptureError(

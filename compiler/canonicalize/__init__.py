@@ -21,6 +21,7 @@ from .attention import canonicalize_attention
 from .batch_norm import fold_batch_norm
 from .complex_numbers import split_complex_numbers
 from .einsum import canonicalize_einsum
+from .embedding_bag import canonicalize_embedding_bags
 from .fold_constants import fold_constants
 from .gated import canonicalize_gated
 from .grouped_linear import canonicalize_grouped_linear
@@ -33,6 +34,7 @@ from .merged_heads import split_merged_heads
 from .pointwise import canonicalize_pointwise
 from .rms_norm import canonicalize_rms_norm
 from .rotary import canonicalize_rotary
+from .scatter import canonicalize_scatter
 from .sorted_rows import remove_sorting
 from .split import canonicalize_splits
 from .strip_no_ops import strip_no_ops
@@ -45,6 +47,8 @@ FORMS: tuple[Pass, ...] = (
     merge_duplicates,
     canonicalize_splits,
     canonicalize_einsum,
+    canonicalize_embedding_bags,
+    canonicalize_scatter,
     canonicalize_linear,
     canonicalize_grouped_linear,
     remove_sorting,

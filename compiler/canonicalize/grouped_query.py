@@ -50,7 +50,7 @@ def absorb_grouped_queries(editor: Editor) -> None:
 
 
 def _single(editor: Editor, node: fx.Node) -> fx.Node | str | None:
-    """`repeated`, also where heads were repeated behind the sequence: transpose(repeated x) is repeated(transpose x)."""
+    """`repeated`, also where heads were repeated behind the sequence: a transpose moves in front."""
     if not is_call(node, aten.transpose.int, aten.permute.default) or permutation(node) != [0, 2, 1, 3]:
         return repeated(node)
     found = repeated(operands(node)[0], heads=2)

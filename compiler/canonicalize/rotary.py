@@ -86,8 +86,8 @@ def _joined(editor: Editor, node: fx.Node) -> None:
                 x = _whole(editor, node, a, b, interleaved)
                 if x is None or not _is_sum(second, (a, sin), (b, cos)):
                     continue
-                tables = (_doubled(editor, node, table, interleaved) for table in (cos, sin))
-                _replace(editor, node, x, *tables, interleaved)
+                cos, sin = (_doubled(editor, node, table, interleaved) for table in (cos, sin))
+                _replace(editor, node, x, cos, sin, interleaved)
                 return
 
 

@@ -171,3 +171,35 @@ def test_a_cache_object_is_refused_with_what_to_do() -> None:
     assert str(caught.value).startswith("The model takes or returns an object that is no tensor")
     assert "DynamicCache" in str(caught.value)
     assert "examples/decode_with_coded_caches.py" in str(caught.value)
+
+
+class Counting(nn.Module):
+    """Counts its calls; `averaging`: and subtracts a moving average of what it saw."""
+
+    calls: Tensor
+    mean: Tensor
+
+    def __init__(self, averaging: bool) -> None:
+        super().__init__()
+        self.averaging = averaging
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if not self.averaging:
+            return x * 2
+        self.mean.mul_(0.9).add_(x.mean(0), alpha=0.1)
+        return x - self.mean
+
+
+def test_a_state_that_results_depend_on_is_refused_and_a_counter_is_left_out() -> None:
+    program = capture(Counting(averaging=False), (torch.ones(2, 3),))
+    assert not program.parameters
+    with pytest.raises(CaptureError) as caught:
+        capture(Counting(averaging=True), (torch.ones(2, 3),))
+    text = str(caught.value)
+    assert "keeps a state" in text
+    assert "got: mean" in text
+    assert "test_capture.py" in text
+    assert "forward(x, state)" in text
