@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .errors import CaptureError, InputError
-from .graph import fake_mode_of, value
+from .graph import fake_mode_of, source_line, value
 from .program import Program, load_pt2
 
 
@@ -162,6 +162,7 @@ def _from_exported(exported: ExportedProgram, dynamic_shapes: Any) -> Program:
     with quiet_torch(), _frozen_subclasses(exported):
         module = exported.run_decompositions({}).module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
+    _refuse_state(module.graph)
     tensors = _deduplicate(module)
     _complete_values(module.graph, tensors)
     _views_to_reshapes(module.graph)
@@ -184,6 +185,33 @@ def _frozen_subclasses(exported: ExportedProgram) -> Iterator[None]:
     finally:
         for tensor in held:
             tensor.requires_grad_(True)
+
+
+def _refuse_state(graph: fx.Graph) -> None:
+    """Drop what is written to buffers that no result depends on (counters). Raises CaptureError for others.
+
+    A program keeps nothing between two calls, and a buffer that one call writes and the next reads would stay what it
+    was, silently.
+    """
+    kept: list[tuple[str, fx.Node]] = []
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and node.target == torch.ops.aten.copy_.default and not node.users:
+            buffer = node.args[0]
+            assert isinstance(buffer, fx.Node)
+            graph.erase_node(node)
+            if buffer.op == "get_attr":
+                kept.append((str(buffer.target), buffer))
+    graph.eliminate_dead_code()
+    read = [(name, node) for name, node in reversed(kept) if not node._erased and node.users]
+    if read:
+        readers = (place for _, node in read for user in node.users if (place := source_line(user)))
+        raise CaptureError(
+            "The model keeps a state: it writes buffers that its next call reads",
+            where=next(readers, None),
+            got=", ".join(name for name, _ in read),
+            expected="results that depend on the arguments and on constants alone",
+            hint="make the state an argument and a result: forward(x, state) -> (y, new_state)",
+        )
 
 
 def _deduplicate(module: fx.GraphModule) -> dict[str, Any]:
@@ -288,7 +316,8 @@ def _explain(error: Exception, model: nn.Module) -> CaptureError:
             "The model takes or returns an object that is no tensor, and no tuple, list or dict of tensors",
             where=type(model).__qualname__,
             got=summary.split(". ")[0],
-            hint="wrap the model in a module that takes its tensors apart (for the caches of decoders, see "
+            hint="register a dataclass (torch.export.register_dataclass), or wrap the model in a module that takes its "
+            "tensors apart (for the caches of decoders, see "
             "examples/decode_with_coded_caches.py), or leave the cache out: kwargs={..., 'use_cache': False}",
         )
     return CaptureError(

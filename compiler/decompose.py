@@ -53,7 +53,9 @@ def decompose(editor: Editor, node: fx.Node) -> list[fx.Node] | None:
     except Exception:  # whatever a decomposition raises, it is not one for these arguments
         return None
     inner = [n for n in traced.graph.nodes if n.op == "call_function"]
-    if any(n.target == target for n in inner) or any(n.op == "get_attr" for n in traced.graph.nodes):
+    if any(n.target == target or _is_foreign(n) for n in inner):
+        return None
+    if any(n.op == "get_attr" for n in traced.graph.nodes):
         return None
     return _inlined(editor, node, traced.graph, sources)
 
@@ -92,6 +94,11 @@ def _functional(target: Any) -> Any:
         if [(a.name, str(a.type)) for a in overload._schema.arguments] == wanted:
             return overload
     return target
+
+
+def _is_foreign(node: fx.Node) -> bool:
+    """Whether it calls an operator of torch's other set of primitives, which nothing here knows."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace != "aten"
 
 
 def _is_assertion(node: fx.Node) -> bool:

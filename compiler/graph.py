@@ -83,7 +83,7 @@ def dtype(node: fx.Node) -> torch.dtype | None:
 
 
 def keep_exact(node: fx.Node, reason: str) -> fx.Node:
-    """Mark a constant that is no weight: a matrix that defines an operator. Passes that round or prune leave it alone."""
+    """Mark a constant that is no weight but defines an operator. Passes that round or prune leave it alone."""
     node.meta["isofold_exact"] = reason
     return node
 

@@ -5,11 +5,12 @@
     {"constant": null}                 a value that never changes (None, numbers, strings)
     {"tuple": [...]}, {"list": [...]}  and {"dict": {"name": ...}}
 
-Classes that torch treats as containers (named tuples, transformers' ModelOutput) become tuples and dicts.
+Classes that torch treats as containers (named tuples, transformers' ModelOutput, dataclasses) become tuples and dicts.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,7 @@ def encode(value: Any) -> Structure:
         return {"integer" if value.integer else "tensor": value.index}
     if isinstance(value, _CONSTANTS):
         return {"constant": value}
+    value = _fields(value)
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {"dict": {key: encode(item) for key, item in value.items()}}
     if isinstance(value, list):
@@ -47,6 +49,13 @@ def encode(value: Any) -> Structure:
         got=f"{type(value).__module__}.{type(value).__qualname__}",
         hint="wrap the model in a module that takes and returns these",
     )
+
+
+def _fields(value: Any) -> Any:
+    """A dataclass's fields by name; other values as they are."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type) and not isinstance(value, Mapping):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return value
 
 
 def decode(structure: Structure, tensors: list[Any]) -> Any:
@@ -78,6 +87,7 @@ def flatten(structure: Structure, value: Any, where: str, take: Callable[[int, s
                 hint="compile the model again with this value",
             )
     elif kind == "dict":
+        value = _fields(value)
         if not isinstance(value, Mapping) or set(value) != set(content):
             got = sorted(map(str, value)) if isinstance(value, Mapping) else type(value).__name__
             raise InputError(

@@ -88,7 +88,7 @@ class Layer:
 
 
 def layers(editor: Editor) -> Iterator[Layer]:
-    """All layers in graph order, with weights in float or already quantized; matrices that define an operator are none."""
+    """All layers in graph order, with weights in float or already quantized (not matrices that define an operator)."""
     for node in editor.calls(*OPERATORS):
         weight = argument(node, "weight")
         if kept_exact(weight) is None:

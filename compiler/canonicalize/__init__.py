@@ -23,6 +23,7 @@ from .batch_norm import fold_batch_norm
 from .complex_numbers import split_complex_numbers
 from .custom_operators import expand_custom_operators
 from .einsum import canonicalize_einsum
+from .embedding_bag import canonicalize_embedding_bags
 from .fold_constants import fold_constants
 from .gated import canonicalize_gated
 from .grouped_linear import canonicalize_grouped_linear
@@ -39,6 +40,7 @@ from .output_scale import fold_output_scale
 from .pointwise import canonicalize_pointwise
 from .rms_norm import canonicalize_rms_norm
 from .rotary import canonicalize_rotary
+from .scatter import canonicalize_scatter
 from .sorted_rows import remove_sorting
 from .split import canonicalize_splits
 from .strip_no_ops import strip_no_ops
@@ -55,6 +57,8 @@ FORMS: tuple[Pass, ...] = (
     canonicalize_splits,
     canonicalize_assembled,
     canonicalize_einsum,
+    canonicalize_embedding_bags,
+    canonicalize_scatter,
     canonicalize_linear,
     canonicalize_integer_products,
     canonicalize_grouped_linear,

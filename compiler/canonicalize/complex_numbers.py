@@ -3,12 +3,12 @@
     z = a + b i  →  (a, b)           (a + b i)(c + d i)  →  (ac - bd, ad + bc)
     view_as_complex(x)  →  (x[..., 0], x[..., 1])          view_as_real(z)  →  stack([a, b], -1)
 
-What moves elements moves both parts; products of matrices, convolutions and einsums are bilinear and become up to four of
-their kind. Fourier transforms are in `fourier.py`. No runtime then needs complex types, and what models say with them
-(rotary embedding, spectra) is read like its real spelling.
+What moves elements moves both parts; products of matrices and einsums are bilinear and become up to four of their
+kind. Fourier transforms are in `fourier.py`. No runtime then needs complex types, and what models say with them (rotary
+embedding, spectra) is read like its real spelling.
 
-All complex values of a program are taken apart, or none: where one comes in or goes out, or an operator has no rule here,
-that is refused, with the place. Exactness: real.
+All complex values of a program are taken apart, or none: where one comes in or goes out, or an operator has no rule
+here, that is refused, with the place. Exactness: real.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..editor import Editor
 from ..graph import argument, dtype, value
 from ..passes import Guarantee, define_pass
 from .fourier import FOURIER, Pair, transformed
-from .match import aten, operands
+from .match import aten, is_call, operands
 
 _MOVES = (
     *(aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.permute.default, aten.transpose.int),
@@ -324,7 +324,14 @@ def _imaginary(p: _Pairs, node: fx.Node) -> fx.Node:
 
 def _stacked(p: _Pairs, node: fx.Node) -> fx.Node:
     a, b = p.pair(operands(node)[0])
-    return p.call(aten.stack.default, [a, p.zeros(a) if b is None else b], -1)
+    b = p.zeros(a) if b is None else b
+    last = value(node).dim() - 1
+    for user in list(node.users):
+        # `z.real` arrives as the first of the two that `view_as_real` stacks.
+        if is_call(user, aten.select.int) and operands(user)[1] % (last + 1) == last:
+            user.replace_all_uses_with((a, b)[operands(user)[2]], propagate_meta=False)
+            p.old.append(user)
+    return p.call(aten.stack.default, [a, b], -1)
 
 
 def _conjugate(p: _Pairs, node: fx.Node) -> Pair:

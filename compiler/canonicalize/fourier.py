@@ -2,10 +2,10 @@
 
     X[k] = sum_n x[n] w^(nk),  w = exp(-2 pi i / N)  →  [re | im] = [x.re | x.im] times cosines and sines
 
-Up to `DIRECT` points (and for primes) that is one matrix. Above, N = P Q is split once more (Cooley and Tukey): P points
-at a stride of Q, a twiddle factor each, then Q points; N (P + Q) products instead of N^2. A transform of real values to
-half a spectrum has half the rows, one of half a spectrum to real values counts the inner frequencies twice. The matrices
-are computed in float64 and rounded once.
+Up to `DIRECT` points (and for primes) that is one matrix. Above, N = P Q is split once more (Cooley and Tukey): P
+points at a stride of Q, a twiddle factor each, then Q points; N (P + Q) products instead of N^2. A transform of real
+values to half a spectrum has half the rows, one of half a spectrum to real values counts the inner frequencies twice.
+The matrices are computed in float64 and rounded once.
 """
 
 from __future__ import annotations

@@ -4,7 +4,11 @@
                                half(x) = stack(-x[1::2], x[::2]).flatten   interleaved pairs (2i, 2i + 1)
 
 and around it `cat(rotated x[:R], x[R:])` where only a part of each head is turned. Anchor: the sum. The tables
-may be anything: the operator multiplies by them column by column.
+may be anything: the operator multiplies by them column by column. Or, with tables of half the width, part by part:
+
+    a, b = halves of x      cat / stack.flatten (a * cos - b * sin, a * sin + b * cos)
+
+Anchor: the join. That is how products of complex numbers read, too.
 
 Side conditions: R static and even, and the slices exactly the two halves, proved on their bounds; x has the four
 dimensions `[B, S, H, D]` or `[B, H, S, D]`, and the tables broadcast over the heads. Exactness: bitwise.
@@ -21,12 +25,15 @@ from ..passes import Guarantee, define_pass
 from .match import (
     MULTIPLICATIONS,
     RESHAPES,
+    Product,
+    Total,
     aten,
     either_order,
     equal_shapes,
     is_call,
     operands,
     slice_bounds,
+    total,
 )
 
 _ROTARY = torch.ops.isofold.rotary.default
@@ -38,6 +45,8 @@ def canonicalize_rotary(editor: Editor) -> None:
     for node in editor.calls(aten.add.Tensor):
         if argument(node, "alpha") == 1:
             _rotated(editor, node)
+    for node in editor.calls(aten.cat.default, aten.flatten.using_ints, *RESHAPES):
+        _joined(editor, node)
     for node in editor.calls(_ROTARY):
         _widen_to_head(editor, node)
 
@@ -59,6 +68,73 @@ def _rotated(editor: Editor, node: fx.Node) -> None:
                 return
             _replace(editor, node, x, cos, sin, interleaved)
             return
+
+
+def _joined(editor: Editor, node: fx.Node) -> None:
+    """The two parts of every pair, computed one by one and joined."""
+    stack = node if node.target == aten.cat.default else operands(node)[0]
+    if not is_call(stack, aten.cat.default, aten.stack.default) or len(operands(stack)[0]) != 2:
+        return
+    rank, interleaved = len(shape(stack) or ()), stack is not node
+    if rank != 4 + interleaved or int(argument(stack, "dim")) % rank != rank - 1:
+        return
+    first, second = (total(editor, part) for part in operands(stack)[0])
+    for plus, minus in (first.terms, first.terms[::-1]) if len(first.terms) == 2 else ():
+        # first = a cos - b sin, second = a sin + b cos
+        for a, cos in _factors(plus, 1.0):
+            for b, sin in _factors(minus, -1.0):
+                x = _whole(editor, node, a, b, interleaved)
+                if x is None or not _is_sum(second, (a, sin), (b, cos)):
+                    continue
+                cos, sin = (_doubled(editor, node, table, interleaved) for table in (cos, sin))
+                _replace(editor, node, x, cos, sin, interleaved)
+                return
+
+
+def _factors(term: Product, coefficient: float) -> list[tuple[fx.Node, fx.Node]]:
+    """The two factors of a term in both orders."""
+    if term.coefficient != coefficient or len(term.factors) != 2:
+        return []
+    return [(term.factors[0], term.factors[1]), (term.factors[1], term.factors[0])]
+
+
+def _is_sum(read: Total, *products: tuple[fx.Node, fx.Node]) -> bool:
+    """Whether a sum is exactly these products."""
+    found = [{*term.factors} for term in read.terms if term.coefficient == 1.0 and len(term.factors) == 2]
+    return not read.constant and len(read.terms) == 2 and all({*wanted} in found for wanted in products)
+
+
+def _whole(editor: Editor, node: fx.Node, a: fx.Node, b: fx.Node, interleaved: bool) -> fx.Node | None:
+    """x where a and b are the first and the second numbers of its pairs, with the shape of `node`."""
+    x = operands(a)[0] if is_call(a, aten.slice.Tensor, aten.select.int) else None
+    if not isinstance(x, fx.Node) or a.target != b.target or operands(b)[0] is not x:
+        return None
+    size = shape(x) or ()
+    last = len(size) - 1
+    if is_call(a, aten.select.int):
+        # Pairs that a reshape made a dimension of.
+        places = [(int(operands(part)[1]) % len(size), operands(part)[2]) for part in (a, b)]
+        if not interleaved or places != [(last, 0), (last, 1)] or not is_call(x, *RESHAPES) or size[-1] != 2:
+            return None
+        sizes = [*list(operands(x)[1])[:-2], (shape(node) or ())[-1]]
+        if not isinstance(sizes[-1], int) or not equal_shapes(x, operands(node)[0]):
+            return None
+        return editor.call(aten.reshape.default, operands(x)[0], sizes, like=node)
+    width = size[-1]
+    if not isinstance(width, int) or width % 2 or not equal_shapes(x, node):
+        return None
+    wanted = [(last, 0, width, 2), (last, 1, width, 2)]
+    if not interleaved:
+        wanted = [(last, 0, width // 2, 1), (last, width // 2, width, 1)]
+    return x if [slice_bounds(a), slice_bounds(b)] == wanted else None
+
+
+def _doubled(editor: Editor, node: fx.Node, table: fx.Node, interleaved: bool) -> fx.Node:
+    """A table of half the width for both numbers of each pair."""
+    if not interleaved:
+        return editor.call(aten.cat.default, [table, table], -1, like=node)
+    twice = editor.call(aten.stack.default, [table, table], -1, like=node)
+    return editor.call(aten.flatten.using_ints, twice, -2, -1, like=node)
 
 
 def turned_half(node: object) -> tuple[fx.Node, bool] | None:

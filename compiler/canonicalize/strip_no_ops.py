@@ -2,7 +2,7 @@
 
 Casts to the type a value has, clones, dropout outside training, slices and views of everything, additions of
 an integer zero, products with one, concatenations of one value (parts without elements, with which caches begin, are
-left out): each is the identity on values. A copy differs from its source only under
+left out), squeezed dimensions that are not 1: each is the identity on values. A copy differs from its source only under
 in-place writes, and captured graphs have none. Nested reshapes are the outer one; transposes in a row that
 undo each other cancel.
 
@@ -24,6 +24,7 @@ from .match import (
     CASTS,
     RESHAPES,
     aten,
+    dimensions,
     equal_shapes,
     is_call,
     is_float,
@@ -134,6 +135,7 @@ _IDENTITIES: dict[object, Callable[[fx.Node], fx.Node | None]] = {
     aten.dropout.default: _dropout,
     aten.native_dropout.default: lambda node: None,
     aten.slice.Tensor: _slice,
+    aten.squeeze.dims: lambda node: None if operands(node)[1] else _first(node),
     aten.cat.default: _concatenation,
     aten.add.Tensor: _sum_with_zero,
     aten.sub.Tensor: _sum_with_zero,
@@ -153,6 +155,8 @@ def _respell(editor: Editor, node: fx.Node) -> None:
     """Views as reshapes of the value before earlier reshapes, concatenations of what has elements."""
     if node.target is aten.cat.default:
         _leave_out_empty(editor, node)
+    if node.target in (aten.squeeze.dim, aten.squeeze.dims):
+        _leave_out_wide(node)
     if node.target not in RESHAPES:
         return
     node.target = aten.reshape.default
@@ -164,6 +168,15 @@ def _respell(editor: Editor, node: fx.Node) -> None:
         node.args = (source, operands(node)[1])
         if isinstance(inner, fx.Node) and not inner.users:
             editor.erase(inner)
+
+
+def _leave_out_wide(node: fx.Node) -> None:
+    """Squeezing a dimension of another size than 1 does nothing in torch, and is an error in ONNX."""
+    size = shape(operands(node)[0]) or ()
+    dims = dimensions(operands(node)[0], operands(node)[1]) or []
+    kept = [d for d in dims if not isinstance(size[d], int) or size[d] == 1]
+    if len(kept) < len(dims):
+        node.target, node.args = aten.squeeze.dims, (operands(node)[0], kept)
 
 
 def _leave_out_empty(editor: Editor, node: fx.Node) -> None:

@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from typing import Any
@@ -19,7 +19,10 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
-from onnxscript import opset18, values
+from onnxscript import opset18, rewriter, values
+from onnxscript.rewriter.rules.common import _no_op
+from torch import fx
+from torch.utils import _pytree as pytree
 
 from ...compiler.dialect import ONNX_DOMAIN, ONNX_VERSION, OPERATORS, Operator
 from ...compiler.errors import UnsupportedError
@@ -124,7 +127,47 @@ def _rsub(x: Any, other: float, alpha: float = 1) -> Any:
     return opset18.Sub(opset18.CastLike(other, scaled), scaled)
 
 
-_MENDED: dict[Any, Callable[..., Any]] = {torch.ops.aten.rsub.Scalar: _rsub}
+def _ints(*values: int) -> Any:
+    return opset18.Constant(value_ints=list(values))
+
+
+def _repeat_interleave(x: Any, repeats: int, dim: int | None = None, output_size: Any = None) -> Any:
+    """Each element `repeats` times in a row. torch.onnx repeats the whole instead where it has no dynamic sizes."""
+    if dim is None:
+        x, dim, rank = opset18.Reshape(x, _ints(-1)), 0, 1
+    else:
+        rank = len(x.shape)
+        dim %= rank
+    times = [repeats if d == dim + 1 else 1 for d in range(rank + 1)]
+    spread = opset18.Tile(opset18.Unsqueeze(x, _ints(dim + 1)), _ints(*times))
+    sizes = [_ints(-1)]
+    if dim:
+        sizes.insert(0, opset18.Shape(x, start=0, end=dim))
+    if dim + 1 < rank:
+        sizes.append(opset18.Shape(x, start=dim + 1))
+    return opset18.Reshape(spread, sizes[0] if len(sizes) == 1 else opset18.Concat(*sizes, axis=0))
+
+
+def _cumulative_product(x: Any, dim: int, dtype: Any = None) -> Any:
+    """Products of the first 1, 2, 3, ... values, which ONNX has no operator for: each step doubles how many."""
+    rank, size = len(x.shape), x.shape[dim % len(x.shape)]
+    if not isinstance(size, int):
+        raise TypeError("aten.cumprod along a dimension without a static size")
+    axis, step = _ints(dim % rank), 1
+    while step < size:
+        head = opset18.Slice(x, _ints(0), _ints(step), axis)
+        rest = opset18.Slice(x, _ints(step), _ints(size), axis)
+        before = opset18.Slice(x, _ints(0), _ints(size - step), axis)
+        x = opset18.Concat(head, opset18.Mul(rest, before), axis=dim % rank)
+        step *= 2
+    return x
+
+
+_MENDED: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.rsub.Scalar: _rsub,
+    torch.ops.aten.repeat_interleave.self_int: _repeat_interleave,
+    torch.ops.aten.cumprod.default: _cumulative_product,
+}
 """Translations of ATen that torch.onnx lacks or does wrong."""
 
 
@@ -135,10 +178,11 @@ def to_onnx(program: Program) -> ir.Model:
     dimensions after the user's Dims where they had names. Raises UnsupportedError that lists every operator
     without a lowering.
     """
-    exported = _without_gradients(program).to_exported_program()
+    exportable = _exportable(program)
+    exported = exportable.to_exported_program()
     table: dict[Any, Any] = {operator.overload: _translation(operator) for operator in OPERATORS.values()}
     table |= _MENDED
-    with _quiet():
+    with _quiet(), _exact_rewriting():
         try:
             made = torch.onnx.export(
                 exported,
@@ -154,7 +198,7 @@ def to_onnx(program: Program) -> ir.Model:
     model: ir.Model = made.model
     _attach_bodies(model)
     _name_interface(model, program)
-    _annotate(model, program)
+    _annotate(model, exportable)
     model.opset_imports.update({"": OPSET, ONNX_DOMAIN: ONNX_VERSION})
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = "isofold", None
@@ -166,15 +210,28 @@ def to_onnx(program: Program) -> ir.Model:
     return model
 
 
-def _without_gradients(program: Program) -> Program:
-    """The program with plain tensors for parameters.
+def _exportable(program: Program) -> Program:
+    """The program with plain tensors for parameters, and without results that are constants.
 
     torch lays out an attention's result by whether a gradient is wanted, and decomposes reshapes by that layout;
-    torch.onnx traces twice, with and without gradients, and the two must agree.
+    torch.onnx traces twice, with and without gradients, and the two must agree. Numbers and strings that are returned
+    are in the structure of the results, and torch.onnx fails on them.
     """
     tensors = {name: t.detach() if isinstance(t, torch.Tensor) else t for name, t in program.tensors.items()}
+    graph = program.graph
+    returned = pytree.tree_leaves(program.output_node.args[0], is_leaf=lambda v: v is None)
+    nodes = [leaf for leaf in returned if isinstance(leaf, fx.Node)]
+    if len(nodes) < len(returned):
+        graph = program.copy_graph()
+        own = {node.name: node for node in graph.nodes}
+        output = next(node for node in reversed(graph.nodes) if node.op == "output")
+        output.args = (tuple(own[node.name] for node in nodes),)
+        codegen = graph._codegen
+        assert isinstance(codegen, fx.graph._PyTreeCodeGen)
+        flat = pytree.tree_structure((0,) * len(nodes))
+        codegen.pytree_info = codegen.pytree_info._replace(out_spec=flat)
     return Program(
-        program.graph,
+        graph,
         tensors,
         program.example_args,
         program.example_kwargs,
@@ -196,6 +253,22 @@ def _quiet() -> Any:
             yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def _exact_rewriting() -> Iterator[None]:
+    """onnxscript's rewriting without its rules for arithmetic that changes nothing.
+
+    They compare constants with a tolerance: `x / (norm + 1e-12)` would lose its epsilon, and be NaN at zero. What is
+    exactly x + 0 or 1 x is gone from programs already.
+    """
+    known = rewriter._DEFAULT_REWRITE_RULES
+    inexact = {id(rule) for rule in _no_op.rules}
+    rewriter._DEFAULT_REWRITE_RULES = tuple(rule for rule in known if id(rule) not in inexact)
+    try:
+        yield
+    finally:
+        rewriter._DEFAULT_REWRITE_RULES = known
 
 
 def _explain(program: Program, error: Exception) -> UnsupportedError:

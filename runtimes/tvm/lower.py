@@ -76,7 +76,7 @@ def parameter_names(tensors: list[str], inputs: list[str]) -> dict[str, str]:
 
 
 def _with_rules(program: Program) -> Program:
-    """The program with operators that have no rule in terms of others, as far as torch can say it with those that have."""
+    """The program with operators that have no rule in terms of those that have, as far as torch knows how."""
     waiting = [node for node in program.graph.nodes if _lacks_rule(node)]
     if not waiting:
         return program

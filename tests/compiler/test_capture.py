@@ -186,3 +186,35 @@ def test_exported_graphs_have_no_mode_to_switch(inside: bool) -> None:
     assert [module.training for module in model.modules()] == before
     more = torch.randn(7, 4)
     assert torch.equal(program(more), source(more))
+
+
+class Counting(nn.Module):
+    """Counts its calls; `averaging`: and subtracts a moving average of what it saw."""
+
+    calls: Tensor
+    mean: Tensor
+
+    def __init__(self, averaging: bool) -> None:
+        super().__init__()
+        self.averaging = averaging
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if not self.averaging:
+            return x * 2
+        self.mean.mul_(0.9).add_(x.mean(0), alpha=0.1)
+        return x - self.mean
+
+
+def test_a_state_that_results_depend_on_is_refused_and_a_counter_is_left_out() -> None:
+    program = capture(Counting(averaging=False), (torch.ones(2, 3),))
+    assert not program.parameters
+    with pytest.raises(CaptureError) as caught:
+        capture(Counting(averaging=True), (torch.ones(2, 3),))
+    text = str(caught.value)
+    assert "keeps a state" in text
+    assert "got: mean" in text
+    assert "test_capture.py" in text
+    assert "forward(x, state)" in text

@@ -194,6 +194,46 @@ def _scatter(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
     return b.kernel(node, describe)
 
 
+@rule(aten.scatter_add.default, aten.scatter_reduce.two)
+def _scatter_reduce(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
+    """Every element looks for all indices that name it."""
+    source, ids, dim = a["self"], a["index"], a["dim"] % max(1, fake(node).dim())
+    dtype, how = dtype_name(fake(node).dtype), a.get("reduce", "sum")
+    if how not in _REDUCTIONS or not a.get("include_self", True):
+        raise UnsupportedError(
+            "This scatter is not lowered", expected=f"{', '.join(_REDUCTIONS)} with what was there", got=how
+        )
+    reduction, neutral, both = _REDUCTIONS[how]
+
+    def describe(k: Kernel) -> te.Tensor:
+        x, index, values = k.tensor(source), k.tensor(ids), k.tensor(a["src"])
+        axis = te.reduce_axis((0, index.shape[dim]), "r")
+        length = [s.astype("int64") for s in index.shape]
+
+        def found(*i: Expr) -> Expr:
+            # The index may be smaller than what it writes to.
+            at = [tirx.min(v.astype("int64"), length[d] - 1) for d, v in enumerate(i)]
+            at[dim] = axis.var
+            hit = tirx.EQ(wrapped(index(*at), x.shape[dim]), i[dim].astype("int64"))
+            for d in range(len(i)):
+                if d != dim:
+                    hit = tirx.And(hit, i[d].astype("int64") < length[d])
+            return reduction(tirx.Select(hit, values(*at), neutral(dtype)), axis=axis)
+
+        reduced = te.compute(x.shape, found, name="reduced")
+        return te.compute(x.shape, lambda *i: both(x(*i), reduced(*i)), name="y")
+
+    b.fallbacks.setdefault("scatter searches its indices for every element", []).append(node.name)
+    return b.kernel(node, describe)
+
+
+_REDUCTIONS: dict[str, tuple[Callable[..., Expr], Callable[[str], Expr], Callable[[Expr, Expr], Expr]]] = {
+    "sum": (te.sum, lambda dtype: constant(0, dtype), lambda x, y: x + y),
+    "amax": (te.max, tirx.min_value, tirx.max),
+    "amin": (te.min, tirx.max_value, tirx.min),
+}
+
+
 @rule(aten.slice_scatter.default)
 def _slice_scatter(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
     from .views import clamped_start

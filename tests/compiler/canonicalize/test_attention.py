@@ -231,6 +231,20 @@ def test_grouped_queries(spelling: str, canonical: Any, of: Any) -> None:
     )
 
 
+def test_heads_repeated_behind_the_sequence(canonical: Any, of: Any) -> None:
+    def grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def repeated(x: Tensor) -> Tensor:
+            b, t, heads, d = x.shape
+            return x[:, :, :, None].expand(b, t, heads, 2, d).reshape(b, t, heads * 2, d).transpose(1, 2)
+
+        return F.scaled_dot_product_attention(q, repeated(k), repeated(v), scale=0.25)
+
+    q, k, v = qkv(heads=2)
+    found = canonical(of(grouped), q, k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous())
+    assert "enable_gqa=True" in found.text
+    assert "expand" not in found.text
+
+
 def test_one_head_for_all_queries(canonical: Any, of: Any) -> None:
     def shared(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k.expand(B, H, T, D), v.expand(B, H, T, D))

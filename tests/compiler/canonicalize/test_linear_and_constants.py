@@ -384,3 +384,8 @@ def test_parts_without_elements_are_left_out_of_concatenations(canonical: Any, o
     assert "c[2,0,8]" not in two.text
     kept = canonical(of(lambda x, e: torch.cat([e, x], 1), e=torch.empty(2, 0, 8, dtype=torch.float64)), x)
     assert "cat(" in kept.text  # it decides the type of the result
+
+
+def test_squeezed_dimensions_that_are_not_one_are_left_out(canonical: Any, of: Any) -> None:
+    found = canonical(of(lambda x: (x.squeeze(1), x.squeeze((0, 1, 2)))), torch.randn(2, 3, 1))
+    assert found.text == "%0 = squeeze.dims(inputs_0, [2])\nreturn [inputs_0, %0]"

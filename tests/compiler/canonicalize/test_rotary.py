@@ -117,3 +117,40 @@ def test_refusals(canonical: Any, of: Any) -> None:
     )
     assert other.refused == ["a half-turned value is added to something else than the value times a table"]
     assert "rotary" not in flat.text + per_head.text + other.text
+
+
+def _parts(interleaved: bool, x: Tensor) -> tuple[Tensor, ...]:
+    if not interleaved:
+        return x.chunk(2, dim=-1)
+    return x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
+
+
+def _join(interleaved: bool, a: Tensor, b: Tensor) -> Tensor:
+    return torch.stack((a, b), dim=-1).flatten(-2) if interleaved else torch.cat((a, b), dim=-1)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_part_by_part_with_tables_of_half_the_width(interleaved: bool, canonical: Any, of: Any) -> None:
+    def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        a, b = _parts(interleaved, x)
+        return _join(interleaved, a * cos - b * sin, sin * a + b * cos)
+
+    found = canonical(of(turned), torch.randn(SHAPE), *torch.randn(2, 1, 1, 5, 4))
+    last = found.text.splitlines()[-2]
+    assert "isofold.rotary(inputs_0, " in last
+    assert last.endswith(f", 1, -1, {interleaved})")
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("wrong", ["sign", "tables", "sources"])
+def test_other_sums_of_parts_are_no_rotary(interleaved: bool, wrong: str, canonical: Any, of: Any) -> None:
+    def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        a, b = _parts(interleaved, x)
+        if wrong == "sign":
+            return _join(interleaved, a * cos + b * sin, a * sin + b * cos)
+        if wrong == "tables":
+            return _join(interleaved, a * cos - b * sin, a * cos + b * sin)
+        return _join(interleaved, a * cos - a * sin, a * sin + b * cos)
+
+    found = canonical(of(turned), torch.randn(SHAPE), *torch.randn(2, 1, 1, 5, 4))
+    assert "rotary" not in found.text

@@ -142,6 +142,47 @@ def test_numbers_minus_tensors_keep_their_types(tmp_path: Path) -> None:
         assert torch.equal(torch.from_numpy(found), wanted)
 
 
+def _run(model: nn.Module, x: Tensor, folder: Path) -> list[Tensor]:
+    export_onnx(capture(model, (x,)), folder / "m.onnx", "m.data")
+    session = onnxruntime.InferenceSession(folder / "m.onnx", providers=["CPUExecutionProvider"])
+    return [torch.from_numpy(r) for r in session.run(None, {session.get_inputs()[0].name: x.numpy()})]
+
+
+def test_small_constants_are_kept(tmp_path: Path) -> None:
+    class Small(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return x / (x.abs() + 1e-12), x * 1.000001, x - 1e-9
+
+    x = torch.tensor([0.0, 0.0, 1.0, 3.0])
+    for found, wanted in zip(_run(Small(), x, tmp_path), Small()(x), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_repetition_and_products_of_prefixes(tmp_path: Path) -> None:
+    class Repeated(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return (
+                x.repeat_interleave(3, 1),
+                x.repeat_interleave(2),
+                x.repeat_interleave(2, -1),
+                x.cumprod(-1),
+            )
+
+    x = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    for found, wanted in zip(_run(Repeated(), x, tmp_path), Repeated()(x), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_results_that_are_constants_are_left_to_the_structure(tmp_path: Path) -> None:
+    class Constants(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Any, ...]:
+            return 5, x + 1, "text", x.shape[0], None
+
+    x = torch.randn(2, 3)
+    (found,) = _run(Constants(), x, tmp_path)
+    assert torch.equal(found, x + 1)
+
+
 def test_large_tensors_are_aligned_and_hold_the_packed_bytes(exported: Path, packed_program: Program) -> None:
     data = exported.with_name("weights.bin").read_bytes()
     external = {

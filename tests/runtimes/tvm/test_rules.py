@@ -178,8 +178,24 @@ def test_indexing(execute: Callable[..., Executor]) -> None:
         lambda x, i, j: x[torch.arange(x.shape[0]), i[:, 0]], lambda x, i, j: x[torch.arange(x.shape[0])[:, None], i],
         lambda x, i, j: x.slice_scatter(x[:, :, :2] * 3, 2, 1, 3), lambda x, i, j: x.select_scatter(x[:, 0] * 2, 1, 2),
         lambda x, i, j: x[0].index_put((j,), x[0, :3] * 9), lambda x, i, j: x[0].index_put((i[0],), x[0, :4], True),
+        lambda x, i, j: x[0, :, :4].scatter_add(0, i[:, :3], x[:, 0, :4]),
+        lambda x, i, j: x[0].index_add(0, i[0], x[1, :4]),
+        lambda x, i, j: x[0].scatter_reduce(0, i, x[:, 0, :4], "amax"),
+        lambda x, i, j: x[0].scatter_reduce(0, i, x[:, 0, :4], "amin"),
     ]  # fmt: skip
     check(execute, functions, [inputs(2, 5), inputs(3, 9)], ({0: BATCH, 1: LENGTH}, {0: BATCH}, None))
+
+
+def test_operators_without_a_rule_are_taken_apart(execute: Callable[..., Executor]) -> None:
+    grid = torch.rand(1, 3, 4, 2) * 2 - 1
+    functions: list[Function] = [
+        lambda x, y: F.prelu(x, y[0, :1]), lambda x, y: F.celu(x), lambda x, y: F.cosine_similarity(x[0], y),
+        lambda x, y: F.one_hot(x[:, 0].argmax(-1), 6), lambda x, y: F.cross_entropy(x[:, 0], x[:, 1].argmax(-1)),
+        lambda x, y: F.grid_sample(x[:1, None], grid, align_corners=False), lambda x, y: torch.cdist(y, x[0]),
+        lambda x, y: F.unfold(x[:, None, :, :], (2, 3)),
+        lambda x, y: torch.einsum("bld,dn,bl->bn", x, y.t(), x[..., 0]),
+    ]  # fmt: skip
+    check(execute, functions, SHAPES[:1], None, 1e-5)
 
 
 def test_convolutions(execute: Callable[..., Executor]) -> None:
