@@ -6,17 +6,18 @@
 Models quantized by other tools, and those that simulate a quantizer while they train, round their activations with ATen
 operators. Packed linears and convolutions read `quantize_dequantize` (`rounding_chains` reads the spellings).
 
-Constant pairs: equal (REAL) where hi - lo is 255 or 15, as codes from 0 are those from lo shifted. With fewer levels the
-kernels' quantizer goes on where the model's clamps: it starts or ends with the model's on one side, and on the other x
-is known to be within, or clamped to hi s in front.
+Constant pairs: equal (REAL) where hi - lo is 255 or 15, as codes from 0 are those from lo shifted. With fewer levels
+the kernels' quantizer goes on where the model's clamps: it starts or ends with the model's on one side, and on the other
+x is known to be within, or clamped to hi s in front.
 Pairs of each row: equal (REAL) up to the guard of the scale against small rows, where they are the kernels' own
-(asymmetric, a range with 0 in it). Others are replaced (LOSSY) where the kernels' step is at no row wider: symmetric ones
-(max|x| / 127 is no less than the range / 255), and those that share a range between rows. The driver measures the
+(asymmetric, a range with 0 in it). Others are replaced (LOSSY) where the kernels' step is at no row wider: symmetric
+ones (max|x| / 127 is no less than the range / 255), and those that share a range between rows. The driver measures the
 difference. Rounding of x / s + z in one differs at ties only. A row of zeros, with which a scale without a guard makes
 NaN, is zeros.
 
-Only inputs of linears and convolutions that the recipe quantizes are touched. Refused: scales for channels or groups of
-a row, codes of more than 256 levels, steps that are narrower than the kernels', values that are not float32.
+Only inputs of linears and convolutions that the recipe quantizes are touched, also through views between the rounding
+and the layer, which then stand in front. Refused: scales for channels or groups of a row, codes of more than 256 levels,
+steps that are narrower than the kernels', values that are not float32.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor, fx
 
 from ..compiler.canonicalize.integer_values import Bounds
+from ..compiler.canonicalize.match import RESHAPES, VIEWS, equal_sizes, is_call, operands
 from ..compiler.dialect import quantize_dequantize
 from ..compiler.dialect.quantization import dynamic_params, levels
 from ..compiler.editor import Editor
@@ -56,31 +58,62 @@ class _Quantizer:
     most: float | None = None
 
 
+@dataclass(frozen=True)
+class _Reader:
+    """A layer that reads a value through these views, innermost first."""
+
+    layer: Layer
+    views: tuple[fx.Node, ...] = ()
+
+
 @define_pass(Guarantee.LOSSY)
 def extract_rounding(editor: Editor, *, recipe: Recipe) -> None:
     """Replace roundings of the inputs of layers that the recipe quantizes."""
-    readers: dict[fx.Node, list[Layer]] = {}
-    for layer in layers(editor):
-        if layer.kind != "embeddings" and recipe.format_for(layer.path, layer.kind) is not None:
-            readers.setdefault(layer.input, []).append(layer)
+    readers = _readers(editor, recipe)
     bounds = Bounds(editor)
     for node, found in roundings(editor):
         if isinstance(found, str):
             editor.refused(node, found)
             continue
-        read_by = readers.get(found.result)
+        moves = VIEWS if not found.scale.powers else ()
+        read_by = [
+            r for r in readers.get(found.result, ()) if all(_may_move(view, moves) for view in r.views)
+        ]
         if not read_by:
             if found.low is not None or found.high is not None:
                 editor.refused(
                     node, "no linear or convolution that the recipe quantizes reads what is rounded here"
                 )
             continue
-        wanted = "sample" if all(layer.kind == "convolutions" for layer in read_by) else "token"
+        wanted = "sample" if all(r.layer.kind == "convolutions" for r in read_by) else "token"
         quantizer = _quantizer(editor, bounds, found, wanted)
         if isinstance(quantizer, str):
             editor.refused(node, quantizer)
             continue
         _replace(editor, found, quantizer, read_by)
+
+
+def _readers(editor: Editor, recipe: Recipe) -> dict[fx.Node, list[_Reader]]:
+    """For each value the layers that the recipe quantizes and that read it, as it is or through views."""
+    found: dict[fx.Node, list[_Reader]] = {}
+    for layer in layers(editor):
+        if layer.kind == "embeddings" or recipe.format_for(layer.path, layer.kind) is None:
+            continue
+        node, views = layer.input, ()
+        found.setdefault(node, []).append(_Reader(layer))
+        while is_call(node, *VIEWS):
+            views = (node, *views)
+            node = operands(node)[0]
+            found.setdefault(node, []).append(_Reader(layer, views))
+    return found
+
+
+def _may_move(view: fx.Node, moves: tuple[object, ...]) -> bool:
+    """Whether a view gives the same in front of the quantizer: it moves single elements, or leaves rows whole."""
+    if is_call(view, *moves):
+        return True
+    before, after = shape(operands(view)[0]), shape(view)
+    return is_call(view, *RESHAPES) and bool(before) and bool(after) and equal_sizes(before[-1], after[-1])
 
 
 def _quantizer(editor: Editor, bounds: Bounds, found: Rounding, wanted: str) -> _Quantizer | str:
@@ -181,20 +214,24 @@ def _number(term: Term | None) -> float | None:
     return None if term is None or term.nodes else term.number
 
 
-def _replace(editor: Editor, found: Rounding, quantizer: _Quantizer, readers: list[Layer]) -> None:
+def _replace(editor: Editor, found: Rounding, quantizer: _Quantizer, readers: list[_Reader]) -> None:
     x, params = found.x, None
     if quantizer.most is not None:
         x = editor.call(aten.clamp.default, x, None, quantizer.most, like=found.result)
     if quantizer.static is not None:
-        params = editor.constant(torch.tensor(quantizer.static), f"{readers[0].node.name}_input_params")
-    arguments: tuple[Any, ...] = (x, params, quantizer.granularity, quantizer.bits)
-    new = editor.call(quantize_dequantize.overload, *arguments, like=found.result)
+        params = editor.constant(torch.tensor(quantizer.static), f"{readers[0].layer.node.name}_input_params")
     editor.applied(
         found.result,
         f"input to {quantizer.what}, for {len(readers)} layers",
         mode="dynamic" if quantizer.static is None else "static",
         bits=quantizer.bits,
         exact=quantizer.exact,
-        readers=[layer.path for layer in readers],
+        readers=[reader.layer.path for reader in readers],
     )
-    editor.replace(found.result, new)
+    # Views first: what is behind them goes with the value that they view.
+    for views in sorted({reader.views for reader in readers}, key=len, reverse=True):
+        moved, replaced = x, views[-1] if views else found.result
+        for view in views:
+            moved = editor.call(view.target, moved, *operands(view)[1:], like=replaced, **view.kwargs)
+        arguments: tuple[Any, ...] = (moved, params, quantizer.granularity, quantizer.bits)
+        editor.replace(replaced, editor.call(quantize_dequantize.overload, *arguments, like=replaced))
