@@ -7,8 +7,8 @@ Models quantized by other tools, and those that simulate a quantizer while they 
 operators. Packed linears and convolutions read `quantize_dequantize` (`rounding_chains` reads the spellings).
 
 Constant pairs: equal (REAL) where hi - lo is 255 or 15, as codes from 0 are those from lo shifted. With fewer levels
-the kernels' quantizer goes on where the model's clamps: it starts or ends with the model's on one side, and on the other
-x is known to be within, or clamped to hi s in front.
+the kernels' quantizer goes on where the model's clamps: it starts or ends with the model's on one side, and on the
+other x is known to be within, or clamped to hi s in front.
 Pairs of each row: equal (REAL) up to the guard of the scale against small rows, where they are the kernels' own
 (asymmetric, a range with 0 in it). Others are replaced (LOSSY) where the kernels' step is at no row wider: symmetric
 ones (max|x| / 127 is no less than the range / 255), and those that share a range between rows. The driver measures the
@@ -16,8 +16,8 @@ difference. Rounding of x / s + z in one differs at ties only. A row of zeros, w
 NaN, is zeros.
 
 Only inputs of linears and convolutions that the recipe quantizes are touched, also through views between the rounding
-and the layer, which then stand in front. Refused: scales for channels or groups of a row, codes of more than 256 levels,
-steps that are narrower than the kernels', values that are not float32.
+and the layer, which then stand in front. Refused: scales that are no number for the tensor, a sample or a token, codes
+of more than 256 levels, steps that are narrower than the kernels', values that are not float32.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from ..compiler.graph import dtype, shape
 from ..compiler.passes import Guarantee, define_pass
 from ..compiler.recipe import Recipe
 from .layers import Layer, layers
-from .row_ranges import GRANULARITIES, RowFormula, UnknownFormulaError, probes
 from .rounding_chains import Rounding, Term, roundings
+from .row_ranges import GRANULARITIES, RowFormula, UnknownFormulaError, probes
 
 aten = torch.ops.aten
 
@@ -99,7 +99,8 @@ def _readers(editor: Editor, recipe: Recipe) -> dict[fx.Node, list[_Reader]]:
     for layer in layers(editor):
         if layer.kind == "embeddings" or recipe.format_for(layer.path, layer.kind) is None:
             continue
-        node, views = layer.input, ()
+        node: fx.Node = layer.input
+        views: tuple[fx.Node, ...] = ()
         found.setdefault(node, []).append(_Reader(layer))
         while is_call(node, *VIEWS):
             views = (node, *views)
@@ -113,7 +114,9 @@ def _may_move(view: fx.Node, moves: tuple[object, ...]) -> bool:
     if is_call(view, *moves):
         return True
     before, after = shape(operands(view)[0]), shape(view)
-    return is_call(view, *RESHAPES) and bool(before) and bool(after) and equal_sizes(before[-1], after[-1])
+    if not is_call(view, *RESHAPES) or not before or not after:
+        return False
+    return equal_sizes(before[-1], after[-1])
 
 
 def _quantizer(editor: Editor, bounds: Bounds, found: Rounding, wanted: str) -> _Quantizer | str:
@@ -186,9 +189,11 @@ def _dynamic(editor: Editor, found: Rounding, wanted: str) -> _Quantizer | str:
         )
     elif alike:
         ratio = float((scale / own).max())
-        what = f"dynamic uint{bits} of each {wanted}, with steps that are 1 to {ratio:.3g} times as narrow as the model's"
+        what = (
+            f"dynamic uint{bits} of each {wanted}, with steps 1 to {ratio:.3g} times as narrow as the model's"
+        )
     else:
-        what = f"dynamic uint{bits} of each {wanted}, where the model has one range for each {granularity}: its steps are wider"
+        what = f"dynamic uint{bits} of each {wanted}, in place of the wider one range for each {granularity}"
     return _Quantizer(bits, wanted, None, what, exact)
 
 
@@ -232,6 +237,6 @@ def _replace(editor: Editor, found: Rounding, quantizer: _Quantizer, readers: li
     for views in sorted({reader.views for reader in readers}, key=len, reverse=True):
         moved, replaced = x, views[-1] if views else found.result
         for view in views:
-            moved = editor.call(view.target, moved, *operands(view)[1:], like=replaced, **view.kwargs)
+            moved = editor.call(view.target, moved, *operands(view)[1:], like=replaced)
         arguments: tuple[Any, ...] = (moved, params, quantizer.granularity, quantizer.bits)
         editor.replace(replaced, editor.call(quantize_dequantize.overload, *arguments, like=replaced))

@@ -1,10 +1,10 @@
-"""Simulated rounding in a graph: y = (clamp(round(x / s) + z, lo, hi) - z) s, read up to the order in which it is spelled.
+"""Simulated rounding in a graph, read up to how it is spelled: y = (clamp(round(x / s) + z, lo, hi) - z) s.
 
-Behind a `round` comes a chain of sums, clamps and products with values that are numbers or one number for each row (their
-last size is 1). With q = round(x / s) everything along it is `clamp(q, low, high) + offset`: a sum moves the offset, a
-clamp at c behind the offset o clamps q at c - o. The chain is a rounding where the offset is 0 again and the products
-behind undo those in front. So z may be absent, stand inside of the rounding (where it is whole), in front of or behind
-the clamp; scales may be numbers, constants or computed values, multiplied, divided by, or their reciprocals.
+Behind a `round` comes a chain of sums, clamps and products with values that are numbers or one number for each row
+(their last size is 1). With q = round(x / s) everything along it is `clamp(q, low, high) + offset`: a sum moves the
+offset, a clamp at c behind the offset o clamps q at c - o. The chain is a rounding where the offset is 0 again and the
+products behind undo those in front. So z may be absent, stand inside of the rounding (where it is whole), in front of
+or behind the clamp; scales may be numbers, constants or computed values, multiplied, divided by, or their reciprocals.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class _Reader:
                     if front.times(state.scale).is_one:
                         return Rounding(x, state.scale, low, high, result)
                 if low is not None or high is not None:
-                    reason = "what its codes are multiplied with is not the inverse of what the value is multiplied with"
+                    reason = "what its codes are multiplied with is not the inverse of what is in front of the rounding"
         return reason
 
     def _in_front(self, node: Any) -> Iterator[tuple[fx.Node, Scale]]:

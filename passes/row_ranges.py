@@ -60,7 +60,9 @@ _NUMBERS: dict[Any, Callable[..., Tensor]] = {
     aten.eq.Scalar: torch.eq,
 }
 _FILLED = {aten.zeros_like.default: 0.0, aten.ones_like.default: 1.0}
-_PEELED = (*RESHAPES, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.expand.default, aten.clone.default)  # fmt: skip
+_PEELED = (
+    *RESHAPES, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.expand.default, aten.clone.default,
+)  # fmt: skip
 
 
 class UnknownFormulaError(Exception):
@@ -106,7 +108,7 @@ class RowFormula:
     def of(self, node: Any) -> Tensor:
         """A node or number for each range."""
         if not isinstance(node, fx.Node):
-            return node  # type: ignore[no-any-return]  # a number, None, or a keyword
+            return node  # a number, None, or a keyword
         if node not in self._known:
             self._known[node] = self._evaluate(node)
         return self._known[node]
@@ -183,7 +185,7 @@ class RowFormula:
         if inside is self.x and dims == set(range(1, len(sizes))):
             return "sample"
         raise UnknownFormulaError(
-            f"its scale is for dimensions {sorted(dims)} of {list(sizes)}, and kernels take one for each token or sample"
+            f"its scale is for dimensions {sorted(dims)} of {list(sizes)}, and kernels take one a token or sample"
         )
 
 

@@ -251,8 +251,8 @@ class _Floats:
             return self.editor.call(aten._to_copy.default, source, dtype=kind, like=like)
         target: Any = aten.mm.default if is_call(node, *_PRODUCTS) else node.target
         inner = {source: self.of(source, kind, like) for source in _sources(node)}
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: inner.get(n, n))
-        return self.editor.call(target, *args, like=like, **kwargs)
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: inner.get(n, n))
+        return self.editor.call(target, *args, like=like, before=None, **kwargs)
 
 
 def _sources(node: fx.Node) -> list[fx.Node]:
