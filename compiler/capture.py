@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .errors import CaptureError, InputError
 from .graph import fake_mode_of, value
@@ -61,9 +62,9 @@ def capture(
             where=type(model).__qualname__,
             hint="pass args=(...) or kwargs={...}; an ExportedProgram, a .pt2 file or a transformers model brings them",
         )
-    return _from_exported(
-        _export(model, tuple(args or ()), dict(kwargs or {}), dynamic_shapes), dynamic_shapes
-    )
+    with _without_gradients_of_parts(model):
+        exported = _export(model, tuple(args or ()), dict(kwargs or {}), dynamic_shapes)
+        return _from_exported(exported, dynamic_shapes)
 
 
 @contextmanager
@@ -96,6 +97,20 @@ def _export(
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def _without_gradients_of_parts(model: nn.Module) -> Iterator[None]:
+    """No gradients of parameters that are made of several tensors (codes and scales): torch.export takes them apart, and
+    would ask for gradients of the codes."""
+    made = [p for p in model.parameters() if p.requires_grad and is_traceable_wrapper_subclass(p)]
+    for parameter in made:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in made:
+            parameter.requires_grad_(True)
 
 
 def _evaluate(model: nn.Module) -> None:
