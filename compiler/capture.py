@@ -101,8 +101,8 @@ def _export(
 
 @contextmanager
 def _without_gradients_of_parts(model: nn.Module) -> Iterator[None]:
-    """No gradients of parameters that are made of several tensors (codes and scales): torch.export takes them apart, and
-    would ask for gradients of the codes."""
+    """No gradients of parameters that are made of several tensors (codes and scales): torch.export takes them apart,
+    and would ask for gradients of the codes."""
     made = [p for p in model.parameters() if p.requires_grad and is_traceable_wrapper_subclass(p)]
     for parameter in made:
         parameter.requires_grad_(False)

@@ -16,8 +16,10 @@ difference. Rounding of x / s + z in one differs at ties only. A row of zeros, w
 NaN, is zeros.
 
 Only inputs of linears and convolutions that the recipe quantizes are touched, also through views between the rounding
-and the layer, which then stand in front. Refused: scales that are no number for the tensor, a sample or a token, codes
-of more than 256 levels, steps that are narrower than the kernels', values that are not float32.
+and the layer, which then stand in front. What is rounded twice on one grid, with views and max pools between, is
+rounded once: rounding is monotone, so that the largest rounded value is the largest value rounded. Refused: scales that
+are no number for the tensor, a sample or a token, codes of more than 256 levels, steps that are narrower than the
+kernels', values that are not float32.
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ from .row_ranges import GRANULARITIES, RowFormula, UnknownFormulaError, probes
 
 aten = torch.ops.aten
 
+_Grid = tuple[float, float | None, float | None]
+"""Step of a rounding, and the least and largest code."""
 _SAME = 1e-6
 """Relative difference of two steps that are one."""
 
@@ -69,6 +73,7 @@ class _Reader:
 @define_pass(Guarantee.LOSSY)
 def extract_rounding(editor: Editor, *, recipe: Recipe) -> None:
     """Replace roundings of the inputs of layers that the recipe quantizes."""
+    _round_once(editor)
     readers = _readers(editor, recipe)
     bounds = Bounds(editor)
     for node, found in roundings(editor):
@@ -91,6 +96,29 @@ def extract_rounding(editor: Editor, *, recipe: Recipe) -> None:
             editor.refused(node, quantizer)
             continue
         _replace(editor, found, quantizer, read_by)
+
+
+def _round_once(editor: Editor) -> None:
+    """Leave out roundings that all readers round again on the same grid, behind what only chooses among elements."""
+    pairs: dict[fx.Node, _Grid] = {}
+    results: list[tuple[Rounding, _Grid]] = []
+    for _, found in roundings(editor):
+        if not isinstance(found, str) and not found.scale.powers:
+            grid = (found.scale.coefficient, _number(found.low), _number(found.high))
+            pairs[found.first] = grid
+            results.append((found, grid))
+    for found, grid in reversed(results):
+        if None not in grid and _is_rounded_again(found.result, grid, pairs):
+            editor.applied(found.result, "all that read it round it again on the same grid: once is enough")
+            editor.replace(found.result, found.x)
+
+
+def _is_rounded_again(node: fx.Node, grid: _Grid, pairs: dict[fx.Node, _Grid]) -> bool:
+    return bool(node.users) and all(
+        pairs.get(user) == grid
+        or (is_call(user, *VIEWS, aten.max_pool2d.default) and _is_rounded_again(user, grid, pairs))
+        for user in node.users
+    )
 
 
 def _readers(editor: Editor, recipe: Recipe) -> dict[fx.Node, list[_Reader]]:
@@ -146,7 +174,7 @@ def _static(bounds: Bounds, found: Rounding) -> _Quantizer | str:
         return f"its codes are {low:g}..{high:g}, more than 256"
     bits = 4 if count <= levels(4) else 8
     least, most, _ = bounds.of(found.x)
-    zero, end = -low, None
+    zero, end = 0.0 - low, None
     if count < levels(bits) and most >= (high + 0.5) * scale:
         # The quantizer can end where the model's does on one side; the other is known to be within, or clamped.
         if least > (low - 0.5) * scale:

@@ -84,9 +84,13 @@ class Scale:
 
 @dataclass(frozen=True)
 class Rounding:
-    """One simulated rounding: `result` is (clamp(round(x / scale), low, high)) scale. None: not clamped there."""
+    """One simulated rounding: `result` is (clamp(round(x / scale), low, high)) scale. None: not clamped there.
+
+    first: the call that reads x.
+    """
 
     x: fx.Node
+    first: fx.Node
     scale: Scale
     low: Term | None
     high: Term | None
@@ -133,9 +137,11 @@ class _Reader:
                     continue
                 low = None if state.low is None else state.low.plus(offset, -1.0)
                 high = None if state.high is None else state.high.plus(offset, -1.0)
+                first = node if start is operands(node)[0] else operands(node)[0]
                 for x, front in self._in_front(start):
                     if front.times(state.scale).is_one:
-                        return Rounding(x, state.scale, low, high, result)
+                        return Rounding(x, first, state.scale, low, high, result)
+                    first = x
                 if low is not None or high is not None:
                     reason = "what its codes are multiplied with is not the inverse of what is in front of the rounding"
         return reason

@@ -123,6 +123,32 @@ def test_views_between_the_rounding_and_its_reader_stand_in_front(text: Any) -> 
     assert "no linear" in extracted(rows, x)[2].refused[0].reason
 
 
+def test_what_is_rounded_again_on_the_same_grid_is_rounded_once(text: Any) -> None:
+    def rounded(x: Tensor, low: int = 0) -> Tensor:
+        return torch.round(x / S).clamp(low, 255 + low) * S
+
+    def pooled(x: Tensor, low: int = 0) -> Tensor:
+        return rounded(F.max_pool2d(rounded(x, low), 2).reshape(-1, 2, 4, 4))
+
+    model, x = Model(pooled, nn.Conv2d(2, 3, 3)), inputs(6, 2, 8, 8)
+    _, after, report = extracted(model, x, dynamic=True)
+    assert report.applied[0].what == "all that read it round it again on the same grid: once is enough"
+    assert [line.split(" = ")[1].split("(")[0] for line in text(after) if "sym_size" not in line] == [
+        "max_pool2d",
+        "quantize_dequantize",
+        "conv2d",
+    ]
+    assert (report.error or 0) < 1e-6
+    torch.testing.assert_close(after(x), model(x), rtol=1e-5, atol=1e-5)
+    elsewhere = (
+        Model(lambda x: pooled(x, -128), nn.Conv2d(2, 3, 3)),  # another grid
+        Model(lambda x: rounded(F.avg_pool2d(rounded(x), 2)), nn.Conv2d(2, 3, 3)),  # new values
+        Model(lambda x: (y := rounded(x), rounded(y) + y)[1], nn.Conv2d(2, 3, 3)),  # another reader
+    )
+    for other in elsewhere:
+        assert not any("once is enough" in entry.what for entry in extracted(other, x)[2].applied)
+
+
 def test_four_bits_and_two_readers(text: Any) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
