@@ -2,9 +2,9 @@
 
     quantize_affine(x, ...)  →  _to_copy(clamp(round(x * reciprocal(s)) + z, lo, hi), int8)
 
-What a kernel is, how it is read, and what is refused: `compiler/python_kernel.py`. Operators of ATen, of PyTorch's prims
-and of isofold stay, but for `torch.fake_quantize_*`, which are spelled out. Exactness: bitwise in the program's own
-types; the float64 comparison runs the same graph, as many such kernels refuse float64.
+What a kernel is, how it is read, and what is refused: `compiler/python_kernel.py`. Operators of ATen, of PyTorch's
+prims and of isofold stay, but for `torch.fake_quantize_*`, which are spelled out. Exactness: bitwise in the program's
+own types; the float64 comparison runs the same graph, as many such kernels refuse float64.
 """
 
 from __future__ import annotations

@@ -49,9 +49,6 @@ _READ = {
     *MULTIPLICATIONS, *_EXTREMES, aten.where.self, *_PRODUCTS, *_FILLED, aten.zeros_like.default,
 }  # fmt: skip
 """Operators whose bounds follow from those of their operands."""
-_LARGEST_EXACT = 2**24
-"""Whole numbers up to here are float32."""
-
 Range = tuple[float, float, bool]
 """Least and largest value, and whether all are whole."""
 
@@ -177,7 +174,7 @@ def canonicalize_integer_values(editor: Editor) -> None:
                 continue
             kind = dtype(node)
             assert kind is not None
-            reason = floats.reason_against(source)
+            reason = floats.reason_against(source, kind)
             if reason is not None:
                 editor.refused(node, reason)
                 continue
@@ -209,11 +206,13 @@ class _Floats:
             self._rounded[node] = cast or (inner and any(map(self.was_rounded, _sources(node))))
         return self._rounded[node]
 
-    def reason_against(self, node: fx.Node) -> str | None:
-        """Why an integer cannot be computed as a float, or None."""
+    def reason_against(self, node: fx.Node, kind: torch.dtype) -> str | None:
+        """Why an integer cannot be computed as a float of this type, or None."""
+        low, high, _ = self.bounds.of(node)
+        rounded = max(-low, high) > 2 / torch.finfo(kind).eps
+        inexact = f"{node.name} is in [{low:g}, {high:g}], where not all whole numbers are {kind}"
         if self.editor.tensor(node) is not None:
-            low, high, _ = self.bounds.of(node)
-            return None if max(-low, high) <= _LARGEST_EXACT else f"a constant of {high:.0f} is no float32"
+            return inexact if rounded else None
         if is_call(node, *CASTS):
             source = operands(node)[0]
             low, high, whole = self.bounds.of(source)
@@ -222,7 +221,7 @@ class _Floats:
                 return f"{node.name} cuts off fractions, as its source is not rounded before"
             if low < least or high > most:
                 return f"{node.name} may wrap: its source is in [{low:g}, {high:g}]"
-            return None if is_float(source) else self.reason_against(source)
+            return None if is_float(source) else self.reason_against(source, kind)
         if not is_call(node, *_MOVES, *_CLAMPS, *ADDITIONS, *SUBTRACTIONS, *MULTIPLICATIONS, *_PRODUCTS,
                        aten.rsub.Scalar, aten.neg.default, *_EXTREMES):  # fmt: skip
             return f"{node.target} on integers has no spelling in floats here"
@@ -230,7 +229,10 @@ class _Floats:
         least, most = _integers(dtype(node))
         if low < least or high > most:
             return f"{node.name} may wrap: it is in [{low:g}, {high:g}]"
-        return next((r for r in map(self.reason_against, _sources(node)) if r is not None), None)
+        if rounded and kind not in (torch.float32, torch.float64):
+            return inexact
+        reasons = (self.reason_against(source, kind) for source in _sources(node))
+        return next((reason for reason in reasons if reason is not None), None)
 
     def of(self, node: fx.Node, kind: torch.dtype, like: fx.Node) -> fx.Node:
         """The float node, in front of `like`."""
@@ -251,8 +253,8 @@ class _Floats:
             return self.editor.call(aten._to_copy.default, source, dtype=kind, like=like)
         target: Any = aten.mm.default if is_call(node, *_PRODUCTS) else node.target
         inner = {source: self.of(source, kind, like) for source in _sources(node)}
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: inner.get(n, n))
-        return self.editor.call(target, *args, like=like, **kwargs)
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: inner.get(n, n))
+        return self.editor.call(target, *args, like=like, before=None, **kwargs)
 
 
 def _sources(node: fx.Node) -> list[fx.Node]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.utils._pytree import tree_map
 
 from isofold.compiler.capture import capture
 from isofold.compiler.errors import ArtefactError, CaptureError, InputError
@@ -218,3 +220,42 @@ def test_a_state_that_results_depend_on_is_refused_and_a_counter_is_left_out() -
     assert "got: mean" in text
     assert "test_capture.py" in text
     assert "forward(x, state)" in text
+
+
+class Coded(Tensor):
+    """A float tensor that is kept as codes and a scale, as quantizers make of parameters."""
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, scale: Tensor) -> Tensor:
+        made: Tensor = Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype, device=codes.device)
+        return made
+
+    def __init__(self, codes: Tensor, scale: Tensor) -> None:
+        self.codes, self.scale = codes, scale
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["codes", "scale"], None
+
+    @staticmethod
+    def __tensor_unflatten__(parts: dict[str, Tensor], _meta: None, _size: object, _stride: object) -> Tensor:
+        return Coded(parts["codes"], parts["scale"])
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return cls(args[0].codes, args[0].scale)
+        plain = tree_map(lambda a: a.codes * a.scale if isinstance(a, Coded) else a, (args, kwargs or {}))
+        return function(*plain[0], **plain[1])
+
+
+def test_parameters_made_of_codes_and_scales_that_ask_for_gradients() -> None:
+    model = nn.Linear(4, 6)
+    codes = torch.randint(-8, 8, (6, 4), dtype=torch.int8)
+    model.weight = nn.Parameter(Coded(codes, torch.rand(6, 1)))
+    x = torch.randn(3, 4)
+    program = capture(model, (x,))
+    assert model.weight.requires_grad
+    assert {t.dtype for t in program.parameters.values()} == {torch.int8, torch.float32}
+    torch.testing.assert_close(program(x), model(x))

@@ -63,6 +63,16 @@ def test_what_may_wrap_stays_an_integer(case: str, canonical: Any, of: Any) -> N
     assert "int" in found.text.replace("inputs", "")
 
 
+def test_sums_that_a_half_cannot_hold_stay_integers(canonical: Any, of: Any) -> None:
+    def product(x: Tensor) -> Tensor:
+        codes = torch.round(x / 0.1).clamp(-128, 127).to(torch.int8)
+        return torch._int_mm(codes, CODES.t()).to(torch.bfloat16)
+
+    found = canonical(of(product), torch.randn(20, 16))
+    assert any("where not all whole numbers are torch.bfloat16" in entry for entry in found.refused)
+    assert "_int_mm" in found.text
+
+
 def test_positions_and_masks_stay_integers(canonical: Any, of: Any) -> None:
     function = lambda x, m: x + torch.arange(x.shape[1]).float() + (m.cumsum(1) - 1).float()  # noqa: E731
     found = canonical(of(function), torch.randn(3, 8), torch.ones(3, 8, dtype=torch.int64))
