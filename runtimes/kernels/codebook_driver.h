@@ -86,6 +86,7 @@ enum {
   ISOFOLD_LOOKUP_CODES = 32,    // of a row in a block: CODES in codebook_tables.py
   ISOFOLD_LOOKUP_TABLES = 512,  // of 768 bytes, made and used at a time: a multiple of CODES
   ISOFOLD_LOOKUP_UNIT = 4,      // groups, of which tables are made together
+  ISOFOLD_LOOKUP_AHEAD = 4,     // tasks whose codes are fetched ahead: 16 KiB. A cache holds few lines of as many rows
   ISOFOLD_LOOKUP_SPREAD = 256   // how far the largest group of activations may be above the mean
 };
 
@@ -195,22 +196,32 @@ static inline int64_t isofold_lookup_place(const struct isofold_codebook* c, int
   return half * 32 + i / 4 % 2 * 16 + i / 8 * 4 + i % 4;
 }
 
+// How far behind the codes of a task in a range and one block those lie that are fetched while it runs: of a later task, or
+// of the next block (`piece` bytes further on; 0: this is the last one).
+static inline int64_t isofold_lookup_ahead(int64_t task, int64_t begin, int64_t end, int64_t stride, int64_t piece) {
+  int64_t later = task + ISOFOLD_LOOKUP_AHEAD, bytes = ISOFOLD_LOOKUP_PANELS * stride;
+  if (later < end) return ISOFOLD_LOOKUP_AHEAD * bytes;
+  return piece ? (isofold_min(begin + later - end, end - 1) - task) * bytes + piece : 0;
+}
+
 // Tasks begin..end of row m on a chunk whose tables are all made; chunks in order, the last one writes y.
 static inline void isofold_lookup_run(const struct isofold_kernels* k, const struct isofold_codebook* c,
                                       const struct isofold_lookup* l, const struct isofold_linear_float_call* call,
                                       int64_t m, int64_t chunk, int64_t begin, int64_t end) {
   enum { FEATURES = 16 * ISOFOLD_LOOKUP_PANELS };
-  int64_t all = isofold_linear_panels(&c->linear), stride = c->linear.kp / 8 * 16 * c->total;
-  int64_t block = isofold_lookup_block(c), per_line = 4 / c->total, piece = ISOFOLD_LOOKUP_CODES * 16;
+  int64_t all = isofold_linear_panels(&c->linear), groups = c->linear.kp / 8, stride = groups * 16 * c->total;
+  int64_t block = isofold_lookup_block(c), per_line = 4 / c->total;
   int64_t first = chunk * isofold_lookup_groups(c), last = first + isofold_lookup_units(c, chunk) * ISOFOLD_LOOKUP_UNIT;
   if (chunk == 0) memset(l->sums + begin * FEATURES, 0, (size_t)((end - begin) * FEATURES) * sizeof(float));
   for (int64_t from = first; from < last; from += block) {
     int64_t count = isofold_min(block, last - from), at = from * 16 * c->total;
+    int64_t piece = from + block < groups ? block * 16 * c->total : 0;
+    const uint8_t* tables = l->tables + (from - first) * c->total * 768;
     for (int64_t task = begin; task < end; ++task) {
       int64_t panel = task * ISOFOLD_LOOKUP_PANELS;
       (c->total == 2 ? k->codebook_lookup2 : k->codebook_lookup1)(
           (const uint8_t*)c->linear.weight + panel * stride + at, stride, isofold_min(ISOFOLD_LOOKUP_PANELS, all - panel),
-          l->tables + (from - first) * c->total * 768, count / per_line, LK_AHEAD(LK_FAR), l->inverses[from / block],
+          tables, count / per_line, isofold_lookup_ahead(task, begin, end, stride, piece), l->inverses[from / block],
           l->sums + task * FEATURES);
     }
   }

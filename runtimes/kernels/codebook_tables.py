@@ -3,20 +3,23 @@
 Identity: with ``T_m[g, c] = sum_j x[8 g + j] C_m[c, j]``, ``y[n] = scale[n] sum_g sum_m T_m[g, code[n, g, m]]``. Codes:
 compiler/dialect/packing_codebook.py; for one codebook or two (1x8, 2x8).
 
-* ``codebook_tables`` makes the 256 entries of T for each group and codebook, in fixed point of 24 bits:
-  ``floor(factor T + 1/2) + 2^23``, as three planes of bytes. The factor is from a bound of all entries
-  (`codebook_driver.h`), so a sum over K = 4096 is off by some 1e-8 of the sum of absolute values, as float32 is; with
-  one activation up to 500 times the others, 4e-6 were measured. Where a group's sum of absolute activations is more
-  than 256 times the mean of the groups', the driver refuses.
+* ``codebook_tables{M}`` makes the 256 entries of T for each code of a row, in fixed point of 21 bits:
+  ``round(factor T) + 2^20``, as three planes of 7 bits in bytes. A block of 32 codes has one factor, from a bound of all
+  its entries (`codebook_driver.h`): a block's sum is off by some 1e-6 of the largest product in it times 32, and one
+  large activation spoils no other block. Where a group's sum of absolute activations is more than 256 times the mean of
+  the groups', the driver refuses.
 * ``codebook_lookup{M}``: the codes of 64 rows are one vector of indices, and two ``vpermi2b`` on half a plane each look
-  up 64 bytes. Bytes are summed in 16-bit lanes: words as they are, and their high bytes; the low ones follow from both,
-  modulo 2^16, while at most 256 bytes are summed. Then sums go to int32.
+  up 64 bytes; those of two codes have room for their sum. Bytes are summed in 16-bit lanes: words as they are, and
+  their high bytes; the low ones follow from both, modulo 2^16. Once a block the three planes become floats.
 
-Operations for 64 rows and 8 weights of each (2x8, 128 bytes of codes): 12 ``vpermi2b``, 2 shuffles and 6 others that
-turn panels to indices, 18 shifts and additions, 2 masks: 40 of 512 bits, 0.08 a weight, where fetching vectors
-(codebook.py) takes 0.9. The tables of 8 weights are 1.5 KiB for all rows of a task, from the second-level cache. Making
-them is 256 multiply-adds of 16 lanes for each group, as much as 250 rows of lookups, so few output features stay with
-codebook.py. The driver makes and uses tables 384 KiB at a time, half of a second-level cache.
+The tables of a block, 24 KiB, stay in the first-level cache while all panels go by, 512 bytes of each. (Tables of all of
+K come from the second-level cache instead, 384 bytes for 64 codes: that took twice the time.)
+
+Operations of 512 bits for 64 codes: 6 ``vpermi2b``, 3 blends and a mask, 1.5 sums of bytes, 4.5 to words, 2 that turn
+panels to indices: 18, and 0.6 for floats. Zen 5 starts four a cycle, two of them permutations, masks or insertions (9 here):
+4.7 cycles for 64 bytes; 6.1 are measured, and 6.6 with the beginning and end of a block. Making tables is 256
+multiply-adds of 16 lanes for each group and two codebooks: a fixed price of K / 8 times 11 ns there, so few output
+features stay with codebook.py. The driver makes and uses tables 384 KiB at a time, half of a second-level cache.
 """
 
 from __future__ import annotations
@@ -42,9 +45,10 @@ SETS = PANELS // 4
 """Vectors of 64 rows."""
 CODES = 32
 """Of a row in a block: the tables of a block stay in the first-level cache while all panels use them."""
-NEAR = 2
 LINE = 4
 """Codes of a row in 64 bytes of a panel, for one codebook and for two."""
+NEAR = 2
+"""Lines of a panel ahead that are fetched from the second-level cache, where those of later panels come (``ahead``)."""
 OFFSET = 1 << (PLANES * BITS - 1)
 """What makes an entry positive."""
 

@@ -16,10 +16,11 @@ How 16 codes of one input become 16 floats, exactly:
 
 Scales of a group: float16, E8M0 (shifted into the exponent of a float32; 2**-127, code 0, is read as 0), E4M3 as above.
 
-The bound of the 4-bit GEMV on v4 is arithmetic: 64 bytes are 128 codes, 8 shifts, 8 ``vpermps`` and 8 multiply-adds
-of 512 bits; Zen 4 does each as two halves, shifts and permutations on two of its four vector pipes, so 16 cycles
-for 64 bytes, 4 bytes a cycle and core. Zen 5 starts two shifts or permutations of 512 bits a cycle: 7.5 cycles, 8.5
-bytes a cycle, a quarter less than its memory gives one core.
+The bound of the 4-bit GEMV on v4 is arithmetic on Zen 4: 64 bytes are 128 codes, 7 shifts, 8 ``vpermps`` and 8
+multiply-adds of 512 bits; it does each as two halves, shifts and permutations on two of its four vector pipes, so 15
+cycles for 64 bytes, 4.3 bytes a cycle and core. Zen 5 shifts on other pipes than it permutes and multiplies on (one of
+two is shared with each): 23 operations on four pipes, 5.75 cycles, 11 bytes a cycle and core, what its memory gives.
+Four chains of sums would take 8 cycles there, two multiply-adds of each one after the other.
 """
 
 from __future__ import annotations
@@ -180,7 +181,8 @@ def _gemv(element: str, mode: str, rows: int, isa: Isa, *arguments: Any) -> None
     decoder = _Decoder(element, isa, w, table)
     n, parts, bits = decoder.lanes, decoder.parts, decoder.bits
     halves = _halves(mode)
-    ways = (8 if isa.registers == 32 else 4) // rows  # chains of multiply-adds; each waits four cycles for itself
+    # Chains of multiply-adds, each of which waits four cycles for itself; half the inputs are too few to start and add eight.
+    ways = (8 if isa.registers == 32 and halves == 1 else 4) // rows
     total = registers(rows * parts, "float32", n)
     part = registers(rows * ways * parts, "float32", n)
 

@@ -160,7 +160,7 @@ def test_products_are_looked_up(library: ctypes.CDLL, count: int) -> None:
     check(library, "v4", (count, 8), 1, 64, 1024, threads=1, seed=2, look_up=True, size=500.0)
 
 
-@pytest.mark.parametrize("bad", [0.0, np.inf, np.nan, 1e6], ids=str)
+@pytest.mark.parametrize("bad", [np.inf, np.nan, 1e6], ids=str)
 def test_activations_without_a_bound_are_left_to_the_other_kernels(library: ctypes.CDLL, bad: float) -> None:
     if not library.test_expands():
         pytest.skip("this processor has no AVX512-VBMI2")
@@ -169,7 +169,7 @@ def test_activations_without_a_bound_are_left_to_the_other_kernels(library: ctyp
     packed = pack_codebook(CodebookMatrix(codes, torch.ones(1, 256, 8), torch.ones(16), k))
     linear = Linear(*map(address, (packed.weight, packed.scale, None, None, None)), 16, k, 0, 0, 1.0, 0, 0)
     made = Codebook(linear, 0, 1, 8)
-    x, y = np.full((1, k), float(bad != 0), np.float32), np.full((1, 16), 77, np.float32)
+    x, y = np.ones((1, k), np.float32), np.full((1, 16), 77, np.float32)
     x[0, 7] = bad
     call = FloatCall(address(x), 0, address(y), 1, k)
     scratch = aligned(library.test_lookup_bytes(ctypes.byref(made)))
