@@ -4,21 +4,20 @@ Identity: with ``T_m[g, c] = sum_j x[8 g + j] C_m[c, j]``, ``y[n] = scale[n] sum
 compiler/dialect/packing_codebook.py; for one codebook or two (1x8, 2x8).
 
 * ``codebook_tables{M}`` makes the 256 entries of T for each code of a row, in fixed point of 21 bits:
-  ``round(factor T) + 2^20``, as three planes of 7 bits in bytes. A block of 32 codes has one factor, from a bound of all
-  its entries (`codebook_driver.h`): a block's sum is off by some 1e-6 of the largest product in it times 32, and one
-  large activation spoils no other block. Where a group's sum of absolute activations is more than 256 times the mean of
-  the groups', the driver refuses.
+  ``round(factor T) + 2^20``, as three planes of 7 bits in bytes. A block of 32 codes has one factor, from a bound of
+  all its entries (`codebook_driver.h`), so that one large activation spoils no other block. Where a group's sum of
+  absolute activations is more than 256 times the mean of the groups', the driver refuses.
 * ``codebook_lookup{M}``: the codes of 64 rows are one vector of indices, and two ``vpermi2b`` on half a plane each look
   up 64 bytes; those of two codes have room for their sum. Bytes are summed in 16-bit lanes: words as they are, and
   their high bytes; the low ones follow from both, modulo 2^16. Once a block the three planes become floats.
 
-The tables of a block, 24 KiB, stay in the first-level cache while all panels go by, 512 bytes of each. (Tables of all of
-K come from the second-level cache instead, 384 bytes for 64 codes: that took twice the time.)
+The tables of a block, 24 KiB, stay in the first-level cache while all panels go by, 512 bytes of each. (Tables of all
+of K come from the second-level cache instead, 384 bytes for 64 codes: that took twice the time.)
 
 Operations of 512 bits for 64 codes: 6 ``vpermi2b``, 3 blends and a mask, 1.5 sums of bytes, 4.5 to words, 2 that turn
-panels to indices: 18, and 0.6 for floats. Zen 5 starts four a cycle, two of them permutations, masks or insertions (9 here):
-4.7 cycles for 64 bytes; 6.1 are measured, and 6.6 with the beginning and end of a block. Making tables is 256
-multiply-adds of 16 lanes for each group and two codebooks: a fixed price of K / 8 times 11 ns there, so few output
+panels to indices: 18, and 0.6 for floats. Zen 5 starts four a cycle, two of them permutations, masks or insertions (9
+here): 4.7 cycles for 64 bytes; 6.1 are measured, and 6.6 with the beginning and end of a block. Making tables is 256
+multiply-adds of 16 lanes for each group and two codebooks, a fixed price (22 us for K = 4096 there), so few output
 features stay with codebook.py. The driver makes and uses tables 384 KiB at a time, half of a second-level cache.
 """
 
@@ -58,8 +57,7 @@ def _splat(value: int, dtype: str, lanes: int) -> Any:
 
 
 def _turn(isa: Isa, stored: Any, count: Any, out: Any) -> None:
-    """Codebooks of float16 [256, 8], ``count`` of them, to float32 [8, 256]; lane l of the vector q of 64 entries is the
-    entry 4 l + q there."""
+    """``count`` codebooks of float16 [256, 8] to float32 [8, 256], with entry 4 l + q of 64 at place 16 q + l."""
     del isa
     with for_range(0, count * 4) as part, for_range(0, 2) as half:
         at = [part * 512 + half * 16 + 32 * lane for lane in range(16)]
@@ -70,7 +68,7 @@ def _turn(isa: Isa, stored: Any, count: Any, out: Any) -> None:
 
 
 def _planes(fixed: list[Any]) -> list[Any]:
-    """64 numbers of 21 bits, the number 4 l + q in lane l of vector q, as three vectors of their 7-bit fields in order."""
+    """64 numbers of 21 bits, number 4 l + q in lane l of vector q, as three vectors of their 7-bit fields in order."""
     shifts = [BITS * plane + 32 * half for half in range(2) for plane in (*range(PLANES), 0)]
     control = tirx.const(int.from_bytes(bytes(shifts), "little"), "int64")
     spread = [
@@ -88,7 +86,13 @@ def _planes(fixed: list[Any]) -> list[Any]:
     # Fields of two vectors side by side, then of four.
     both, last = (
         [
-            bind(shuffle(a, b, [4 * lane + plane + 64 * i for plane in planes for lane in range(16) for i in range(2)]))
+            bind(
+                shuffle(
+                    a,
+                    b,
+                    [4 * lane + plane + 64 * i for plane in planes for lane in range(16) for i in range(2)],
+                )
+            )
             for a, b in (spread[:2], spread[2:])
         ]
         for planes in ((0, 1), (2, 2))
@@ -171,7 +175,9 @@ def _look_up(table: list[Any], index: Any, upper: Any) -> Any:
 
 def _interleave(a: Any, b: Any, high: bool) -> Any:
     """The low or high four words of each 16 bytes of a and b in turn, as pairs for `_pairs`."""
-    lanes = [8 * block + 4 * high + i + 32 * half for block in range(4) for i in range(4) for half in range(2)]
+    lanes = [
+        8 * block + 4 * high + i + 32 * half for block in range(4) for i in range(4) for half in range(2)
+    ]
     return T.reinterpret("int16x32", shuffle(a, b, lanes))
 
 
@@ -197,7 +203,12 @@ def _lookup(books: int, isa: Isa, *arguments: Any) -> None:
     offset = bind(T.cast(0 - lines * (LINE * OFFSET >> BITS * (PLANES - 1)), "uint16"))
     for plane, s in product(range(PLANES), range(SETS)):
         last, at = plane == PLANES - 1, (plane * SETS + s) * 32
-        store(words, at, T.broadcast(offset * tirx.const(257, "uint16"), 32) if last else _splat(0, "uint16", 32), 32)
+        store(
+            words,
+            at,
+            T.broadcast(offset * tirx.const(257, "uint16"), 32) if last else _splat(0, "uint16", 32),
+            32,
+        )
         store(highs, at, T.broadcast(offset, 32) if last else _splat(0, "uint16", 32), 32)
     with for_range(0, lines) as line:
         indices = []
@@ -230,7 +241,9 @@ def _lookup(books: int, isa: Isa, *arguments: Any) -> None:
     factor, none = bind(T.broadcast(inverse, 16)), _splat(0, "uint16", 32)
     for s in range(SETS):
         odd = [bind(load(highs, (plane * SETS + s) * 32, 32)) for plane in range(PLANES)]
-        even = [bind(load(words, (plane * SETS + s) * 32, 32) - (odd[plane] << eight)) for plane in range(PLANES)]
+        even = [
+            bind(load(words, (plane * SETS + s) * 32, 32) - (odd[plane] << eight)) for plane in range(PLANES)
+        ]
         for half, (first, second, third) in enumerate((even, odd)):
             for part in range(2):
                 total = _pairs(_splat(0, "int32", 16), _interleave(first, second, bool(part)), 1, 1 << BITS)
@@ -254,7 +267,8 @@ KERNELS = [
     *(
         Kernel(
             f"codebook_lookup{books}",
-            "w: const u8*, stride: i64, panels: i64, tables: const u8*, lines: i64, ahead: i64, inverse: f32, sums: f32*",
+            "w: const u8*, stride: i64, panels: i64, tables: const u8*, lines: i64, ahead: i64, inverse: f32, "
+            "sums: f32*",
             partial(_lookup, books),
             "codebook_vbmi",
             attributes=VBMI2,

@@ -181,7 +181,7 @@ def _gemv(element: str, mode: str, rows: int, isa: Isa, *arguments: Any) -> None
     decoder = _Decoder(element, isa, w, table)
     n, parts, bits = decoder.lanes, decoder.parts, decoder.bits
     halves = _halves(mode)
-    # Chains of multiply-adds, each of which waits four cycles for itself; half the inputs are too few to start and add eight.
+    # Chains of multiply-adds, each of which waits four cycles for itself; 16 inputs are too few to start eight.
     ways = (8 if isa.registers == 32 and halves == 1 else 4) // rows
     total = registers(rows * parts, "float32", n)
     part = registers(rows * ways * parts, "float32", n)
