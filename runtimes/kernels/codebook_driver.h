@@ -81,11 +81,13 @@ static inline void isofold_codebook_run(const struct isofold_kernels* k, const s
 
 enum {
   ISOFOLD_LOOKUP_ROWS = 4,        // rows up to here, one after the other
-  ISOFOLD_LOOKUP_FEATURES = 512,  // making tables costs as much as looking up 250
-  ISOFOLD_LOOKUP_PANELS = 16,
-  ISOFOLD_LOOKUP_TABLES = 512,  // of 768 bytes, made and used at a time
-  ISOFOLD_LOOKUP_SPREAD = 256,  // how far the largest group of activations may be above the mean: 8 bits of the 24
-  ISOFOLD_LOOKUP_SUMS = 3 * 16 * ISOFOLD_LOOKUP_PANELS
+  ISOFOLD_LOOKUP_FEATURES = 256,  // making tables costs as much as looking up about 150
+  ISOFOLD_LOOKUP_PANELS = 8,
+  ISOFOLD_LOOKUP_CODES = 32,    // of a row in a block: CODES in codebook_tables.py
+  ISOFOLD_LOOKUP_TABLES = 512,  // of 768 bytes, made and used at a time: a multiple of CODES
+  ISOFOLD_LOOKUP_UNIT = 4,      // groups, of which tables are made together
+  ISOFOLD_LOOKUP_AHEAD = 4,     // tasks whose codes are fetched ahead: 16 KiB. A cache holds few lines of as many rows
+  ISOFOLD_LOOKUP_SPREAD = 256   // how far the largest group of activations may be above the mean
 };
 
 static inline int isofold_codebook_looks_up(const struct isofold_codebook* c, int64_t m) {
@@ -94,16 +96,18 @@ static inline int isofold_codebook_looks_up(const struct isofold_codebook* c, in
 }
 
 // Scratch memory, 64-byte aligned: tables of a chunk of K, codebooks as the kernels read them, a row of activations with
-// zeros behind it, and the sums of the chunks so far.
+// zeros behind it, the sums so far, and for each block of codes what its entries are multiplied by, and the inverse.
 struct isofold_lookup {
-  uint8_t* tables;  // [groups, 3, total, 256]
+  uint8_t* tables;  // [groups, total, 3, 256]
   float* books;     // [total, 8, 256]
   float* x;         // [kp]
-  float* sums;      // [16 panels]
-  float factor;     // of the row
+  float* sums;      // [16 panels, in whole tasks]
+  float* factors;   // [blocks]
+  float* inverses;  // [blocks]
 };
 
-// Groups of a chunk, but of the last one.
+// Groups of a block, and of a chunk; of the last one there may be fewer.
+static inline int64_t isofold_lookup_block(const struct isofold_codebook* c) { return ISOFOLD_LOOKUP_CODES / c->total; }
 static inline int64_t isofold_lookup_groups(const struct isofold_codebook* c) {
   return isofold_min(ISOFOLD_LOOKUP_TABLES / c->total, c->linear.kp / 8);
 }
@@ -112,41 +116,45 @@ static inline int64_t isofold_lookup_chunks(const struct isofold_codebook* c) {
   return isofold_ceildiv(c->linear.kp / 8, isofold_lookup_groups(c));
 }
 
+static inline int64_t isofold_lookup_blocks(const struct isofold_codebook* c) {
+  return isofold_ceildiv(c->linear.kp / 8, isofold_lookup_block(c));
+}
+
+static inline int64_t isofold_lookup_tasks(const struct isofold_codebook* c) {
+  return isofold_ceildiv(isofold_linear_panels(&c->linear), ISOFOLD_LOOKUP_PANELS);
+}
+
 static inline int64_t isofold_lookup_bytes(const struct isofold_codebook* c) {
   return isofold_lookup_groups(c) * 768 * c->total + isofold_codebook_scratch_bytes(c) + c->linear.kp * 4 +
-         isofold_linear_panels(&c->linear) * 64;
+         isofold_lookup_tasks(c) * (ISOFOLD_LOOKUP_PANELS * 64) + isofold_lookup_blocks(c) * 8;
 }
 
 static inline struct isofold_lookup isofold_lookup_start(const struct isofold_kernels* k, const struct isofold_codebook* c,
                                                          const uint16_t* stored, void* scratch) {
-  struct isofold_lookup l = {(uint8_t*)scratch, 0, 0, 0, 0};
+  struct isofold_lookup l = {(uint8_t*)scratch, 0, 0, 0, 0, 0};
   l.books = (float*)(l.tables + isofold_lookup_groups(c) * 768 * c->total);
   l.x = l.books + c->total * 2048;
   l.sums = l.x + c->linear.kp;
+  l.factors = l.sums + isofold_lookup_tasks(c) * (ISOFOLD_LOOKUP_PANELS * 16);
+  l.inverses = l.factors + isofold_lookup_blocks(c);
   k->codebook_turn(stored, c->total, l.books);
   return l;
 }
 
-// Groups of this chunk.
-static inline int64_t isofold_lookup_count(const struct isofold_codebook* c, int64_t chunk) {
+// Units of groups of this chunk.
+static inline int64_t isofold_lookup_units(const struct isofold_codebook* c, int64_t chunk) {
   int64_t most = isofold_lookup_groups(c);
-  return isofold_min(most, c->linear.kp / 8 - chunk * most);
+  return isofold_min(most, c->linear.kp / 8 - chunk * most) / ISOFOLD_LOOKUP_UNIT;
 }
 
-// Takes a row of activations. 0: its products have no bound that fixed point could be scaled by: they are all zero, not all
-// finite, or a few are so large that little would be left of the others.
+// Takes a row of activations. 0: its products have no bounds that fixed point could be scaled by: they are not all finite, or
+// a few are so large that little would be left of the others.
 static inline int isofold_lookup_row(const struct isofold_codebook* c, struct isofold_lookup* l, const float* x, int64_t k) {
-  float inputs = 0, entries = 0, all = 0;  // the largest sum of 8 absolute values, the largest absolute value, all sums
-  int finite = 1;
+  float entries = 0, largest = 0, all = 0;  // the largest absolute value of an entry, sums of 8 absolute activations
+  int64_t groups = c->linear.kp / 8, block = isofold_lookup_block(c);
+  int fits = 1;
   memcpy(l->x, x, (size_t)k * sizeof(float));
   memset(l->x + k, 0, (size_t)(c->linear.kp - k) * sizeof(float));
-  for (int64_t g = 0; g < c->linear.kp / 8; ++g) {
-    float sum = 0;
-    for (int j = 0; j < 8; ++j) sum += l->x[8 * g + j] < 0 ? -l->x[8 * g + j] : l->x[8 * g + j];
-    finite &= sum < 3e38f;  // nor is what is not a number
-    if (sum > inputs) inputs = sum;
-    all += sum;
-  }
   float most[16] = {0};
   for (int64_t i = 0; i < c->total * 2048; i += 16)
     for (int j = 0; j < 16; ++j) {
@@ -154,47 +162,79 @@ static inline int isofold_lookup_row(const struct isofold_codebook* c, struct is
       most[j] = size > most[j] ? size : most[j];
     }
   for (int j = 0; j < 16; ++j) entries = most[j] > entries ? most[j] : entries;
-  finite &= inputs * (float)(c->linear.kp / 8) <= all * ISOFOLD_LOOKUP_SPREAD;
-  l->factor = 8388000.0f / (inputs * entries);
-  return finite && l->factor > 0 && l->factor < 1e38f;
+  for (int64_t b = 0; b < isofold_lookup_blocks(c); ++b) {
+    float inputs = 0;
+    for (int64_t g = b * block; g < isofold_min(groups, (b + 1) * block); ++g) {
+      float sum = 0;
+      for (int j = 0; j < 8; ++j) sum += l->x[8 * g + j] < 0 ? -l->x[8 * g + j] : l->x[8 * g + j];
+      fits &= sum < 3e38f;  // nor is what is not a number
+      inputs = sum > inputs ? sum : inputs;
+      all += sum;
+    }
+    float bound = inputs * entries, factor = bound > 0 ? 1048000.0f / bound : 0.0f;
+    fits &= bound == 0 || (factor > 0 && factor < 1e38f);
+    l->factors[b] = factor;
+    l->inverses[b] = bound > 0 ? 1.0f / factor : 0.0f;
+    largest = inputs > largest ? inputs : largest;
+  }
+  return fits && largest * (float)groups <= all * ISOFOLD_LOOKUP_SPREAD;
 }
 
-// Groups begin..end (of isofold_lookup_count) of the row's tables.
+// Units begin..end (of isofold_lookup_units) of the row's tables.
 static inline void isofold_lookup_tables(const struct isofold_kernels* k, const struct isofold_codebook* c,
                                          const struct isofold_lookup* l, int64_t chunk, int64_t begin, int64_t end) {
-  const float* x = l->x + chunk * isofold_lookup_groups(c) * 8;
-  k->codebook_tables(x, l->books, c->total, l->factor, begin, end, l->tables);
+  int64_t first = chunk * isofold_lookup_groups(c);
+  (c->total == 2 ? k->codebook_tables2 : k->codebook_tables1)(l->x + first * 8, l->books,
+                                                              l->factors + first / isofold_lookup_block(c),
+                                                              begin * ISOFOLD_LOOKUP_UNIT, end * ISOFOLD_LOOKUP_UNIT,
+                                                              l->tables);
 }
 
-static inline int64_t isofold_lookup_tasks(const struct isofold_codebook* c) {
-  return isofold_ceildiv(isofold_linear_panels(&c->linear), ISOFOLD_LOOKUP_PANELS);
+// Where the kernels leave the sum of one of 64 rows.
+static inline int64_t isofold_lookup_place(const struct isofold_codebook* c, int64_t row) {
+  int64_t half = c->total == 2 ? row / 32 : row % 2, i = c->total == 2 ? row % 32 : row / 2;
+  return half * 32 + i / 4 % 2 * 16 + i / 8 * 4 + i % 4;
+}
+
+// How far behind the codes of a task in a range and one block those lie that are fetched while it runs: of a later task, or
+// of the next block (`piece` bytes further on; 0: this is the last one).
+static inline int64_t isofold_lookup_ahead(int64_t task, int64_t begin, int64_t end, int64_t stride, int64_t piece) {
+  int64_t later = task + ISOFOLD_LOOKUP_AHEAD, bytes = ISOFOLD_LOOKUP_PANELS * stride;
+  if (later < end) return ISOFOLD_LOOKUP_AHEAD * bytes;
+  return piece ? (isofold_min(begin + later - end, end - 1) - task) * bytes + piece : 0;
 }
 
 // Tasks begin..end of row m on a chunk whose tables are all made; chunks in order, the last one writes y.
 static inline void isofold_lookup_run(const struct isofold_kernels* k, const struct isofold_codebook* c,
                                       const struct isofold_lookup* l, const struct isofold_linear_float_call* call,
                                       int64_t m, int64_t chunk, int64_t begin, int64_t end) {
-  ISOFOLD_ALIGNED int32_t sums[ISOFOLD_LOOKUP_SUMS];
-  ISOFOLD_ALIGNED float out[16 * ISOFOLD_LOOKUP_PANELS];
-  struct isofold_float_epilogue e;
-  int64_t all = isofold_linear_panels(&c->linear), stride = c->linear.kp / 8 * 16 * c->total;
-  int64_t count = isofold_lookup_count(c, chunk), from = chunk * isofold_lookup_groups(c) * 16 * c->total;
-  isofold_float_epilogue_start(&e, k, &c->linear, call, 1.0f);
-  for (int64_t task = begin; task < end; ++task) {
-    int64_t first = task * ISOFOLD_LOOKUP_PANELS, panels = isofold_min(ISOFOLD_LOOKUP_PANELS, all - first);
-    const uint8_t* w = (const uint8_t*)c->linear.weight + first * stride + from;
-    const float* scale = (const float*)c->linear.scale + 16 * first;
-    float* before = l->sums + 16 * first;
-    (c->total == 2 ? k->codebook_lookup2 : k->codebook_lookup1)(w, stride, panels, l->tables, count, 1.0f / l->factor, sums,
-                                                                out);
-    for (int64_t i = 0; i < 16 * panels; ++i) out[i] = before[i] = out[i] + (chunk ? before[i] : 0.0f);
-    if (chunk + 1 < isofold_lookup_chunks(c)) continue;
-    for (int64_t i = 0; i < 16 * panels; ++i) out[i] *= scale[i];
-    for (int64_t p = 0; p < panels; p += 2) {
-      e.block.panel = first + p;
-      e.block.panels = isofold_min(2, panels - p);
-      isofold_linear_finish(&e.block, m, 1, out + 16 * p);
+  enum { FEATURES = 16 * ISOFOLD_LOOKUP_PANELS };
+  int64_t all = isofold_linear_panels(&c->linear), groups = c->linear.kp / 8, stride = groups * 16 * c->total;
+  int64_t block = isofold_lookup_block(c), per_line = 4 / c->total;
+  int64_t first = chunk * isofold_lookup_groups(c), last = first + isofold_lookup_units(c, chunk) * ISOFOLD_LOOKUP_UNIT;
+  if (chunk == 0) memset(l->sums + begin * FEATURES, 0, (size_t)((end - begin) * FEATURES) * sizeof(float));
+  for (int64_t from = first; from < last; from += block) {
+    int64_t count = isofold_min(block, last - from), at = from * 16 * c->total;
+    int64_t piece = from + block < groups ? block * 16 * c->total : 0;
+    const uint8_t* tables = l->tables + (from - first) * c->total * 768;
+    for (int64_t task = begin; task < end; ++task) {
+      int64_t panel = task * ISOFOLD_LOOKUP_PANELS;
+      (c->total == 2 ? k->codebook_lookup2 : k->codebook_lookup1)(
+          (const uint8_t*)c->linear.weight + panel * stride + at, stride, isofold_min(ISOFOLD_LOOKUP_PANELS, all - panel),
+          tables, count / per_line, isofold_lookup_ahead(task, begin, end, stride, piece), l->inverses[from / block],
+          l->sums + task * FEATURES);
     }
+  }
+  if (chunk + 1 < isofold_lookup_chunks(c)) return;
+  struct isofold_float_epilogue e;
+  ISOFOLD_ALIGNED float out[32];
+  isofold_float_epilogue_start(&e, k, &c->linear, call, 1.0f);
+  for (int64_t panel = begin * ISOFOLD_LOOKUP_PANELS; panel < isofold_min(all, end * ISOFOLD_LOOKUP_PANELS); panel += 2) {
+    e.block.panel = panel;
+    e.block.panels = isofold_min(2, all - panel);
+    const float *sums = l->sums + 16 * (panel & ~3), *scale = (const float*)c->linear.scale + 16 * panel;
+    for (int64_t i = 0; i < 16 * e.block.panels; ++i) out[i] = sums[isofold_lookup_place(c, 16 * (panel & 3) + i)] * scale[i];
+    isofold_linear_finish(&e.block, m, 1, out);
   }
 }
 

@@ -3,44 +3,53 @@
 Identity: with ``T_m[g, c] = sum_j x[8 g + j] C_m[c, j]``, ``y[n] = scale[n] sum_g sum_m T_m[g, code[n, g, m]]``. Codes:
 compiler/dialect/packing_codebook.py; for one codebook or two (1x8, 2x8).
 
-* ``codebook_tables`` makes the 256 entries of T for each group and codebook, in fixed point of 24 bits:
-  ``floor(factor T + 1/2) + 2^23``, as three planes of bytes. The factor is from a bound of all entries
-  (`codebook_driver.h`), so a sum over K = 4096 is off by some 1e-8 of the sum of absolute values, as float32 is; with
-  one activation up to 500 times the others, 4e-6 were measured. Where a group's sum of absolute activations is more
-  than 256 times the mean of the groups', the driver refuses.
+* ``codebook_tables{M}`` makes the 256 entries of T for each code of a row, in fixed point of 21 bits:
+  ``round(factor T) + 2^20``, as three planes of 7 bits in bytes. A block of 32 codes has one factor, from a bound of
+  all its entries (`codebook_driver.h`), so that one large activation spoils no other block. Where a group's sum of
+  absolute activations is more than 256 times the mean of the groups', the driver refuses.
 * ``codebook_lookup{M}``: the codes of 64 rows are one vector of indices, and two ``vpermi2b`` on half a plane each look
-  up 64 bytes. Bytes are summed in 16-bit lanes: words as they are, and their high bytes; the low ones follow from both,
-  modulo 2^16, while at most 256 bytes are summed. Then sums go to int32.
+  up 64 bytes; those of two codes have room for their sum. Bytes are summed in 16-bit lanes: words as they are, and
+  their high bytes; the low ones follow from both, modulo 2^16. Once a block the three planes become floats.
 
-Operations for 64 rows and 8 weights of each (2x8, 128 bytes of codes): 12 ``vpermi2b``, 2 shuffles and 6 others that
-turn panels to indices, 18 shifts and additions, 2 masks: 40 of 512 bits, 0.08 a weight, where fetching vectors
-(codebook.py) takes 0.9. The tables of 8 weights are 1.5 KiB for all rows of a task, from the second-level cache. Making
-them is 256 multiply-adds of 16 lanes for each group, as much as 250 rows of lookups, so few output features stay with
-codebook.py. The driver makes and uses tables 384 KiB at a time, half of a second-level cache.
+The tables of a block, 24 KiB, stay in the first-level cache while all panels go by, 512 bytes of each. (Tables of all
+of K come from the second-level cache instead, 384 bytes for 64 codes: that took twice the time.)
+
+Operations of 512 bits for 64 codes: 6 ``vpermi2b``, 3 blends and a mask, 1.5 sums of bytes, 4.5 to words, 2 that turn
+panels to indices: 18, and 0.6 for floats. Zen 5 starts four a cycle, two of them permutations, masks or insertions (9
+here): 4.7 cycles for 64 bytes; 6.1 are measured, and 6.6 with the beginning and end of a block. Making tables is 256
+multiply-adds of 16 lanes for each group and two codebooks, a fixed price (22 us for K = 4096 there), so few output
+features stay with codebook.py. The driver makes and uses tables 384 KiB at a time, half of a second-level cache.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 from typing import Any
 
 from tvm import tirx
 
 from .codegen import Isa, Kernel, T, bind, for_range, load, registers, store
 from .linear import prefetch
-from .math import shuffle
+from .math import shuffle, transpose16
 from .sparse_many import VBMI2
 
 GROUP = 8
 PLANES = 3
-PANELS = 16
+BITS = 7
+"""Of an entry in each plane, so that the bytes of two lookups have room for their sum."""
+PANELS = 8
 """Panels that are looked up together, so that a table is loaded once for all."""
 SETS = PANELS // 4
 """Vectors of 64 rows."""
-AHEAD = 2048
-"""Bytes ahead that each of the panels is fetched, for use once."""
-FLUSH = 256
-"""Bytes that a 16-bit lane may sum up."""
+CODES = 32
+"""Of a row in a block: the tables of a block stay in the first-level cache while all panels use them."""
+LINE = 4
+"""Codes of a row in 64 bytes of a panel, for one codebook and for two."""
+NEAR = 2
+"""Lines of a panel ahead that are fetched from the second-level cache, where those of later panels come (``ahead``)."""
+OFFSET = 1 << (PLANES * BITS - 1)
+"""What makes an entry positive."""
 
 
 def _splat(value: int, dtype: str, lanes: int) -> Any:
@@ -48,36 +57,77 @@ def _splat(value: int, dtype: str, lanes: int) -> Any:
 
 
 def _turn(isa: Isa, stored: Any, count: Any, out: Any) -> None:
-    """Codebooks of float16 [256, 8], ``count`` of them, to float32 [8, 256]."""
+    """``count`` codebooks of float16 [256, 8] to float32 [8, 256], with entry 4 l + q of 64 at place 16 q + l."""
     del isa
-    with for_range(0, count * 16) as i:
-        pairs = [bind(load(stored, i * 128 + 16 * j)) for j in range(8)]
-        for j in range(GROUP):
-            vectors = [
-                shuffle(a, b, [j, j + 8, j + 16, j + 24])
-                for a, b in zip(pairs[::2], pairs[1::2], strict=True)
-            ]
-            lanes = [tirx.const(n, "int32") for n in range(16)]
-            column = bind(T.cast(tirx.Shuffle(vectors, lanes), "float32x16"))
-            store(out, (i // 16 * GROUP + j) * 256 + i % 16 * 16, column)
+    with for_range(0, count * 4) as part, for_range(0, 2) as half:
+        at = [part * 512 + half * 16 + 32 * lane for lane in range(16)]
+        columns = transpose16([bind(T.cast(load(stored, place), "float32x16")) for place in at])
+        for i, column in enumerate(columns):
+            book, inside = part // 4 * 2048, part % 4 * 64
+            store(out, book + i % GROUP * 256 + inside + half * 32 + i // GROUP * 16, column)
 
 
-def _tables(isa: Isa, *arguments: Any) -> None:
-    """Planes [group, plane, codebook, 256] of groups begin..end; x has 8 activations for each, books are turned."""
-    del isa
-    x, books, count, factor, begin, end, out = arguments
-    with for_range(begin, end) as group:
-        inputs = [bind(T.broadcast(load(x, group * GROUP + j, 1) * factor, 16)) for j in range(GROUP)]
-        with for_range(0, count) as m, for_range(0, 16) as i:
-            total = None
-            for j in range(GROUP):
-                entries = load(books, (m * GROUP + j) * 256 + i * 16)
-                total = bind(inputs[j] * entries if total is None else T.fma(inputs[j], entries, total))
-            whole = T.cast(T.floor(total + T.broadcast(T.float32(0.5), 16)), "int32x16")
-            fixed = bind(whole + _splat(1 << 23, "int32", 16))
-            for plane in range(PLANES):
-                byte = T.cast(fixed >> _splat(8 * plane, "int32", 16) if plane else fixed, "uint8x16")
-                store(out, ((group * PLANES + plane) * count + m) * 256 + i * 16, byte)
+def _planes(fixed: list[Any]) -> list[Any]:
+    """64 numbers of 21 bits, number 4 l + q in lane l of vector q, as three vectors of their 7-bit fields in order."""
+    shifts = [BITS * plane + 32 * half for half in range(2) for plane in (*range(PLANES), 0)]
+    control = tirx.const(int.from_bytes(bytes(shifts), "little"), "int64")
+    spread = [
+        bind(
+            T.call_llvm_pure_intrin(
+                "uint8x64",
+                "llvm.x86.avx512.pmultishift.qb.512",
+                T.reinterpret("uint8x64", T.broadcast(control, 8)),
+                T.reinterpret("uint8x64", number),
+            )
+            & _splat((1 << BITS) - 1, "uint8", 64)
+        )
+        for number in fixed
+    ]
+    # Fields of two vectors side by side, then of four.
+    both, last = (
+        [
+            bind(
+                shuffle(
+                    a,
+                    b,
+                    [4 * lane + plane + 64 * i for plane in planes for lane in range(16) for i in range(2)],
+                )
+            )
+            for a, b in (spread[:2], spread[2:])
+        ]
+        for planes in ((0, 1), (2, 2))
+    )
+    order = [2 * lane + i + 64 * half for lane in range(16) for half in range(2) for i in range(2)]
+    return [shuffle(*both, order), shuffle(*both, [32 + i for i in order]), shuffle(*last, order)]
+
+
+def _tables(books: int, isa: Isa, *arguments: Any) -> None:
+    """Planes [code, plane, 256] of the codes of groups begin..end, an even number; x has 8 activations for each group,
+    ``factors`` one number for each block of codes, and ``turned`` is what `_turn` wrote."""
+    if not isa.vnni:
+        return  # nothing calls it
+    x, turned, factors, begin, end, out = arguments
+    magic = T.broadcast(T.float32(1.5 * 2**23 + OFFSET), 16)
+    with for_range(begin // 2, end // 2) as pair:
+        factor = bind(load(factors, pair * 2 // (CODES // books), 1))
+        inputs = [
+            [bind(T.broadcast(load(x, (pair * 2 + g) * GROUP + j, 1) * factor, 16)) for j in range(GROUP)]
+            for g in range(2)
+        ]
+        for m in range(books):
+            with for_range(0, 4) as part:
+                totals: dict[tuple[int, int], Any] = {}
+                for j, q in product(range(GROUP), range(4)):
+                    entries = bind(load(turned, (m * GROUP + j) * 256 + part * 64 + q * 16))
+                    for g in range(2):
+                        each = inputs[g][j]
+                        totals[g, q] = bind(T.fma(each, entries, totals[g, q]) if j else each * entries)
+                for g in range(2):
+                    numbers = [bind(T.reinterpret("uint32x16", totals[g, q] + magic)) for q in range(4)]
+                    code = (pair * 2 + g) * books + m
+                    for plane, values in enumerate(_planes(numbers)):
+                        prefetch(out, ((code + 4 * books) * PLANES + plane) * 256 + part * 64, 3)
+                        store(out, (code * PLANES + plane) * 256 + part * 64, values, 64)
 
 
 def _blocks(a: Any, b: Any, which: list[int]) -> Any:
@@ -87,8 +137,8 @@ def _blocks(a: Any, b: Any, which: list[int]) -> Any:
     return T.reinterpret("uint8x64", shuffle(first, second, lanes))
 
 
-def _indices(books: int, lines: list[Any]) -> list[list[Any]]:
-    """Codes of one line of each of four panels, by group and codebook, as indices of 64 rows.
+def _indices(books: int, lines: list[Any]) -> list[Any]:
+    """The codes of one line of each of four panels, in their order, as indices of 64 rows.
 
     Two codebooks: even bytes are the first two panels, odd ones the others. One: rows in their order.
     """
@@ -96,7 +146,7 @@ def _indices(books: int, lines: list[Any]) -> list[list[Any]]:
         first = [bind(_blocks(lines[0], lines[1], [i, i + 1, 4 + i, 5 + i])) for i in (0, 2)]
         second = [bind(_blocks(lines[2], lines[3], [i, i + 1, 4 + i, 5 + i])) for i in (0, 2)]
         return [
-            [bind(_blocks(first[g // 2], second[g // 2], [g % 2, 2 + g % 2, 4 + g % 2, 6 + g % 2]))]
+            bind(_blocks(first[g // 2], second[g // 2], [g % 2, 2 + g % 2, 4 + g % 2, 6 + g % 2]))
             for g in range(4)
         ]
     low, eight = _splat(0x00FF, "uint16", 32), _splat(8, "uint16", 32)
@@ -108,112 +158,117 @@ def _indices(books: int, lines: list[Any]) -> list[list[Any]]:
             for x, y in (lines[:2], lines[2:])
         )
         both = ((a & low) | (b << eight), (a >> eight) | (b & high))
-        found.append([bind(T.reinterpret("uint8x64", words)) for words in both])
+        found += [bind(T.reinterpret("uint8x64", words)) for words in both]
     return found
 
 
-def _look_up(table: list[Any], index: Any) -> Any:
-    """256 bytes in four vectors at 64 indices."""
+def _look_up(table: list[Any], index: Any, upper: Any) -> Any:
+    """256 bytes in four vectors at 64 indices; ``upper``: which of them are above 127."""
     low, high = (
         T.call_llvm_pure_intrin(
             "uint8x64", "llvm.x86.avx512.vpermi2var.qi.512", table[i], index, table[i + 1]
         )
         for i in (0, 2)
     )
-    upper = T.reinterpret("int8x64", index) < _splat(0, "int8", 64)
     return T.Select(upper, high, low)
 
 
+def _interleave(a: Any, b: Any, high: bool) -> Any:
+    """The low or high four words of each 16 bytes of a and b in turn, as pairs for `_pairs`."""
+    lanes = [
+        8 * block + 4 * high + i + 32 * half for block in range(4) for i in range(4) for half in range(2)
+    ]
+    return T.reinterpret("int16x32", shuffle(a, b, lanes))
+
+
+def _pairs(total: Any, words: Any, low: int, high: int) -> Any:
+    """``total`` plus the first word of each pair times ``low`` and the second times ``high``."""
+    factors = T.reinterpret("int16x32", T.broadcast(tirx.const(low + (high << 16), "int32"), 16))
+    return T.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.vpdpwssd.512", total, words, factors)
+
+
 def _lookup(books: int, isa: Isa, *arguments: Any) -> None:
-    """out[0:256] = sums over groups of 16 panels, ``stride`` bytes apart; of fewer ``panels`` of the last one again."""
+    """sums[0:128] += sums over a block of 8 panels, ``stride`` bytes apart; of fewer ``panels`` of the last one again.
+
+    Sums of 32 rows come in the order of `_interleave`; of one codebook first even rows of 64, then odd ones. Asks for
+    what lies ``ahead`` bytes behind.
+    """
     if not isa.vnni:
         return  # nothing calls it
-    w, stride, panels, tables, groups, inverse, sums, out = arguments
-    per_line = 4 // books
-    every = [(plane, s) for plane in range(PLANES) for s in range(SETS)]
+    w, stride, panels, tables, lines, ahead, inverse, sums = arguments
     words, highs = (registers(PLANES * SETS, "uint16", 32) for _ in range(2))
-    held = registers(SETS * 4, "uint8", 64)
     starts = [bind(tirx.min(tirx.const(i, "int64"), panels - 1) * stride) for i in range(PANELS)]
-    with for_range(0, PLANES * SETS * 4) as i:
-        store(sums, i * 16, _splat(0, "int32", 16))
-    most = FLUSH // books
-    with for_range(0, (groups + most - 1) // most) as part:
-        for i in range(PLANES * SETS):
-            store(words, i * 32, _splat(0, "uint16", 32), 32)
-            store(highs, i * 32, _splat(0, "uint16", 32), 32)
-        first = bind(part * (most // per_line))
-        with for_range(first, tirx.min(first + most // per_line, groups // per_line)) as line:
-            # Behind these groups lies what is read much later, or now: go on where the next panels' ones are.
-            behind = line * 64 + AHEAD >= groups * (16 * books)
-            ahead = bind(AHEAD + T.Select(behind, stride * PANELS - groups * (16 * books), T.int64(0)))
-            for s in range(SETS):
-                lines = []
-                for i in range(4):
-                    at = bind(starts[4 * s + i] + line * 64)
-                    prefetch(w, at + ahead, 0)
-                    lines.append(bind(load(w, at, 64)))
-                vectors = [index for group in _indices(books, lines) for index in group]
-                for i, index in enumerate(vectors):
-                    store(held, (i * SETS + s) * 64, index, 64)
+    eight = _splat(8, "uint16", 32)
+    # Every entry has OFFSET too much, a power of two in the last plane.
+    offset = bind(T.cast(0 - lines * (LINE * OFFSET >> BITS * (PLANES - 1)), "uint16"))
+    for plane, s in product(range(PLANES), range(SETS)):
+        last, at = plane == PLANES - 1, (plane * SETS + s) * 32
+        store(
+            words,
+            at,
+            T.broadcast(offset * tirx.const(257, "uint16"), 32) if last else _splat(0, "uint16", 32),
+            32,
+        )
+        store(highs, at, T.broadcast(offset, 32) if last else _splat(0, "uint16", 32), 32)
+    with for_range(0, lines) as line:
+        indices = []
+        inside = line + NEAR < lines
+        near = bind(64 * NEAR + T.Select(inside, T.int64(0), PANELS * stride - lines * 64))
+        for s in range(SETS):
+            loaded = []
             for i in range(4):
-                indices = [bind(load(held, (i * SETS + s) * 64, 64)) for s in range(SETS)]
-                group, m = bind(line * per_line + i // books), i % books
-                for plane in range(PLANES):
-                    start = bind(((group * PLANES + plane) * books + m) * 256)
+                at = bind(starts[4 * s + i] + line * 64)
+                prefetch(w, at + ahead, 2)
+                prefetch(w, at + near, 3)
+                loaded.append(bind(load(w, at, 64)))
+            indices.append(_indices(books, loaded))
+        for pair in range(LINE // 2):
+            codes = (2 * pair, 2 * pair + 1)
+            for plane in range(PLANES):
+                found: list[Any] = [None] * SETS
+                for i in codes:
+                    start = bind(((line * LINE + i) * PLANES + plane) * 256)
                     table = [bind(load(tables, start + 64 * j, 64)) for j in range(4)]
                     for s in range(SETS):
-                        found = _look_up(table, indices[s])
-                        found = bind(T.reinterpret("uint16x32", found))
-                        at = (plane * SETS + s) * 32
-                        store(words, at, load(words, at, 32) + found, 32)
-                        shifted = found >> _splat(8, "uint16", 32)
-                        store(highs, at, load(highs, at, 32) + shifted, 32)
-        for plane, s in every:
-            at = (plane * SETS + s) * 32
-            odd = bind(load(highs, at, 32))
-            even = bind(load(words, at, 32) - (odd << _splat(8, "uint16", 32)))
-            for half, lanes in enumerate((even, odd)):
-                place = ((plane * SETS + s) * 2 + half) * 32
-                store(sums, place, load(sums, place, 32) + T.cast(lanes, "int32x32"), 32)
-    # Of every entry 2^23 too much.
-    offset = T.broadcast(T.cast(groups * (128 * books), "int32"), 16)
+                        upper = T.reinterpret("int8x64", indices[s][i]) < _splat(0, "int8", 64)
+                        one = _look_up(table, indices[s][i], upper)
+                        found[s] = bind(one if found[s] is None else found[s] + one)
+                for s in range(SETS):
+                    both = bind(T.reinterpret("uint16x32", found[s]))
+                    at = (plane * SETS + s) * 32
+                    store(words, at, load(words, at, 32) + both, 32)
+                    store(highs, at, load(highs, at, 32) + (both >> eight), 32)
+    factor, none = bind(T.broadcast(inverse, 16)), _splat(0, "uint16", 32)
     for s in range(SETS):
-        for part in range(2):
-            totals = []
-            for half in range(2):
-                planes = [
-                    T.cast(value - offset if plane == PLANES - 1 else value, "float32x16")
-                    for plane in range(PLANES)
-                    for value in (load(sums, ((plane * SETS + s) * 2 + half) * 32 + part * 16),)
-                ]
-                total = planes[0]
-                for plane in range(1, PLANES):
-                    total = T.fma(planes[plane], T.broadcast(T.float32(256.0**plane), 16), total)
-                totals.append(bind(total * T.broadcast(inverse, 16)))
-            even, odd = totals
-            if books == 2:
-                store(out, s * 64 + part * 16, even)
-                store(out, s * 64 + 32 + part * 16, odd)
-                continue
-            for half in range(2):
-                lanes = [half * 8 + i // 2 + 16 * (i % 2) for i in range(16)]
-                store(out, s * 64 + part * 32 + half * 16, shuffle(even, odd, lanes))
+        odd = [bind(load(highs, (plane * SETS + s) * 32, 32)) for plane in range(PLANES)]
+        even = [
+            bind(load(words, (plane * SETS + s) * 32, 32) - (odd[plane] << eight)) for plane in range(PLANES)
+        ]
+        for half, (first, second, third) in enumerate((even, odd)):
+            for part in range(2):
+                total = _pairs(_splat(0, "int32", 16), _interleave(first, second, bool(part)), 1, 1 << BITS)
+                total = _pairs(total, _interleave(third, none, bool(part)), 1 << 2 * BITS, 0)
+                at = s * 64 + half * 32 + part * 16
+                store(sums, at, T.fma(T.cast(total, "float32x16"), factor, load(sums, at)))
 
 
 KERNELS = [
     Kernel("codebook_turn", "stored: const f16*, count: i64, out: f32*", _turn, "codebook"),
-    Kernel(
-        "codebook_tables",
-        "x: const f32*, books: const f32*, count: i64, factor: f32, begin: i64, end: i64, out: u8*",
-        _tables,
-        "codebook",
+    *(
+        Kernel(
+            f"codebook_tables{books}",
+            "x: const f32*, turned: const f32*, factors: const f32*, begin: i64, end: i64, out: u8*",
+            partial(_tables, books),
+            "codebook_vbmi",
+            attributes=VBMI2,
+        )
+        for books in (1, 2)
     ),
-    # sums: 384 int32 for each 64 rows of 16 panels; tables are 64-byte aligned
     *(
         Kernel(
             f"codebook_lookup{books}",
-            "w: const u8*, stride: i64, panels: i64, tables: const u8*, groups: i64, inverse: f32, sums: i32*, "
-            "out: f32*",
+            "w: const u8*, stride: i64, panels: i64, tables: const u8*, lines: i64, ahead: i64, inverse: f32, "
+            "sums: f32*",
             partial(_lookup, books),
             "codebook_vbmi",
             attributes=VBMI2,

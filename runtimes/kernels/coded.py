@@ -16,10 +16,11 @@ How 16 codes of one input become 16 floats, exactly:
 
 Scales of a group: float16, E8M0 (shifted into the exponent of a float32; 2**-127, code 0, is read as 0), E4M3 as above.
 
-The bound of the 4-bit GEMV on v4 is arithmetic: 64 bytes are 128 codes, 8 shifts, 8 ``vpermps`` and 8 multiply-adds
-of 512 bits; Zen 4 does each as two halves, shifts and permutations on two of its four vector pipes, so 16 cycles
-for 64 bytes, 4 bytes a cycle and core. Zen 5 starts two shifts or permutations of 512 bits a cycle: 7.5 cycles, 8.5
-bytes a cycle, a quarter less than its memory gives one core.
+The bound of the 4-bit GEMV on v4 is arithmetic on Zen 4: 64 bytes are 128 codes, 7 shifts, 8 ``vpermps`` and 8
+multiply-adds of 512 bits; it does each as two halves, shifts and permutations on two of its four vector pipes, so 15
+cycles for 64 bytes, 4.3 bytes a cycle and core. Zen 5 shifts on other pipes than it permutes and multiplies on (one of
+two is shared with each): 23 operations on four pipes, 5.75 cycles, 11 bytes a cycle and core, what its memory gives.
+Four chains of sums would take 8 cycles there, two multiply-adds of each one after the other.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from typing import Any
 from tvm import tirx
 
 from .codegen import Isa, Kernel, T, bind, for_range, load, registers, store
-from .linear import prefetch_stream
+from .linear import prefetch
 from .linear_float import BLOCK, GEMV_ROWS
 
 ELEMENTS = ("table", "e4m3", "e5m2", "e3m2", "e2m3")
@@ -51,6 +52,10 @@ VARIANTS = (
     ("e3m2", "e8m0"),
     ("e2m3", "e8m0"),
 )
+
+
+AHEAD = 8192
+"""Bytes ahead that weights are fetched, for use once."""
 
 
 def _splat(value: float, dtype: str, lanes: int = 16) -> Any:
@@ -92,7 +97,7 @@ class _Decoder:
             offset = first * bytes_per_input
             if offset // 64 > fetched:
                 fetched = offset // 64
-                prefetch_stream(self.w, at + offset)
+                prefetch(self.w, at + offset + AHEAD, 0)
             yield from getattr(self, f"_bits{self.bits}")(at + offset)
 
     def _bits4(self, at: Any) -> Iterator[list[Any]]:
@@ -175,9 +180,9 @@ def _gemv(element: str, mode: str, rows: int, isa: Isa, *arguments: Any) -> None
     x, ldx, w, scale, table, begin, end, group, t, ldt = arguments
     decoder = _Decoder(element, isa, w, table)
     n, parts, bits = decoder.lanes, decoder.parts, decoder.bits
-    per_group = bind(group // BLOCK)
     halves = _halves(mode)
-    ways = 4 // rows  # chains of multiply-adds in flight, each waits 4 cycles for itself
+    # Chains of multiply-adds, each of which waits four cycles for itself; 16 inputs are too few to start eight.
+    ways = (8 if isa.registers == 32 and halves == 1 else 4) // rows
     total = registers(rows * parts, "float32", n)
     part = registers(rows * ways * parts, "float32", n)
 
@@ -194,35 +199,48 @@ def _gemv(element: str, mode: str, rows: int, isa: Isa, *arguments: Any) -> None
         for i in range(rows * ways * parts):
             store(part, i * n, _splat(0.0, "float32", n), n)
 
+    def add(block: Any, half: int = 0) -> None:
+        inputs = BLOCK // halves
+        at = bind((block * halves + half) * (inputs * 2 * bits))
+        for k, values in enumerate(decoder.inputs(at, inputs)):
+            column = (block - begin) * BLOCK + half * inputs + k
+            for r in range(rows):
+                activation = bind(T.broadcast(load(x, ldx * r + column, 1), n))
+                for p, value in enumerate(values):
+                    i = slot(r, k % ways, p)
+                    store(part, i, T.fma(activation, value, load(part, i, n)), n)
+
+    def finish(of: Any) -> None:
+        for p in range(parts):
+            scales = bind(_scale(mode, scale, of, p, n))
+            for r in range(rows):
+                i = (r * parts + p) * n
+                store(total, i, T.fma(merged(r, p), scales, load(total, i, n)), n)
+
     for r in range(rows):
         for p in range(parts):
             store(total, (r * parts + p) * n, load(t, ldt * r + p * n, n), n)
     if mode == "pc":
         clear()
-    with for_range(begin, end) as block:
-        for half in range(halves):
-            if mode != "pc":
+        with for_range(begin, end) as block:
+            add(block)
+        finish(0)
+    elif halves > 1 or mode == "e8m0":
+        with for_range(begin, end) as block:
+            for half in range(halves):
                 clear()
-            inputs = BLOCK // halves
-            at = bind((block * halves + half) * (inputs * 2 * bits))
-            for k, values in enumerate(decoder.inputs(at, inputs)):
-                column = (block - begin) * BLOCK + half * inputs + k
-                for r in range(rows):
-                    activation = bind(T.broadcast(load(x, ldx * r + column, 1), n))
-                    for p, value in enumerate(values):
-                        i = slot(r, k % ways, p)
-                        store(part, i, T.fma(activation, value, load(part, i, n)), n)
-            if mode != "pc":
-                for p in range(parts):
-                    scales = bind(_scale(mode, scale, _group_of(mode, block, half, per_group), p, n))
-                    for r in range(rows):
-                        i = (r * parts + p) * n
-                        store(total, i, T.fma(merged(r, p), scales, load(total, i, n)), n)
-    for p in range(parts):
-        scales = bind(_scale(mode, scale, 0, p, n)) if mode == "pc" else None
-        for r in range(rows):
-            value = load(total, (r * parts + p) * n, n)
-            store(t, ldt * r + p * n, value if scales is None else T.fma(merged(r, p), scales, value), n)
+                add(block, half)
+                finish(block * halves + half)
+    else:
+        per_group = bind(group // BLOCK)
+        with for_range(begin // per_group, (end + per_group - 1) // per_group) as g:
+            clear()
+            with for_range(tirx.max(begin, g * per_group), tirx.min(end, (g + 1) * per_group)) as block:
+                add(block)
+            finish(g)
+    for r in range(rows):
+        for p in range(parts):
+            store(t, ldt * r + p * n, load(total, (r * parts + p) * n, n), n)
 
 
 def _unpack(element: str, mode: str, isa: Isa, *arguments: Any) -> None:

@@ -37,17 +37,20 @@ OrtStatus* look_up(Context& c, const isofold_codebook& codebook, const uint16_t*
   void* scratch = thread_scratch(bytes);
   if (!scratch) return out_of_memory(c.api, c.op->name, bytes);
   isofold_lookup lookup = isofold_lookup_start(kernels, &codebook, books, scratch);
-  double each = 8.0 * double(codebook.total);
+  // Every range of tasks fetches all tables: no more of them than processors.
+  int64_t tasks = isofold_lookup_tasks(&codebook), bundle = isofold_ceildiv(tasks * 4, most_pieces());
+  double table = 15.0 * double(codebook.total), look = 1.6 * double(codebook.total);  // nanoseconds for a group
   *done = true;
   for (int64_t m = 0; m < call.m && *done; ++m) {
     *done = isofold_lookup_row(&codebook, &lookup, call.x + m * call.k, call.k);
     for (int64_t chunk = 0; *done && chunk < isofold_lookup_chunks(&codebook); ++chunk) {
-      int64_t groups = isofold_lookup_count(&codebook, chunk);
-      ISOFOLD_TRY(c.parallel(groups, 4 * each, [&](int64_t begin, int64_t end) {
+      int64_t units = isofold_lookup_units(&codebook, chunk);
+      ISOFOLD_TRY(c.parallel(units, table * ISOFOLD_LOOKUP_UNIT, [&](int64_t begin, int64_t end) {
         isofold_lookup_tables(kernels, &codebook, &lookup, chunk, begin, end);
       }));
-      ISOFOLD_TRY(c.parallel(isofold_lookup_tasks(&codebook), each * double(groups), [&](int64_t begin, int64_t end) {
-        isofold_lookup_run(kernels, &codebook, &lookup, &call, m, chunk, begin, end);
+      double nanoseconds = 2 * look * double(units * ISOFOLD_LOOKUP_UNIT * bundle);
+      ISOFOLD_TRY(c.parallel(isofold_ceildiv(tasks, bundle), nanoseconds, [&](int64_t begin, int64_t end) {
+        isofold_lookup_run(kernels, &codebook, &lookup, &call, m, chunk, begin * bundle, isofold_min(end * bundle, tasks));
       }));
     }
   }

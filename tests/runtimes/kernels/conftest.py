@@ -103,9 +103,9 @@ int test_lookup(const struct isofold_codebook* c, const uint16_t* stored, const 
   for (int64_t m = 0; m < call->m; ++m) {
     if (!isofold_lookup_row(c, &l, call->x + m * call->k, call->k)) return 0;
     for (int64_t chunk = 0; chunk < isofold_lookup_chunks(c); ++chunk) {
-      int64_t groups = isofold_lookup_count(c, chunk);
+      int64_t units = isofold_lookup_units(c, chunk);
       for (int64_t i = 0; i < parts; ++i)
-        isofold_lookup_tables(k, c, &l, chunk, groups * i / parts, groups * (i + 1) / parts);
+        isofold_lookup_tables(k, c, &l, chunk, units * i / parts, units * (i + 1) / parts);
       for (int64_t i = 0; i < parts; ++i)
         isofold_lookup_run(k, c, &l, call, m, chunk, tasks * i / parts, tasks * (i + 1) / parts);
     }

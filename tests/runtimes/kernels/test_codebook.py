@@ -160,19 +160,34 @@ def test_products_are_looked_up(library: ctypes.CDLL, count: int) -> None:
     check(library, "v4", (count, 8), 1, 64, 1024, threads=1, seed=2, look_up=True, size=500.0)
 
 
-@pytest.mark.parametrize("bad", [0.0, np.inf, np.nan, 1e6], ids=str)
-def test_activations_without_a_bound_are_left_to_the_other_kernels(library: ctypes.CDLL, bad: float) -> None:
+def look_up_ones(library: ctypes.CDLL, x: np.ndarray) -> tuple[int, np.ndarray]:
+    """What the driver says, and its 16 outputs (77 before): sums of a row of activations, with codebooks of ones."""
     if not library.test_expands():
         pytest.skip("this processor has no AVX512-VBMI2")
-    k = 1 << 14
+    k = x.shape[1]
     codes = torch.zeros(16, k // 8, 1, dtype=torch.uint8)
     packed = pack_codebook(CodebookMatrix(codes, torch.ones(1, 256, 8), torch.ones(16), k))
     linear = Linear(*map(address, (packed.weight, packed.scale, None, None, None)), 16, k, 0, 0, 1.0, 0, 0)
-    made = Codebook(linear, 0, 1, 8)
-    x, y = np.full((1, k), float(bad != 0), np.float32), np.full((1, 16), 77, np.float32)
-    x[0, 7] = bad
+    made, y = Codebook(linear, 0, 1, 8), np.full((1, 16), 77, np.float32)
     call = FloatCall(address(x), 0, address(y), 1, k)
     scratch = aligned(library.test_lookup_bytes(ctypes.byref(made)))
     held = (ctypes.c_void_p(address(packed.codebooks)), ctypes.byref(call), ctypes.c_void_p(address(scratch)))
-    assert library.test_lookup(ctypes.byref(made), *held, ctypes.c_int64(1)) == 0
+    return library.test_lookup(ctypes.byref(made), *held, ctypes.c_int64(1)), y
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan, 1e6], ids=str)
+def test_activations_without_a_bound_are_left_to_the_other_kernels(library: ctypes.CDLL, bad: float) -> None:
+    x = np.ones((1, 1 << 14), np.float32)
+    x[0, 7] = bad
+    done, y = look_up_ones(library, x)
+    assert not done
     assert (y == 77).all()
+
+
+@pytest.mark.parametrize("last", [0.0, 2.0, -1e-20])
+def test_blocks_of_nothing_but_zeros_have_no_factor(library: ctypes.CDLL, last: float) -> None:
+    x = np.zeros((1, 800), np.float32)
+    x[0, -1] = last
+    done, y = look_up_ones(library, x)
+    assert done
+    assert (np.abs(y - np.float32(last)) <= 1e-6 * abs(last)).all()

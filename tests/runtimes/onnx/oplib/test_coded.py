@@ -49,8 +49,8 @@ def test_threads(check: Check, name: str, threads: int, rows: int) -> None:
 
 
 def test_rows_whose_products_cannot_be_looked_up(check: Check) -> None:
-    operator, arguments = arguments_of("2x8", 3, LOOKED_UP, 96)
-    arguments[0][1] = 0.0
+    operator, arguments = arguments_of("2x8", 3, LOOKED_UP, 4096)
+    arguments[0][1, 7] = 1e6
     check(operator, arguments, constants=WEIGHTS, threads=2)
 
 
