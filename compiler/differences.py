@@ -134,7 +134,10 @@ def _few_flips(difference: Difference) -> bool:
 
 
 def rounds_activations(program: Program) -> bool:
-    """Whether the program quantizes activations, so that a different last bit may become a different code."""
+    """Whether the program quantizes activations, so that a different last bit may become a different code: by operators
+    of the dialect, or written out with `aten.round`."""
+    if program.graph.find_nodes(op="call_function", target=torch.ops.aten.round.default):
+        return True
     quantizers = {
         "quantize_activation",
         "quantize_activation_fp8",

@@ -14,9 +14,9 @@
    Quantizers that still have one dense reader come last; then, for a runtime without a float matrix product of its own,
    float linears take panels (`pack_dense_linears`) and their epilogues.
 
-Between 1 and 2 come the codes that weights already have (`extract_codes`), the folds that the recipe asks for
-(`fold_transforms`), then `prune_channels` with `shrink_channels` and `prune_weights`. Steps that a recipe does not ask
-for are left out.
+Between 1 and 2 come the rounding and the codes that a model already has (`extract_rounding`, `extract_codes`), the folds
+that the recipe asks for (`fold_transforms`), then `prune_channels` with `shrink_channels` and `prune_weights`. Steps
+that a recipe does not ask for are left out.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from ..compiler.recipe import GROUP_SIZES, Recipe
 from .choose_formats import choose_formats, resolve_formats
 from .expose_pointwise import expose_pointwise
 from .extract_codes import extract_codes
+from .extract_rounding import extract_rounding
 from .extract_sparsity import extract_sparsity
 from .fold_transforms import fold_steps
 from .fuse_attention import fuse_attention
@@ -86,7 +87,7 @@ def plan(
     steps = [Step(widen_halves)] if has_halves(program) else []
     steps += [Step(canonicalize), Step(check_recipe, options)]
     if recipe.is_prequantized:
-        steps.append(Step(extract_codes, options))
+        steps += [Step(extract_rounding, options), Step(extract_codes, options)]
     steps += fold_steps(recipe, calibration)
     structured = [form.structure is not None for form in recipe.prune_formats]
     if any(structured):
