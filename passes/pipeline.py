@@ -14,9 +14,9 @@
    Quantizers that still have one dense reader come last; then, for a runtime without a float matrix product of its own,
    float linears take panels (`pack_dense_linears`) and their epilogues.
 
-Between 1 and 2 come the rounding and the codes that a model already has (`extract_rounding`, `extract_codes`), the folds
-that the recipe asks for (`fold_transforms`), then `prune_channels` with `shrink_channels` and `prune_weights`. Steps
-that a recipe does not ask for are left out.
+Between 1 and 2 come the rounding and the codes that a model already has (`extract_rounding`, `extract_codes`), the
+folds that the recipe asks for (`fold_transforms`), then `prune_channels` with `shrink_channels` and `prune_weights`.
+Steps that a recipe does not ask for are left out.
 """
 
 from __future__ import annotations
