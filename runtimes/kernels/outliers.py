@@ -69,8 +69,8 @@ def _gemv(rows: int, isa: Isa, *arguments: Any) -> None:
         for r in range(rows):
             fetched = T.cast(_join([load(x, place + ldx * r, 1) for place in at]), "float32x16")
             store(sums, r * 16, T.fma(fetched, weights, load(sums, r * 16)))
-        prefetch(ahead, step * 64, 0)
-        prefetch(scales, step * stride, 0)
+        prefetch(ahead, step * 64, 2)
+        prefetch(scales, step * stride, 3)
         _fetch_entries(places, values, step)
     for r in range(rows):
         store(t, ldt * r, T.fma(load(sums, r * 16), T.broadcast(factor, 16), load(t, ldt * r)))
