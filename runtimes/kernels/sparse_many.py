@@ -37,7 +37,7 @@ STEP = 4
 """Non-zeros that lists are padded to a multiple of."""
 
 ROWS_AHEAD = 8
-"""Rows of weights whose 8-bit values are fetched into the first-level cache while a list is written (floats: nothing)."""
+"""Rows of weights ahead whose 8-bit values a list fetches into the first-level cache (of floats nothing is gained)."""
 
 PLACE = 64
 """Of one input; what a kernel's rows of activations occupy is a multiple of it in bytes."""

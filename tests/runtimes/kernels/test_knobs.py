@@ -95,7 +95,9 @@ def test_drivers_read_their_knobs_from_the_table() -> None:
 
 
 def test_drivers_know_how_far_ahead_kernels_have_asked_for_weights() -> None:
-    near = Settings({"linear_gemv4": {"stream_near": 8192, "stream_far": 0}, "linear_float3": {"stream_far": 4096}})
+    near = Settings(
+        {"linear_gemv4": {"stream_near": 8192, "stream_far": 0}, "linear_float3": {"stream_far": 4096}}
+    )
     values = driver_values(near, "v4")
     assert values["streamed_linear_gemv4"] == 8192
     assert values["streamed_linear_float3"] == 4096
