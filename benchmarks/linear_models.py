@@ -41,7 +41,7 @@ class Kind:
     outliers: float = 0.0
     """Share of each row that is kept beside integers in float16."""
     rank: int = 0
-    """Of a thin float part beside them (LoRC)."""
+    """Of a thin part beside them (LoRC): a factor of 8 bits and one of floats."""
     fp8_activations: bool = False
     """Codes of small floats meet activations of E4M3, in one quantizer for all layers, instead of floats."""
     hadamard: bool = False
@@ -115,12 +115,15 @@ def outliers(kind: Kind, n: int, k: int, layer: int) -> tuple[NDArray[np.int64],
     return places[index], values[index]
 
 
-def thin_part(kind: Kind, n: int, k: int, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The two factors `[K, r]` and `[r, N]` of a layer."""
+def thin_part(
+    kind: Kind, n: int, k: int, layer: int
+) -> tuple[tuple[NDArray[np.int8], NDArray[np.float32]], NDArray[np.float32]]:
+    """The two factors of a layer: codes `[r, K]` with scales `[r, 1]`, and `[r, N]`."""
     generator = np.random.default_rng([SEED, n, k, kind.rank, 3])
-    down = generator.standard_normal((k, kind.rank), np.float32) / np.float32(k)
+    codes = generator.integers(-127, 128, (kind.rank, k), np.int8)
+    scale = np.full((kind.rank, 1), 1 / 64 / k, np.float32)
     up = generator.standard_normal((kind.rank, n), np.float32)
-    return np.roll(down, layer, 0), np.roll(up, layer, 1)
+    return (np.roll(codes, layer, 1), scale), np.roll(up, layer, 1)
 
 
 def coded_matrix(kind: Kind, n: int, k: int, layer: int) -> Any:
@@ -157,8 +160,8 @@ def reference(x: NDArray[np.float32], kind: Kind, n: int, k: int, layer: int) ->
         places, values = outliers(kind, n, k, layer)
         np.add.at(weight, (np.arange(n)[:, None], places), values.astype(np.float64))
     if kind.rank:
-        down, up = thin_part(kind, n, k, layer)
-        weight = weight + (down.astype(np.float64) @ up).T
+        (first, scale), up = thin_part(kind, n, k, layer)
+        weight = weight + up.T @ (first * scale.astype(np.float64))
     if kind.hadamard:
         from isofold.compiler.hadamard_orders import signs
 
@@ -255,10 +258,13 @@ def _isofold_nodes(
         )
     inputs = ["u", "params", weight, scale, stored_zero, wsum]
     if kind.rank:
-        parts = zip(("down", "up"), thin_part(kind, n, k, layer), strict=True)
-        down, up = (data.add(f"{name}{layer}", factor) for name, factor in parts)
-        yield helper.make_node("MatMul", [source, down], [f"thin{layer}"])
-        yield helper.make_node("MatMul", [f"thin{layer}", up], [f"residual{layer}"])
+        down, up = thin_part(kind, n, k, layer)
+        first = packing.pack_linear(*(torch.from_numpy(part) for part in down), None, 8, 0)
+        stored = {"down": first.weight.numpy(), "downscale": first.scale.numpy(), "up": up}
+        names = [data.add(f"{name}{layer}", array) for name, array in stored.items()]
+        rest = {**attributes, "n": kind.rank, "bits": 8, "group_size": 0, "scale_multiplier": 1.0}
+        yield helper.make_node("PackedLinearFloat", [source, *names[:2]], [f"thin{layer}"], **rest)
+        yield helper.make_node("MatMul", [f"thin{layer}", names[2]], [f"residual{layer}"])
         inputs += ["", f"residual{layer}"]
     elif beside:
         inputs += ["", "", *beside]

@@ -194,18 +194,19 @@ def thin_works(node: fx.Node) -> list[Work]:
     declared = operator_of(node.target) if node.op == "call_function" else None
     if declared is None or "residual" not in _arguments(declared):
         return []
-    found: list[Work] = []
     product = argument(node, "residual")
-    while len(found) < 2 and isinstance(product, fx.Node) and product.target is torch.ops.aten.matmul.default:
-        x, matrix = product.args
-        made = _sized(value(product))
-        if not isinstance(matrix, fx.Node) or matrix.op != "get_attr" or not isinstance(made, Tensor):
-            return []
-        held = value(matrix)
-        rows = int(made.numel()) // max(int(held.shape[-1]), 1)
-        found.append(Work(FLOAT_LINEAR, rows, int(held.numel()), int(held.numel()) * held.element_size()))
-        product = x
-    return found if len(found) == 2 else []
+    if not isinstance(product, fx.Node) or product.target is not torch.ops.aten.matmul.default:
+        return []
+    narrow, matrix = product.args
+    made = _sized(value(product))
+    if not isinstance(matrix, fx.Node) or matrix.op != "get_attr" or not isinstance(made, Tensor):
+        return []
+    first = work_of(narrow) if isinstance(narrow, fx.Node) else None
+    if first is None:
+        return []
+    held = value(matrix)
+    rows = int(made.numel()) // max(int(held.shape[-1]), 1)
+    return [Work(FLOAT_LINEAR, rows, int(held.numel()), int(held.numel()) * held.element_size()), first]
 
 
 def _arguments(declared: Operator) -> list[str]:

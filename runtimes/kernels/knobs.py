@@ -89,6 +89,7 @@ class Knob:
 
 _TILES = ("linear_pc", "linear_g", "linear_gz")
 _STREAMS = ("linear_gemv*", "linear_float*", "linear_dense", *_TILES)
+_STREAMED = tuple(f"linear_{kind}{bits}" for kind in ("gemv", "float") for bits in (2, 3, 4))
 
 KNOBS = (
     Knob(
@@ -321,14 +322,19 @@ def knob(name: str) -> int:
 def driver_values(settings: Settings, isa: str) -> dict[str, int]:
     """Values of the driver knobs by the name of their member of `struct isofold_kernels`.
 
-    That is the knob's name, for one of a group of kernels with the group behind it.
+    That is the knob's name, for one of a group of kernels with the group behind it. `streamed_GROUP`: how far ahead
+    kernels for few rows have asked for weights.
     """
-    return {
+    values = {
         k.name if group == DRIVER else f"{k.name}_{group}": settings.resolve(group, k.name, isa)
         for k in KNOBS
         if k.driver
         for group in k.groups
     }
+    for group in _STREAMED:
+        ahead = (settings.resolve(group, name, isa) for name in ("stream_near", "stream_far"))
+        values[f"streamed_{group}"] = max(ahead)
+    return values
 
 
 @cache

@@ -147,24 +147,21 @@ static inline void isofold_float_run(const struct isofold_kernels* k, const stru
     if (padded > whole) isofold_float_tail(c, m0, m1 - m0, tail);
     float factor = l->outliers ? l->outliers->multiplier / multiplier : 0.0f;
     if (m1 - m0 <= ISOFOLD_FLOAT_GEMV_ROWS) {
-      for (int64_t m = m0; m < m1;) {
-        int64_t rows = isofold_tile_rows(m1 - m);
-        for (int64_t p = 0; p < e.block.panels; ++p) {
+      int64_t bytes = l->kp * 2 * l->bits, streamed = isofold_linear_streamed(k, l->bits, 1);
+      for (int64_t p = 0; p < e.block.panels; ++p) {
+        int64_t panel = e.block.panel + p;
+        for (int64_t m = m0; m < m1;) {
+          int64_t rows = isofold_tile_rows(m1 - m);
           float* sums = t + (m - m0) * 32 + 16 * p;
-          if (whole) gemv(k, l, e.block.panel + p, c->x + m * c->k, c->k, rows, 0, whole, sums);
+          if (whole) gemv(k, l, panel, c->x + m * c->k, c->k, rows, 0, whole, sums);
           if (padded > whole)
-            gemv(k, l, e.block.panel + p, tail + (m - m0) * ISOFOLD_FLOAT_BLOCK, ISOFOLD_FLOAT_BLOCK, rows, whole,
-                 padded, sums);
+            gemv(k, l, panel, tail + (m - m0) * ISOFOLD_FLOAT_BLOCK, ISOFOLD_FLOAT_BLOCK, rows, whole, padded, sums);
+          m += rows;
         }
-        m += rows;
-      }
-      if (l->outliers) {
-        const char* next = (const char*)l->weight + (e.block.panel + 2) * l->kp * 2 * l->bits + 16384;
-        struct isofold_outlier_ahead ahead = isofold_linear_ahead(l, e.block.panel, next);
-        for (int64_t p = 0; p < e.block.panels; ++p) {
-          isofold_outlier_gemv(k, l->outliers, e.block.panel + p, factor, c->x + m0 * c->k, 0, c->k, m1 - m0, &ahead, t + 16 * p);
-          isofold_linear_further(l, e.block.panel + p, &ahead);
-        }
+        if (!l->outliers) continue;
+        const char* next = (const char*)l->weight + (panel + 1) * bytes + streamed;
+        struct isofold_outlier_ahead ahead = isofold_linear_ahead(l, panel, 1, next);
+        isofold_outlier_gemv(k, l->outliers, panel, factor, c->x + m0 * c->k, 0, c->k, m1 - m0, &ahead, t + 16 * p);
       }
     } else {
       int64_t cursors[2][16] = {{0}};

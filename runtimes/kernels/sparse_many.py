@@ -36,6 +36,9 @@ GEMM8_VECTORS = (8, 4)
 STEP = 4
 """Non-zeros that lists are padded to a multiple of."""
 
+ROWS_AHEAD = 8
+"""Rows of weights ahead whose 8-bit values a list fetches into the first-level cache (of floats nothing is gained)."""
+
 PLACE = 64
 """Of one input; what a kernel's rows of activations occupy is a multiple of it in bytes."""
 
@@ -90,6 +93,11 @@ def _list(dtype: str, compressed: bool, isa: Isa, *arguments: Any) -> None:
         position, left = counter(), counter()
         store(position, 0, T.int64(0), 1)
         prefetch(mask, r * ldmask + words, 3)
+        if dtype.startswith("int"):
+            # Values were asked for a chunk ago, and the products since have pushed them out of the first-level cache.
+            soon = bind(load(at, T.min(r + ROWS_AHEAD, rows - T.int64(1)), 1))
+            for value in (0, _unconditional(dtype) - 1):
+                prefetch(values, soon + value, 3)
         start = bind(load(at, r, 1))
 
         def step(w: Any, r: Any = r, position: Any = position, left: Any = left) -> None:
@@ -126,6 +134,11 @@ def _list(dtype: str, compressed: bool, isa: Isa, *arguments: Any) -> None:
         store(at, r, start + load(position, 0, 1), 1)
 
 
+def _unconditional(dtype: str) -> int:
+    """Values of a row that are copied whether they are there or not: no more than may be read behind the last one."""
+    return {"int8": 64, "int32": 16}.get(dtype, 32)
+
+
 def finish_list(
     dtype: str, values: Any, start: Any, count: Any, out: Any, copy: Any, to: Any, counts: Any, r: Any
 ) -> None:
@@ -142,7 +155,7 @@ def finish_list(
         store(copy, to + i * lanes, found, lanes)
 
     # Of a loop LLVM makes a call of memcpy, which takes longer than most lists.
-    most = 1 if dtype.startswith("int") else 2  # no more than may be read behind the last value
+    most = _unconditional(dtype) // lanes
     for i in range(most):
         take(i)
     with when(end > T.int64(most * lanes)), for_range(most, (end + T.int64(lanes - 1)) // lanes) as i:

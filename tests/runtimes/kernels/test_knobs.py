@@ -94,6 +94,17 @@ def test_drivers_read_their_knobs_from_the_table() -> None:
     assert "{0, " in table([kernel], V4, "t", settings, groups=())
 
 
+def test_drivers_know_how_far_ahead_kernels_have_asked_for_weights() -> None:
+    near = Settings(
+        {"linear_gemv4": {"stream_near": 8192, "stream_far": 0}, "linear_float3": {"stream_far": 4096}}
+    )
+    values = driver_values(near, "v4")
+    assert values["streamed_linear_gemv4"] == 8192
+    assert values["streamed_linear_float3"] == 4096
+    both = [DEFAULTS.resolve("linear_gemv2", name, "v4") for name in ("stream_near", "stream_far")]
+    assert values["streamed_linear_gemv2"] == max(both)
+
+
 def test_the_hash_of_sources_covers_what_is_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     names = {path.name for path in module_closure(Path(knobs.__file__).parent, "linear")}
     assert {"linear.py", "codec.py", "codegen.py", "dot.py", "math.py", "knobs.py"} <= names
