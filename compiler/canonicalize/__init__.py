@@ -6,7 +6,8 @@ arguments spelled out, grouped queries by `enable_gqa`), rotary embedding with `
 with `isofold.gated`, activations with `aten.gelu` and `aten.silu`, products with a constant matrix with
 `aten.linear` (einsums, and pointwise convolutions of what was channels last, too), products with a matrix that each row
 chooses with `isofold.linear_grouped`, views with `aten.reshape` and
-`aten.slice`; constants are folded, batch norms gone where they can.
+`aten.slice`, what is written part by part with `aten.cat`; outputs of linears that are taken in turn lie in blocks,
+constants are folded, batch norms gone where they can.
 
 Each file is one form: its docstring states the identity and the side conditions, its pass reports what was
 recognised and what was refused, and why.
