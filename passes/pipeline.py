@@ -7,8 +7,8 @@
 3. `pack_*`: codes into the layouts that kernels read; after this no float copy of a packed weight is left. Float
    weights of experts take panels here, for every runtime.
 4. `fuse_*`: what stands in front of quantizers first, so that norms find them next to their result; attention before
-   the linears that feed it (its views then lead to them), epilogues before those linears are joined and before norms,
-   which take only the sums that no linear took.
+   the linears that feed it (its views then lead to them), linears of experts that read the same rows, epilogues before
+   those linears are joined and before norms, which take only the sums that no linear took.
 5. `extract_sparsity` where the recipe asks for it, on what is then whole: joined linears with their epilogues, and
    pointwise convolutions (`expose_pointwise`).
    Quantizers that still have one dense reader come last; then, for a runtime without a float matrix product of its own,

@@ -6,9 +6,9 @@ arguments spelled out, grouped queries by `enable_gqa`), rotary embedding with `
 with `isofold.gated`, activations with `aten.gelu` and `aten.silu`, products with a constant matrix with
 `aten.linear` (einsums, and pointwise convolutions of what was channels last, too), products with a matrix that each row
 chooses with `isofold.linear_grouped`, views with `aten.reshape` and
-`aten.slice`; constants are folded, batch norms gone where they can, complex numbers are pairs of real ones. Custom
-operators with a kernel in Python are the ATen calls that it makes, and what quantizers compute with integers is
-computed with floats.
+`aten.slice`, what is written part by part with `aten.cat`; outputs of linears that are taken in turn lie in blocks;
+constants are folded, batch norms gone where they can, complex numbers are pairs of real ones. Custom operators with a
+kernel in Python are the ATen calls that it makes, and what quantizers compute with integers is computed with floats.
 
 Each file is one form: its docstring states the identity and the side conditions, its pass reports what was
 recognised and what was refused, and why.

@@ -219,7 +219,8 @@ def _carry(analysis: Analysis, node: fx.Node) -> None:
     """Rows carry on what all operands' rows carry; constants are the same for all rows."""
     carried = [analysis.carried.get(x) for x in tensors(node) if not analysis.is_parameter(x)]
     along_rows = node.target in _ALONG and argument(node, "dim") % len(value(node).shape) == 0
-    if carried and carried[0] and not along_rows and all(c == carried[0] for c in carried):
+    alike = all(c == carried[0] for c in carried)
+    if carried and carried[0] and alike and len(value(node).shape) == 2 and not along_rows:
         analysis.carried[node] = carried[0]
 
 
