@@ -92,16 +92,14 @@ def format_bytes(size: float | None) -> str:
     """Bytes as people write them: 1.5 MB (powers of 1000)."""
     if size is None:
         return "-"
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(size) < 1000 or unit == "GB":
-            return (
-                f"{size:.0f} B"
-                if unit == "B"
-                else f"{size:.3g} {unit}"
-                if abs(size) < 999.5
-                else f"{size:.0f} {unit}"
-            )
+    if abs(size) < 1000:
+        return f"{size:.0f} B"
+    for unit in ("kB", "MB", "GB"):
         size /= 1000
+        if abs(size) < 999.5:
+            return f"{size:.3g} {unit}"
+        if abs(size) < 1000 or unit == "GB":
+            return f"{size:.0f} {unit}"
     raise AssertionError("unreachable")
 
 
