@@ -13,6 +13,8 @@ from isofold.models import registry
 from isofold.runtimes.tvm.artefact import write_artefact
 from isofold.runtimes.tvm.session import open_artefact
 
+from ...captured import captured
+
 FAST = [
     ("bert", "w8a8"),
     ("llama", "w4a8"),
@@ -24,11 +26,8 @@ FAST = [
 
 
 def compare(name: str, recipe: str, folder: Path) -> None:
-    case = registry.get(name)
-    lowerable = prepare(
-        case.module, case.args, recipe=recipe, dynamic_shapes=case.dynamic_shapes, verify=False, dense=True
-    )
-    program = lowerable.program
+    case, plain = captured(name)
+    program = prepare(plain, recipe=recipe, verify=False, dense=True).program
     facts = write_artefact(program, folder, target="tvm-cpu", report={})
     assert facts["fallbacks"] == {}
     assert len(facts["schedules"]) == facts["kernels"]  # none is left to the scalar default
