@@ -203,3 +203,26 @@ def test_a_state_that_results_depend_on_is_refused_and_a_counter_is_left_out() -
     assert "got: mean" in text
     assert "test_capture.py" in text
     assert "forward(x, state)" in text
+
+
+def test_masks_of_torchs_transformer_layers_are_taken_as_given() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
+    example = torch.randn(2, 5, 8), nn.Transformer.generate_square_subsequent_mask(5)
+    with torch.no_grad():
+        torch.testing.assert_close(capture(model, example)(*example), model(*example))
+
+
+def test_a_size_that_must_be_left_out_is_named() -> None:
+    class Sliced(nn.Module):
+        table: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.randn(16, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.table[: x.shape[1]]
+
+    with pytest.raises(CaptureError, match="max=15"):
+        capture(Sliced(), (torch.randn(2, 5, 4),), None, ({1: Dim("t", min=2, max=16)},))
