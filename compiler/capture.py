@@ -179,22 +179,24 @@ def _refuse_state(graph: fx.Graph) -> None:
     A program keeps nothing between two calls, and a buffer that one call writes and the next reads would stay what it
     was, silently.
     """
-    kept: list[tuple[str, fx.Node]] = []
+    written: set[str] = set()
     for node in reversed(list(graph.nodes)):
         if node.op == "call_function" and node.target == torch.ops.aten.copy_.default and not node.users:
             buffer = node.args[0]
             assert isinstance(buffer, fx.Node)
             graph.erase_node(node)
             if buffer.op == "get_attr":
-                kept.append((str(buffer.target), buffer))
+                written.add(str(buffer.target))
+    if not written:
+        return
     graph.eliminate_dead_code()
-    read = [(name, node) for name, node in reversed(kept) if not node._erased and node.users]
+    read = [n for n in graph.nodes if n.op == "get_attr" and str(n.target) in written and n.users]
     if read:
-        readers = (place for _, node in read for user in node.users if (place := source_line(user)))
+        readers = (place for node in read for user in node.users if (place := source_line(user)))
         raise CaptureError(
             "The model keeps a state: it writes buffers that its next call reads",
             where=next(readers, None),
-            got=", ".join(name for name, _ in read),
+            got=", ".join(dict.fromkeys(str(node.target) for node in read)),
             expected="results that depend on the arguments and on constants alone",
             hint="make the state an argument and a result: forward(x, state) -> (y, new_state)",
         )
@@ -293,7 +295,7 @@ def _explain(error: Exception, model: nn.Module) -> CaptureError:
             hint = "in dynamic_shapes: " + "; ".join(f.strip() for f in fixes.group(1).splitlines())
         elif left_out:
             most = int(left_out[1])
-            hint = f"leave {most} out of the range, as in Dim(name, max={most - 1}): torch would not slice a buffer there"
+            hint = f"leave {most} out of the range, as in Dim(name, max={most - 1}): torch slices a buffer of that size"
         return CaptureError(
             "The declared dynamic shapes do not hold for this model",
             where=type(model).__qualname__,

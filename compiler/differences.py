@@ -86,13 +86,13 @@ def check_results(
         got = run(feed)
     except IsofoldError:
         raise
-    except Exception as error:
+    except Exception as failure:
         raise VerificationError(
             "The exported file fails on the example inputs",
             where=where,
-            got=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
+            got=f"{type(failure).__name__}: {(str(failure).strip().splitlines() or [''])[0]}",
             hint="this is a defect of isofold's lowering; please report it with the model",
-        ) from error
+        ) from failure
     with torch.no_grad():
         leaves = pytree.tree_leaves(program(*program.example_args, **program.example_kwargs))
     nodes = pytree.tree_leaves(program.output_node.args[0], is_leaf=lambda v: v is None)

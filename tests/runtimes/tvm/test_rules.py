@@ -192,7 +192,7 @@ def test_operators_without_a_rule_are_taken_apart(execute: Callable[..., Executo
     functions: list[Function] = [
         lambda x, y: F.prelu(x, y[0, :1]), lambda x, y: F.celu(x), lambda x, y: F.cosine_similarity(x[0], y),
         lambda x, y: F.one_hot(x[:, 0].argmax(-1), 6), lambda x, y: F.cross_entropy(x[:, 0], x[:, 1].argmax(-1)),
-        lambda x, y: F.grid_sample(x[:1, None], grid, align_corners=False), lambda x, y: torch.cdist(y, x[0]),
+        lambda x, y: F.grid_sample(x[:1, None], grid, align_corners=False), lambda x, y: F.pairwise_distance(x[0], y),
         lambda x, y: F.unfold(x[:, None, :, :], (2, 3)),
         lambda x, y: torch.einsum("bld,dn,bl->bn", x, y.t(), x[..., 0]),
     ]  # fmt: skip
