@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn.modules import transformer
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -89,7 +90,8 @@ def _export(
         _evaluate(model)
         # torch.export prints the graph it had so far when it fails.
         with (
-            quiet_torch(), redirect_stderr(io.StringIO()), torch.no_grad(), _no_new_cache(model, args, kwargs)
+            quiet_torch(), redirect_stderr(io.StringIO()), torch.no_grad(), _no_new_cache(model, args, kwargs),
+            _masks_as_given(),
         ):  # fmt: skip
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
@@ -133,6 +135,20 @@ def _no_new_cache(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     finally:
         for config in asking:
             config.use_cache = True
+
+
+@contextmanager
+def _masks_as_given() -> Iterator[None]:
+    """torch's Transformer layers apply the masks they are given, and do not ask whether these are causal.
+
+    They compare values to find out, which cannot be traced; with the mask or with the flag, the result is the same.
+    """
+    asking = transformer._detect_is_causal_mask
+    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)
+    try:
+        yield
+    finally:
+        transformer._detect_is_causal_mask = asking
 
 
 def _distinct(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -193,22 +209,24 @@ def _refuse_state(graph: fx.Graph) -> None:
     A program keeps nothing between two calls, and a buffer that one call writes and the next reads would stay what it
     was, silently.
     """
-    kept: list[tuple[str, fx.Node]] = []
+    written: set[str] = set()
     for node in reversed(list(graph.nodes)):
         if node.op == "call_function" and node.target == torch.ops.aten.copy_.default and not node.users:
             buffer = node.args[0]
             assert isinstance(buffer, fx.Node)
             graph.erase_node(node)
             if buffer.op == "get_attr":
-                kept.append((str(buffer.target), buffer))
+                written.add(str(buffer.target))
+    if not written:
+        return
     graph.eliminate_dead_code()
-    read = [(name, node) for name, node in reversed(kept) if not node._erased and node.users]
+    read = [n for n in graph.nodes if n.op == "get_attr" and str(n.target) in written and n.users]
     if read:
-        readers = (place for _, node in read for user in node.users if (place := source_line(user)))
+        readers = (place for node in read for user in node.users if (place := source_line(user)))
         raise CaptureError(
             "The model keeps a state: it writes buffers that its next call reads",
             where=next(readers, None),
-            got=", ".join(name for name, _ in read),
+            got=", ".join(dict.fromkeys(str(node.target) for node in read)),
             expected="results that depend on the arguments and on constants alone",
             hint="make the state an argument and a result: forward(x, state) -> (y, new_state)",
         )
@@ -301,15 +319,18 @@ def _explain(error: Exception, model: nn.Module) -> CaptureError:
     if "Constraints violated" in text or "ConstraintViolation" in kind:
         fixes = re.search(r"Suggested fixes:\n((?:  .*\n?)+)", text)
         found = re.findall(r"^  - (.*)", text, re.M)
+        left_out = re.search(r"generated guard \S+ != (\d+)", text)
+        hint = "use torch.export.Dim.AUTO for sizes the model itself may restrict"
+        if fixes:
+            hint = "in dynamic_shapes: " + "; ".join(f.strip() for f in fixes.group(1).splitlines())
+        elif left_out:
+            most = int(left_out[1])
+            hint = f"leave {most} out of the range, as in Dim(name, max={most - 1}): torch slices a buffer of that size"
         return CaptureError(
             "The declared dynamic shapes do not hold for this model",
             where=type(model).__qualname__,
             got=" | ".join(found) or summary,
-            hint=(
-                "in dynamic_shapes: " + "; ".join(f.strip() for f in fixes.group(1).splitlines())
-                if fixes
-                else "use torch.export.Dim.AUTO for sizes the model itself may restrict"
-            ),
+            hint=hint,
         )
     if "not a known type" in text or "register a pytree" in text:
         return CaptureError(

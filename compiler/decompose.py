@@ -47,8 +47,10 @@ def decompose(editor: Editor, node: fx.Node) -> list[fx.Node] | None:
         return target(*args, **kwargs)
 
     table = {} if is_composite(target) else {target: decomposition_table[target]}
+    # With oneDNN a recurrent layer would become oneDNN's own.
+    plain = torch.backends.mkldnn.flags(enabled=False)
     try:
-        with fake_mode_of(editor.graph), enable_python_dispatcher(), torch.no_grad():
+        with fake_mode_of(editor.graph), enable_python_dispatcher(), torch.no_grad(), plain:
             traced = make_fx(call, decomposition_table=table)(*map(value, sources))
     except Exception:  # whatever a decomposition raises, it is not one for these arguments
         return None

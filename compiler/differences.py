@@ -29,7 +29,7 @@ from .dialect import (
 )
 from .dialect.cache_packing import cut, pair_count, unpack_cache_codes
 from .dialect.quantization import levels
-from .errors import VerificationError
+from .errors import IsofoldError, VerificationError
 from .graph import argument, value
 from .interface import input_names
 from .program import Program
@@ -63,6 +63,11 @@ class Difference:
     step: float = 0.0
 
 
+def _plain(result: Any) -> np.ndarray:
+    """A result as an array; a weight that is returned wants a gradient, which no array has."""
+    return np.asarray(result.detach() if isinstance(result, torch.Tensor) else result)
+
+
 def check_results(
     program: Program,
     where: str,
@@ -77,12 +82,22 @@ def check_results(
     flat = program.flatten_inputs(program.example_args, program.example_kwargs)
     tensors = [v for v in flat if isinstance(v, torch.Tensor)]
     feed = {n: t.detach().cpu().numpy() for n, t in zip(input_names(program), tensors, strict=True)}
-    got = run(feed)
+    try:
+        got = run(feed)
+    except IsofoldError:
+        raise
+    except Exception as failure:
+        raise VerificationError(
+            "The exported file fails on the example inputs",
+            where=where,
+            got=f"{type(failure).__name__}: {(str(failure).strip().splitlines() or [''])[0]}",
+            hint="this is a defect of isofold's lowering; please report it with the model",
+        ) from failure
     with torch.no_grad():
         leaves = pytree.tree_leaves(program(*program.example_args, **program.example_kwargs))
     nodes = pytree.tree_leaves(program.output_node.args[0], is_leaf=lambda v: v is None)
     want = [leaf for leaf, node in zip(leaves, nodes, strict=True) if isinstance(node, fx.Node)]
-    error = relative_difference([np.asarray(w) for w in want], got)
+    error = relative_difference([_plain(w) for w in want], got)
     rounds = rounds_activations(program)
     bound = _ROUNDED if rounds else _EXACT
     facts: dict[str, Any] = {"error": error, "bound": bound}

@@ -145,7 +145,7 @@ class _Pairs:
         elif node.target in _BILINEAR:
             made = self.bilinear(node)
         elif node.target in _MADE:
-            made = (self.real_call(node), None)
+            made = self.filled(node)
         else:
             made = self.moved(node)
         self.old.append(node)
@@ -181,6 +181,14 @@ class _Pairs:
         args, kwargs = (node.args, node.kwargs) if args is None else (args, kwargs)
         args, kwargs = pytree.tree_map(_real_dtype, (args, kwargs))
         return self.call(node.target, *args, **kwargs)
+
+    def filled(self, node: fx.Node) -> Pair:
+        """A tensor made of one number, or of none."""
+        part = lambda which: pytree.tree_map(  # noqa: E731
+            lambda leaf: getattr(leaf, which) if isinstance(leaf, complex) else leaf, (node.args, node.kwargs)
+        )
+        is_real = all(not leaf.imag for leaf in pytree.tree_leaves(node.args) if isinstance(leaf, complex))
+        return self.real_call(node, *part("real")), None if is_real else self.real_call(node, *part("imag"))
 
     def moved(self, node: fx.Node) -> Any:
         """Both parts of an operator that is linear in all its tensors together."""
@@ -344,12 +352,9 @@ def _viewed(p: _Pairs, node: fx.Node) -> Pair:
     return p.call(aten.select.int, x, -1, 0), p.call(aten.select.int, x, -1, 1)
 
 
-def _power(p: _Pairs, node: fx.Node) -> Any:
+def _square(p: _Pairs, node: fx.Node) -> Pair:
     x = p.pair(operands(node)[0])
-    made = x
-    for _ in range(int(operands(node)[1]) - 1 if len(operands(node)) > 1 else 1):
-        made = p.products(lambda u, v: p.product(aten.mul.Tensor, u, v), made, x)
-    return made
+    return p.products(lambda u, v: p.product(aten.mul.Tensor, u, v), x, x)
 
 
 def _cast(p: _Pairs, node: fx.Node) -> Any:
@@ -387,7 +392,7 @@ _RULES: dict[Any, Callable[[_Pairs, fx.Node], Any]] = {
     aten.abs.default: _absolute,
     aten.angle.default: _angle,
     aten.exp.default: _exponential,
-    aten.square.default: _power,
+    aten.square.default: _square,
     **dict.fromkeys((aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar), _sum),
     **dict.fromkeys((aten.div.Tensor, aten.div.Scalar), _quotient),
     **dict.fromkeys((aten.conj.default, aten._conj.default, aten.conj_physical.default), _conjugate),

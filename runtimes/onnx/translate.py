@@ -24,9 +24,11 @@ from onnxscript.rewriter.rules.common import _no_op
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from ...compiler.decompose import decompose
 from ...compiler.dialect import ONNX_DOMAIN, ONNX_VERSION, OPERATORS, Operator
+from ...compiler.editor import Editor
 from ...compiler.errors import UnsupportedError
-from ...compiler.graph import module_path, place_of
+from ...compiler.graph import argument, calls, module_path, place_of, shape
 from ...compiler.interface import cache_facts, dimension_names, input_names, output_names
 from ...compiler.program import Program
 from .body import OPSET
@@ -178,7 +180,7 @@ def to_onnx(program: Program) -> ir.Model:
     dimensions after the user's Dims where they had names. Raises UnsupportedError that lists every operator
     without a lowering.
     """
-    exportable = _exportable(program)
+    exportable = _exportable(_without_projections(program))
     exported = exportable.to_exported_program()
     table: dict[Any, Any] = {operator.overload: _translation(operator) for operator in OPERATORS.values()}
     table |= _MENDED
@@ -208,6 +210,23 @@ def to_onnx(program: Program) -> ir.Model:
     model.graph.metadata_props.clear()
     model.graph.doc_string = None
     return model
+
+
+def _without_projections(program: Program) -> Program:
+    """The program with LSTMs whose hidden state is projected written out step by step: ONNX's have no projection."""
+    lstm = torch.ops.aten.lstm.input
+
+    def is_projected(node: fx.Node) -> bool:
+        hidden, cell = argument(node, "hx")
+        return bool((shape(hidden) or ())[-1] != (shape(cell) or ())[-1])
+
+    if not any(is_projected(node) for node in calls(program.graph, lstm)):
+        return program
+    editor = Editor(program)
+    for node in editor.calls(lstm):
+        if is_projected(node):
+            decompose(editor, node)
+    return editor.finish()
 
 
 def _exportable(program: Program) -> Program:

@@ -259,3 +259,26 @@ def test_parameters_made_of_codes_and_scales_that_ask_for_gradients() -> None:
     assert model.weight.requires_grad
     assert {t.dtype for t in program.parameters.values()} == {torch.int8, torch.float32}
     torch.testing.assert_close(program(x), model(x))
+
+
+def test_masks_of_torchs_transformer_layers_are_taken_as_given() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
+    example = torch.randn(2, 5, 8), nn.Transformer.generate_square_subsequent_mask(5)
+    with torch.no_grad():
+        torch.testing.assert_close(capture(model, example)(*example), model(*example))
+
+
+def test_a_size_that_must_be_left_out_is_named() -> None:
+    class Sliced(nn.Module):
+        table: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.randn(16, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, :, None] * x[:, None] + self.table[: x.shape[1], : x.shape[1]]
+
+    with pytest.raises(CaptureError, match="max=15"):
+        capture(Sliced(), (torch.randn(2, 5),), None, ({1: Dim("t", min=2, max=16)},))

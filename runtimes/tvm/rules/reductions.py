@@ -1,7 +1,8 @@
-"""Sums, means, extremes and what is made of them: variance, norms, softmax, running sums."""
+"""Sums, means, extremes and what is made of them: variance, norms, softmax, running sums and products."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -288,8 +289,8 @@ def _insert(i: Sequence[Expr], dims: Sequence[int], rank: int) -> list[Expr]:
     return [0 if d in dims else rest.pop(0) for d in range(rank)]
 
 
-@rule(aten.cumsum.default)
-def _cumsum(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
+@rule(aten.cumsum.default, aten.cumprod.default)
+def _cumulative(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
     """Rows in parallel, each in order. The three sizes are those in front of, along and behind the dimension."""
     source, dim = a["self"], a["dim"] % max(1, fake(node).dim())
     own, result = dtype_name(fake(source).dtype), dtype_name(fake(node).dtype)
@@ -301,14 +302,16 @@ def _cumsum(b: Builder, node: fx.Node, a: dict[str, Any]) -> Any:
     for size in shape[dim + 1 :]:
         inner = inner * size
     length = shape[dim] if shape else one
-    place = b.bb.add_func(running_sum(own, result), "cumsum")
+    is_product = node.target == aten.cumprod.default
+    place = b.bb.add_func(running(own, result, is_product), "cumprod" if is_product else "cumsum")
     flat = b.bb.emit(relax.op.reshape(b[source], relax.ShapeExpr([outer, length, inner])))
     made = b.bb.emit(relax.call_tir(place, [flat], relax.TensorType([outer, length, inner], result)))
     return b.emit(relax.op.reshape(made, relax.ShapeExpr(shape)), node)
 
 
-def running_sum(own: str, result: str) -> tirx.PrimFunc:
-    """`y[i, t, j] = x[i, 0, j] + ... + x[i, t, j]`, its loops in their final form."""
+def running(own: str, result: str, is_product: bool) -> tirx.PrimFunc:
+    """`y[i, t, j] = x[i, 0, j] + ... + x[i, t, j]` (or their product), its loops in their final form."""
+    both, neutral = (operator.mul, 1) if is_product else (operator.add, 0)
 
     @T.prim_func(private=True, s_tir=True)
     def cumsum(x: T.handle, y: T.handle):  # type: ignore[no-untyped-def] # TVM's script
@@ -328,8 +331,11 @@ def running_sum(own: str, result: str) -> tirx.PrimFunc:
                     with T.sblock("sum"):
                         T.reads(x_at[i, t, j], y_at[i, 0:length, j])
                         T.writes(y_at[i, t, j])
-                        y_at[i, t, j] = T.cast(x_at[i, t, j], result) + T.if_then_else(
-                            t > T.int64(0), y_at[i, t - T.int64(1), j], T.cast(0, result)
+                        y_at[i, t, j] = both(
+                            T.cast(x_at[i, t, j], result),
+                            T.if_then_else(
+                                t > T.int64(0), y_at[i, t - T.int64(1), j], T.cast(neutral, result)
+                            ),
                         )
 
     return cumsum

@@ -63,6 +63,7 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
         ),
         (3, 4),
     ),
+    "numbers": (lambda x: (torch.full((3,), 2 - 1j) * x.to(torch.complex64)).square().abs(), (3,)),
     "products": (
         lambda x: torch.view_as_real(
             torch.einsum("ij,kj->ik", torch.complex(x, x + 1), torch.complex(x, x * 2)) @ torch.complex(x, x)

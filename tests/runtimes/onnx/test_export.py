@@ -173,6 +173,22 @@ def test_repetition_and_products_of_prefixes(tmp_path: Path) -> None:
         torch.testing.assert_close(found, wanted)
 
 
+def test_a_projected_lstm_is_written_out(tmp_path: Path) -> None:
+    class Projected(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(4, 8, proj_size=3, batch_first=True, bidirectional=True)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            y, (hidden, cell) = self.lstm(x)
+            return y, hidden, cell
+
+    model, x = Projected(), torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for found, wanted in zip(_run(model, x, tmp_path), model(x), strict=True):
+            torch.testing.assert_close(found, wanted)
+
+
 def test_results_that_are_constants_are_left_to_the_structure(tmp_path: Path) -> None:
     class Constants(nn.Module):
         def forward(self, x: Tensor) -> tuple[Any, ...]:

@@ -146,6 +146,7 @@ def test_reductions(execute: Callable[..., Executor]) -> None:
         lambda x, y: x.sort(1).values, lambda x, y: x.round().sort(dim=1, descending=True, stable=True)[1],
         lambda x, y: torch.zeros_like(x).scatter(-1, x.topk(2, -1).indices, 1.0),
         lambda x, y: x.scatter(-1, x[:, :2].topk(2, -1).indices, x[:, :2, :2] * 3),
+        lambda x, y: x.cumprod(-1),
         lambda x, y: x.cumsum(1), lambda x, y: (x > 0).cumsum(-1), lambda x, y: torch.linalg.vector_norm(x, dim=-1),
         lambda x, y: torch.linalg.vector_norm(x, 1, dim=1), lambda x, y: F.layer_norm(x, (6,)),
         lambda x, y: F.rms_norm(x, (6,), y[0]), lambda x, y: F.group_norm(x.transpose(1, 2), 3, y[0, :6], y[1, :6]),
@@ -191,11 +192,11 @@ def test_operators_without_a_rule_are_taken_apart(execute: Callable[..., Executo
     functions: list[Function] = [
         lambda x, y: F.prelu(x, y[0, :1]), lambda x, y: F.celu(x), lambda x, y: F.cosine_similarity(x[0], y),
         lambda x, y: F.one_hot(x[:, 0].argmax(-1), 6), lambda x, y: F.cross_entropy(x[:, 0], x[:, 1].argmax(-1)),
-        lambda x, y: F.grid_sample(x[:1, None], grid, align_corners=False), lambda x, y: torch.cdist(y, x[0]),
+        lambda x, y: F.grid_sample(x[:1, None], grid, align_corners=False), lambda x, y: F.pairwise_distance(x[0], y),
         lambda x, y: F.unfold(x[:, None, :, :], (2, 3)),
         lambda x, y: torch.einsum("bld,dn,bl->bn", x, y.t(), x[..., 0]),
     ]  # fmt: skip
-    check(execute, functions, SHAPES[:1], None, 1e-5)
+    check(execute, functions, SHAPES[:1], (None, None), 1e-5)
 
 
 def test_convolutions(execute: Callable[..., Executor]) -> None:
