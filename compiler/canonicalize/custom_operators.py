@@ -44,7 +44,8 @@ def _splice(editor: Editor, node: fx.Node, traced: fx.GraphModule) -> None:
         if inner.op == "placeholder":
             known[inner] = next(inputs)
         elif inner.op == "get_attr":
-            known[inner] = editor.constant(getattr(traced, str(inner.target)), f"{node.name}_constant")
+            held = getattr(traced, str(inner.target)).clone()  # the graph serves all equal calls
+            known[inner] = editor.constant(held, f"{node.name}_constant")
         elif inner.op == "call_function":
             args, kwargs = map_arg((inner.args, inner.kwargs), known.__getitem__)
             known[inner] = editor.call(inner.target, *args, like=node, **kwargs)

@@ -49,6 +49,9 @@ _READ = {
     *MULTIPLICATIONS, *_EXTREMES, aten.where.self, *_PRODUCTS, *_FILLED, aten.zeros_like.default,
 }  # fmt: skip
 """Operators whose bounds follow from those of their operands."""
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 Range = tuple[float, float, bool]
 """Least and largest value, and whether all are whole."""
 
@@ -69,11 +72,13 @@ class Bounds:
         waiting = [operand]
         while waiting:  # sums of residuals are as long as the model is deep
             node = waiting[-1]
+            if node in self._known:
+                waiting.pop()
+                continue
             sources = node.all_input_nodes if node.target in _READ else ()
             unknown = [source for source in sources if source not in self._known]
             if not unknown:
                 self._known[node] = self._typed(node, self._read(node))
-                waiting.pop()
             waiting.extend(unknown)
         return self._known[operand]
 
@@ -83,7 +88,7 @@ class Bounds:
 
     def _typed(self, node: fx.Node, found: Range) -> Range:
         kind = dtype(node)
-        if kind is None or kind.is_floating_point or kind.is_complex:
+        if kind not in _INTEGERS:
             return found
         low, high = _integers(kind)
         inside = low <= found[0] and found[1] <= high
@@ -91,9 +96,11 @@ class Bounds:
 
     def _read(self, node: fx.Node) -> Range:
         held = self.editor.tensor(node)
-        if held is not None and held.numel() and not held.is_complex():
-            numbers = held.detach().double()
-            return float(numbers.min()), float(numbers.max()), bool((numbers == numbers.round()).all())
+        if held is not None and held.numel() and held.dtype in (*_FLOATS, *_INTEGERS):
+            numbers = held.detach().int() if held.dtype == torch.bool else held.detach()
+            least, most = torch.aminmax(numbers)
+            whole = not numbers.is_floating_point() or torch.equal(numbers, numbers.round())
+            return float(least), float(most), whole
         if node.op != "call_function" or not node.args:
             return -math.inf, math.inf, False
         first = operands(node)[0]
@@ -263,8 +270,9 @@ def _sources(node: fx.Node) -> list[fx.Node]:
 
 
 def _integers(kind: torch.dtype | None) -> tuple[int, int]:
-    if kind is None or kind == torch.bool:
-        return 0, 1
+    """Least and largest value of an integer type; of others none is known to fit."""
+    if kind == torch.bool or kind not in _INTEGERS:
+        return 0, int(kind == torch.bool)
     held = torch.iinfo(kind)
     return held.min, held.max
 
