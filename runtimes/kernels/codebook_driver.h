@@ -2,6 +2,8 @@
 #ifndef ISOFOLD_CODEBOOK_DRIVER_H
 #define ISOFOLD_CODEBOOK_DRIVER_H
 
+#include <xmmintrin.h>
+
 #include "linear_float_driver.h"
 
 // A linear on additive codebooks. `linear` comes first: its weight are the codes [panels, kp / 8, 16, total], its scale is
@@ -87,7 +89,8 @@ enum {
   ISOFOLD_LOOKUP_TABLES = 512,  // of 768 bytes, made and used at a time: a multiple of CODES
   ISOFOLD_LOOKUP_UNIT = 4,      // groups, of which tables are made together
   ISOFOLD_LOOKUP_AHEAD = 4,     // tasks whose codes are fetched ahead: 16 KiB. A cache holds few lines of as many rows
-  ISOFOLD_LOOKUP_SPREAD = 256   // how far the largest group of activations may be above the mean
+  ISOFOLD_LOOKUP_SHARE = 4,     // the largest group of activations may be this part of all,
+  ISOFOLD_LOOKUP_SPREAD = 8     // or so many times their mean
 };
 
 static inline int isofold_codebook_looks_up(const struct isofold_codebook* c, int64_t m) {
@@ -147,37 +150,66 @@ static inline int64_t isofold_lookup_units(const struct isofold_codebook* c, int
   return isofold_min(most, c->linear.kp / 8 - chunk * most) / ISOFOLD_LOOKUP_UNIT;
 }
 
+// The largest sizes of the vectors of all codebooks: of an entry, and of the sum of squares.
+static inline void isofold_lookup_largest(const struct isofold_codebook* c, const struct isofold_lookup* l, float* entry,
+                                          float* squares) {
+  float most[16] = {0}, sums[16] = {0};  // of every 16th vector, so that a compiler finds them
+  for (int64_t v = 0; v < c->total * 256; v += 16) {
+    const float* first = l->books + v / 256 * 2048 + v % 256;
+    float sum[16] = {0};
+    for (int j = 0; j < 8; ++j)
+      for (int i = 0; i < 16; ++i) {
+        float size = first[256 * j + i] < 0 ? -first[256 * j + i] : first[256 * j + i];
+        most[i] = size > most[i] ? size : most[i];
+        sum[i] += size * size;
+      }
+    for (int i = 0; i < 16; ++i) sums[i] = sum[i] > sums[i] ? sum[i] : sums[i];
+  }
+  *entry = *squares = 0;
+  for (int i = 0; i < 16; ++i) {
+    *entry = most[i] > *entry ? most[i] : *entry;
+    *squares = sums[i] > *squares ? sums[i] : *squares;
+  }
+}
+
+// A bound of the products of vectors with these sums of absolute values, and of squares, by the smaller of two norms.
+static inline float isofold_lookup_bound(float inputs, float input_squares, float entry, float entry_squares) {
+  float sum = inputs * entry, squares = input_squares * entry_squares;
+  if (squares < 1e-30f || squares > 1e30f) return sum;
+  float product = _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(squares)));
+  return product < sum ? product : sum;
+}
+
 // Takes a row of activations. 0: its products have no bounds that fixed point could be scaled by: they are not all finite, or
 // a few are so large that little would be left of the others.
 static inline int isofold_lookup_row(const struct isofold_codebook* c, struct isofold_lookup* l, const float* x, int64_t k) {
-  float entries = 0, largest = 0, all = 0;  // the largest absolute value of an entry, sums of 8 absolute activations
+  float entry, entry_squares, largest = 0, all = 0;  // sums of 8 absolute activations
   int64_t groups = c->linear.kp / 8, block = isofold_lookup_block(c);
   int fits = 1;
   memcpy(l->x, x, (size_t)k * sizeof(float));
   memset(l->x + k, 0, (size_t)(c->linear.kp - k) * sizeof(float));
-  float most[16] = {0};
-  for (int64_t i = 0; i < c->total * 2048; i += 16)
-    for (int j = 0; j < 16; ++j) {
-      float size = l->books[i + j] < 0 ? -l->books[i + j] : l->books[i + j];
-      most[j] = size > most[j] ? size : most[j];
-    }
-  for (int j = 0; j < 16; ++j) entries = most[j] > entries ? most[j] : entries;
+  isofold_lookup_largest(c, l, &entry, &entry_squares);
   for (int64_t b = 0; b < isofold_lookup_blocks(c); ++b) {
-    float inputs = 0;
+    float bound = 0;
     for (int64_t g = b * block; g < isofold_min(groups, (b + 1) * block); ++g) {
-      float sum = 0;
-      for (int j = 0; j < 8; ++j) sum += l->x[8 * g + j] < 0 ? -l->x[8 * g + j] : l->x[8 * g + j];
+      float sum = 0, squares = 0;
+      for (int j = 0; j < 8; ++j) {
+        float size = l->x[8 * g + j] < 0 ? -l->x[8 * g + j] : l->x[8 * g + j];
+        sum += size;
+        squares += size * size;
+      }
       fits &= sum < 3e38f;  // nor is what is not a number
-      inputs = sum > inputs ? sum : inputs;
+      float here = isofold_lookup_bound(sum, squares, entry, entry_squares);
+      bound = here > bound ? here : bound;
+      largest = sum > largest ? sum : largest;
       all += sum;
     }
-    float bound = inputs * entries, factor = bound > 0 ? 1048000.0f / bound : 0.0f;
+    float factor = bound > 0 ? 1048000.0f / bound : 0.0f;
     fits &= bound == 0 || (factor > 0 && factor < 1e38f);
     l->factors[b] = factor;
     l->inverses[b] = bound > 0 ? 1.0f / factor : 0.0f;
-    largest = inputs > largest ? inputs : largest;
   }
-  return fits && largest * (float)groups <= all * ISOFOLD_LOOKUP_SPREAD;
+  return fits && (largest * ISOFOLD_LOOKUP_SHARE <= all || largest * (float)groups <= all * ISOFOLD_LOOKUP_SPREAD);
 }
 
 // Units begin..end (of isofold_lookup_units) of the row's tables.

@@ -5,8 +5,8 @@ compiler/dialect/packing_codebook.py; for one codebook or two (1x8, 2x8).
 
 * ``codebook_tables{M}`` makes the 256 entries of T for each code of a row, in fixed point of 21 bits:
   ``round(factor T) + 2^20``, as three planes of 7 bits in bytes. A block of 32 codes has one factor, from a bound of
-  all its entries (`codebook_driver.h`), so that one large activation spoils no other block. Where a group's sum of
-  absolute activations is more than 256 times the mean of the groups', the driver refuses.
+  all its entries (`codebook_driver.h`), so that one large activation spoils no other block. Where one group's sum of
+  absolute activations is more than a quarter of all, and eight times the mean of the groups', the driver refuses.
 * ``codebook_lookup{M}``: the codes of 64 rows are one vector of indices, and two ``vpermi2b`` on half a plane each look
   up 64 bytes; those of two codes have room for their sum. Bytes are summed in 16-bit lanes: words as they are, and
   their high bytes; the low ones follow from both, modulo 2^16. Once a block the three planes become floats.

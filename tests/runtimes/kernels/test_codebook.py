@@ -157,7 +157,7 @@ def test_products_are_looked_up(library: ctypes.CDLL, count: int) -> None:
         check(library, "v4", (count, 8), m, n, k, threads=1 + i % 4, seed=i, look_up=True)
     # More bytes than 16 bits hold; one activation far above the others.
     check(library, "v4", (count, 8), 1, 64, 8 * 257 * 3, threads=2, seed=1, look_up=True)
-    check(library, "v4", (count, 8), 1, 64, 1024, threads=1, seed=2, look_up=True, size=500.0)
+    check(library, "v4", (count, 8), 1, 64, 8192, threads=1, seed=2, look_up=True, size=500.0)
 
 
 def look_up_ones(library: ctypes.CDLL, x: np.ndarray) -> tuple[int, np.ndarray]:
@@ -187,7 +187,7 @@ def test_activations_without_a_bound_are_left_to_the_other_kernels(library: ctyp
 @pytest.mark.parametrize("last", [0.0, 2.0, -1e-20])
 def test_blocks_of_nothing_but_zeros_have_no_factor(library: ctypes.CDLL, last: float) -> None:
     x = np.zeros((1, 800), np.float32)
-    x[0, -1] = last
+    x[0, 400:] = last
     done, y = look_up_ones(library, x)
     assert done
-    assert (np.abs(y - np.float32(last)) <= 1e-6 * abs(last)).all()
+    assert (np.abs(y - 400 * np.float32(last)) <= 4e-4 * abs(last)).all()
