@@ -86,8 +86,10 @@ def plan(
         calibration = list(calibration)
     steps = [Step(widen_halves)] if has_halves(program) else []
     steps += [Step(canonicalize), Step(check_recipe, options)]
+    if recipe.asks_for("weights") or recipe.asks_for("convolutions"):
+        steps.append(Step(extract_rounding, options))  # what is rounded already is not rounded twice
     if recipe.is_prequantized:
-        steps += [Step(extract_rounding, options), Step(extract_codes, options)]
+        steps.append(Step(extract_codes, options))
     steps += fold_steps(recipe, calibration)
     structured = [form.structure is not None for form in recipe.prune_formats]
     if any(structured):
