@@ -258,14 +258,15 @@ def _isofold_nodes(
         )
     inputs = ["u", "params", weight, scale, stored_zero, wsum]
     if kind.rank:
-        down, up = thin_part(kind, n, k, layer)
-        first_codes, first_scale = (torch.from_numpy(part) for part in down)
-        first = packing.pack_linear(first_codes, first_scale, None, 8, 0)
-        thin = {"down": first.weight.numpy(), "downscale": first.scale.numpy(), "up": up}
-        names = [data.add(f"{name}{layer}", array) for name, array in thin.items()]
+        (first, first_scale), up = thin_part(kind, n, k, layer)
+        factor = packing.pack_linear(torch.from_numpy(first), torch.from_numpy(first_scale), None, 8, 0)
+        down = [
+            data.add(f"down{layer}", factor.weight.numpy()),
+            data.add(f"downscale{layer}", factor.scale.numpy()),
+        ]
         rest = {**attributes, "n": kind.rank, "bits": 8, "group_size": 0, "scale_multiplier": 1.0}
-        yield helper.make_node("PackedLinearFloat", [source, *names[:2]], [f"thin{layer}"], **rest)
-        yield helper.make_node("MatMul", [f"thin{layer}", names[2]], [f"residual{layer}"])
+        yield helper.make_node("PackedLinearFloat", [source, *down], [f"thin{layer}"], **rest)
+        yield helper.make_node("MatMul", [f"thin{layer}", data.add(f"up{layer}", up)], [f"residual{layer}"])
         inputs += ["", f"residual{layer}"]
     elif beside:
         inputs += ["", "", *beside]
