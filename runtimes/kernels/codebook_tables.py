@@ -98,7 +98,11 @@ def _planes(fixed: list[Any]) -> list[Any]:
         for planes in ((0, 1), (2, 2))
     )
     order = [2 * lane + i + 64 * half for lane in range(16) for half in range(2) for i in range(2)]
-    return [shuffle(*both, order), shuffle(*both, [32 + i for i in order]), shuffle(*last, order)]
+    return [
+        shuffle(both[0], both[1], order),
+        shuffle(both[0], both[1], [32 + i for i in order]),
+        shuffle(last[0], last[1], order),
+    ]
 
 
 def _tables(books: int, isa: Isa, *arguments: Any) -> None:
