@@ -32,7 +32,7 @@ from typing import Any
 from tvm import tirx
 
 from .codegen import Isa, Kernel, T, bind, for_range, load, registers, store
-from .linear import prefetch
+from .linear import prefetch_stream
 from .linear_float import BLOCK, GEMV_ROWS
 
 ELEMENTS = ("table", "e4m3", "e5m2", "e3m2", "e2m3")
@@ -52,10 +52,6 @@ VARIANTS = (
     ("e3m2", "e8m0"),
     ("e2m3", "e8m0"),
 )
-
-
-AHEAD = 8192
-"""Bytes ahead that weights are fetched, for use once."""
 
 
 def _splat(value: float, dtype: str, lanes: int = 16) -> Any:
@@ -97,7 +93,7 @@ class _Decoder:
             offset = first * bytes_per_input
             if offset // 64 > fetched:
                 fetched = offset // 64
-                prefetch(self.w, at + offset + AHEAD, 0)
+                prefetch_stream(self.w, at + offset)
             yield from getattr(self, f"_bits{self.bits}")(at + offset)
 
     def _bits4(self, at: Any) -> Iterator[list[Any]]:
