@@ -6,7 +6,8 @@ Layer scale, the scale of LoRA, query scales that no attention took, and the sca
 multiplies in behind a product with integer codes are all written so.
 
 Side conditions: weight, bias and factor are finite constants; nothing else reads the linear (it would be computed
-twice) or the weight (it would be stored twice). Computed in float64, rounded once. Exactness: real.
+twice) or the weight (it would be stored twice); the factor is not the step of a rounding behind it, which says how the
+value is quantized. Computed in float64, rounded once. Exactness: real.
 """
 
 from __future__ import annotations
@@ -17,7 +18,17 @@ from torch import Tensor, fx
 from ..editor import Editor
 from ..graph import argument, only_user, shape
 from ..passes import Guarantee, define_pass
-from .match import DIVISIONS, MULTIPLICATIONS, aten, either_order, is_call, operands, scalar, vector
+from .match import (
+    ADDITIONS,
+    DIVISIONS,
+    MULTIPLICATIONS,
+    aten,
+    either_order,
+    is_call,
+    operands,
+    scalar,
+    vector,
+)
 
 
 @define_pass(Guarantee.REAL)
@@ -27,6 +38,8 @@ def fold_output_scale(editor: Editor) -> None:
         product = only_user(linear)
         factor = _factor(editor, product, linear) if product is not None else None
         if product is None or factor is None:
+            continue
+        if _is_step(product):
             continue
         reason = _reason_against(editor, linear)
         if reason is not None:
@@ -60,6 +73,14 @@ def _constant(editor: Editor, operand: object, linear: fx.Node) -> Tensor | None
         return torch.tensor([number], dtype=torch.float64)
     held = vector(editor, operand, (shape(linear) or (0,))[-1])
     return None if held is None else held.to(torch.float64)
+
+
+def _is_step(product: fx.Node) -> bool:
+    """Whether what is multiplied is rounded, at once or after a zero point was added."""
+    readers = [
+        user for node in product.users for user in ([node] if not is_call(node, *ADDITIONS) else node.users)
+    ]
+    return any(is_call(user, aten.round.default) for user in readers)
 
 
 def _reason_against(editor: Editor, linear: fx.Node) -> str | None:

@@ -38,6 +38,17 @@ class After(nn.Module):
         return self.after(self.linear(x), x)
 
 
+class ReadTwice(nn.Module):
+    """A linear's results with a factor and without one, so that the factor cannot go into the weight."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.linear, self.factor = nn.Linear(64, 64), factor
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.factor * self.linear(x) + x, self.linear(x + 1)
+
+
 def fuse(program: Program) -> tuple[Program, Any]:
     result, (report,) = run_steps(program, [Step(fuse_epilogues)])
     return result, report
@@ -165,7 +176,7 @@ def test_group_scales_take_powers_of_two_only(packed: Make, counts: Count) -> No
     weights = WeightFormat(bits=4, group_size=32)
     recipe = Recipe(name="test", weights=weights, activations={"mode": "dynamic"})
     for factor, left in ((0.5, 0), (0.3, 1), (-0.5, 1)):
-        program = packed(After(lambda y, x, f=factor: f * y + x), (X,), None, recipe)
+        program = packed(ReadTwice(factor), (X,), None, recipe)
         fused, report = fuse(program)
         assert report.error is None or report.error < 1e-12
         assert counts(fused)["mul"] == left

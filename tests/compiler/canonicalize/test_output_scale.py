@@ -60,6 +60,8 @@ def test_refusals(case: str, canonical: Any, of: Any) -> None:
         lambda x, w, c: F.linear(x, w) * c[:3, None],  # a factor for each row
         lambda x, w, c: F.linear(x, w) * (c / 0.0),  # infinite
         lambda x, w, c: c / F.linear(x, w),
+        lambda x, w, c: (F.linear(x, w) / 0.02).round(),  # the step of a rounding
+        lambda x, w, c: (F.linear(x, w) * 50.0 + 3).round(),
         lambda x, w, c: F.linear(x, w)[None] * c.view(1, 1, 6).expand(2, 3, 6).contiguous(),
     ],
 )
