@@ -38,7 +38,6 @@ from .fold_transforms import fold_steps
 from .fuse_attention import fuse_attention
 from .fuse_epilogues import fuse_epilogues
 from .fuse_gated import fuse_gated
-from .fuse_grouped_linears import fuse_grouped_linears
 from .fuse_linears import fuse_linears
 from .fuse_norms import fuse_norms
 from .fuse_quantizer_inputs import fuse_quantizer_inputs
@@ -135,7 +134,6 @@ def plan(
         fusions = (
             fuse_quantizer_inputs,
             fuse_attention,
-            fuse_grouped_linears,
             fuse_gated,
             fuse_epilogues,
             fuse_linears,

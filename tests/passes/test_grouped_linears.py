@@ -122,59 +122,6 @@ def test_float_experts_are_stored_in_panels(
     torch.testing.assert_close(after(*program.example_args), program(*program.example_args))
 
 
-class Chosen(nn.Module):
-    def __init__(self, n: int, k: int, size: float, bias: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(size * torch.randn(EXPERTS, n, k) / k**0.5)
-        self.bias = nn.Parameter(torch.randn(EXPERTS, n)) if bias else None
-
-    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        y = torch.bmm(self.weight[ids], x.unsqueeze(-1)).squeeze(-1)
-        return y if self.bias is None else y + self.bias[ids]
-
-
-class Gated(nn.Module):
-    """Gate and up as linears of their own, of two sizes of numbers, one with a bias."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.router, self.down = nn.Linear(HIDDEN, EXPERTS), Chosen(HIDDEN, INNER, 1, False)
-        self.gate, self.up = Chosen(INNER, HIDDEN, 1, True), Chosen(INNER, HIDDEN, 9, False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        ids = self.router(x).topk(1, -1).indices.reshape(-1)
-        return self.down(F.silu(self.gate(x, ids)) * self.up(x, ids), ids)
-
-
-@pytest.fixture
-def gated() -> Program:
-    torch.manual_seed(0)
-    return capture(Gated().eval(), (torch.randn(8, HIDDEN),), None, ({0: torch.export.Dim("m", max=99)},))
-
-
-@pytest.mark.parametrize("name", ["float32", "w8a8", "w4a16", "w2a8"])
-def test_gate_and_up_are_one_linear(
-    name: str, gated: Program, counts: Callable[[Program], Counter[str]]
-) -> None:
-    apart = PRESETS[name].model_copy(update={"fuse": False})
-    before, _ = run_steps(gated, plan(gated, apart))
-    after, reports = run_steps(gated, plan(gated, PRESETS[name]))
-    assert sum(n for o, n in counts(before).items() if o.startswith("linear_grouped")) == 3
-    assert sum(n for o, n in counts(after).items() if o.startswith("linear_grouped")) == 2
-    (entry,) = applied(reports, "fuse_grouped_linears")
-    assert entry.facts["linears"] == 2
-    inputs = gated.example_args
-    torch.testing.assert_close(after(*inputs), before(*inputs), rtol=1e-5, atol=1e-5)
-
-
-def test_linears_that_are_not_packed_alike_stay_apart(gated: Program) -> None:
-    rule = LayerRule(match="up", weights=WeightFormat(bits=8))
-    _, reports = run_steps(gated, plan(gated, PRESETS["w4a8"].model_copy(update={"layers": [rule]})))
-    assert not applied(reports, "fuse_grouped_linears")
-    refused = [e.reason for r in reports if r.name == "fuse_grouped_linears" for e in r.refused]
-    assert refused == ["2 linears of experts read one value, but are not packed alike"]
-
-
 @pytest.mark.parametrize(("largest", "chosen"), [(0.2, {2, 3, 4}), (0.02, {8})])
 def test_auto_chooses_a_width_of_experts(largest: float, chosen: set[int], program: Program) -> None:
     recipe = Recipe(weights=WeightFormat(format="auto", max_error=largest))
