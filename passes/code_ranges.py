@@ -50,13 +50,13 @@ def quantize_codes(weight: Tensor, name: str, group_size: int, search: str) -> C
     matrix = weight.detach().to(torch.float32)
     multiplier = _tensor_scale(matrix, form)
     table = fitted_table(matrix, group_size) if name == "table4" else None
-    scales = [_scales(g, form, multiplier, table, search) for g in _grouped(matrix, group_size)]
+    scales = [_scales(g, form, multiplier, table, search) for g in grouped(matrix, group_size)]
     scale = torch.cat(scales)
     if form.scale == "float":
         scale, _ = storable_scale(scale, group_size)
     codes = [
         _codes(g, s, form, multiplier, table)[1]
-        for g, s in zip(_grouped(matrix, group_size), scale.split([len(s) for s in scales]), strict=True)
+        for g, s in zip(grouped(matrix, group_size), scale.split([len(s) for s in scales]), strict=True)
     ]
     flat = torch.cat([c.flatten(1)[:, : matrix.shape[1]] for c in codes])
     return CodedMatrix(flat, scale, multiplier, table, name, group_size)
@@ -71,7 +71,7 @@ def relative_error(weight: Tensor, rounded: Tensor) -> float:
 def fitted_table(matrix: Tensor, group_size: int) -> Tensor:
     """The 16 entries, ascending float32, that `matrix` `[N, K]` in groups of `group_size` is best rounded to."""
     values, weights = [], []
-    for g in _grouped(matrix, group_size):
+    for g in grouped(matrix, group_size):
         largest = g.abs().amax(-1, keepdim=True)
         values.append((g / torch.where(largest > 0, largest, 1.0)).flatten())
         weights.append(largest.double().square().expand_as(g).flatten())
@@ -114,7 +114,7 @@ def _tensor_scale(matrix: Tensor, form: ElementFormat) -> float:
     return float(scale) if float(scale) > 0 else 1.0
 
 
-def _grouped(matrix: Tensor, group_size: int) -> Iterator[Tensor]:
+def grouped(matrix: Tensor, group_size: int) -> Iterator[Tensor]:
     """Chunks of rows as `[rows, G, group]`; the last group is filled up with zeros."""
     n, k = matrix.shape
     size = group_size or k

@@ -16,11 +16,9 @@ Refused: weights that lie on no such grid, and what `layers.selected` refuses.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from torch import Tensor, fx
 
-from ..compiler.dialect import dequantize_weight
 from ..compiler.dialect.packing import storable_scale
 from ..compiler.dialect.packing_coded import CodedMatrix
 from ..compiler.editor import Editor
@@ -28,8 +26,9 @@ from ..compiler.passes import Guarantee, define_pass
 from ..compiler.recipe import GROUP_SIZES, Kind, Recipe, WeightFormat
 from .code_ranges import relative_error
 from .grids import element_grid, integer_grid, significant_bits
-from .layers import Layer, check_finite, constant_name, packed_bytes, selected, set_argument
+from .layers import Layer, check_finite, packed_bytes, selected, set_argument
 from .quantize_coded import coded_call
+from .quantize_weights import integer_call
 from .ranges import QuantizedMatrix, dequantized
 
 _INTEGER_GROUPS = (0, 128, 64, 32)
@@ -151,14 +150,4 @@ def _write(
         scale, _ = storable_scale(scale, form.group_size)
     stored = QuantizedMatrix(found.codes, scale, found.zero, 0.0)
     error = relative_error(weight, dequantized(stored, form.group_size).reshape(weight.shape))
-    tensors: dict[str, Any] = {"codes": stored.codes, "scale": stored.scale, "zero": stored.zero}
-    if layer.is_grouped:
-        experts = weight.shape[0]
-        tensors = {part: None if t is None else t.unflatten(0, (experts, -1)) for part, t in tensors.items()}
-    parts = {
-        part: editor.constant(tensor, constant_name(editor, layer.weight, part))
-        for part, tensor in tensors.items()
-        if tensor is not None
-    }
-    constants = (parts["codes"], parts["scale"], parts.get("zero"))
-    return editor.call(dequantize_weight.overload, *constants, form.group_size, like=layer.node), error
+    return integer_call(editor, layer, stored, form.group_size), error

@@ -19,15 +19,12 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..compiler.dialect.element_formats import FORMATS, ElementFormat, decode, encode
 from ..compiler.dialect.packing import code_range
 from ..compiler.dialect.packing_coded import CodedMatrix
+from .code_ranges import grouped
 from .ranges import QuantizedMatrix
-
-CHUNK = 1 << 20
-"""Elements of a matrix that are searched at a time."""
 
 _SAMPLES = (2, 64)
 """Groups that are tried before all of them."""
@@ -168,33 +165,26 @@ def _by_power(groups: Tensor, steps: float) -> Tensor:
     return torch.ldexp(torch.ones(len(groups)), exponent) / steps
 
 
-def _grouped(matrix: Tensor, group_size: int, rows: int) -> Iterator[Tensor]:
-    """Chunks of rows as float32 `[rows, G, size]`; the last group is filled up with zeros, a level of every format."""
-    size = group_size or matrix.shape[1]
-    for chunk in matrix.split(max(1, rows)):
-        padded = F.pad(chunk.to(torch.float32), (0, -chunk.shape[1] % size))
-        yield padded.reshape(len(chunk), -1, size)
-
-
 def _with_scales(matrix: Tensor, group_size: int, scale: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    rows = max(1, CHUNK // matrix.shape[1])
-    yield from zip(_grouped(matrix, group_size, rows), scale.split(rows), strict=True)
+    row = 0
+    for g in grouped(matrix, group_size):
+        yield g, scale[row : row + len(g)]
+        row += len(g)
 
 
 def _scales(matrix: Tensor, group_size: int, levels: _Levels, precision: int) -> Tensor | None:
     """Scales `[N, G]`, or None where some group lies on no grid."""
     if not matrix.numel():
         return None
-    rows = max(1, CHUNK // matrix.shape[1])
     size = group_size or matrix.shape[1]
     for count in _SAMPLES:
         wanted = min(count, max(1, _SAMPLED // size))
         step = max(1, matrix.shape[0] // wanted)
-        sample = torch.cat([g[:, 0] for g in _grouped(matrix[::step][:wanted], group_size, rows)])
+        sample = torch.cat([g[:, 0] for g in grouped(matrix[::step][:wanted], group_size)])
         if _fit(sample, levels, precision) is None:
             return None
     found = []
-    for g in _grouped(matrix, group_size, rows):
+    for g in grouped(matrix, group_size):
         scale = _fit(g.flatten(0, 1), levels, precision)
         if scale is None:
             return None

@@ -39,8 +39,8 @@ from .layers import (
     selected,
     set_argument,
 )
-from .outliers import quantize_with_outliers, wants_outliers
-from .ranges import quantize_matrix
+from .outliers import Outliers, quantize_with_outliers, wants_outliers
+from .ranges import QuantizedMatrix, quantize_matrix
 from .solve_gptq import Read, input_products, solve_gptq_of_all
 
 Progress = Callable[[int, int], None]
@@ -170,8 +170,7 @@ def _quantize(
 ) -> tuple[fx.Node, dict[str, Any]]:
     weight = editor.tensor(layer.weight)
     assert weight is not None
-    experts = weight.shape[0] if layer.is_grouped else 0
-    matrix = weight.flatten(0, 1) if experts else weight
+    matrix = weight.flatten(0, 1) if layer.is_grouped else weight
     group_size, symmetric = group_size_for(tuple(matrix.shape), chosen), getattr(chosen, "symmetric", True)
     outliers = None
     if wants_outliers(chosen):
@@ -187,22 +186,7 @@ def _quantize(
         )
     if product is not None:
         found = solve_gptq_of_all(matrix, found, product, bits=chosen.bits, group_size=group_size)
-    tensors: dict[str, Tensor | None] = {"codes": found.codes, "scale": found.scale, "zero": found.zero}
-    if experts:
-        tensors = {part: None if t is None else t.unflatten(0, (experts, -1)) for part, t in tensors.items()}
-    if outliers is not None:
-        tensors |= {"outlier_places": outliers.places, "outlier_values": outliers.values}
-    parts = {
-        part: editor.constant(tensor, constant_name(editor, layer.weight, part))
-        for part, tensor in tensors.items()
-        if tensor is not None
-    }
-    dense = (parts["codes"], parts["scale"], parts.get("zero"))
-    if outliers is None:
-        call = editor.call(dequantize_weight.overload, *dense, group_size, like=layer.node)
-    else:
-        beside = (parts["outlier_places"], parts["outlier_values"], outliers.multiplier)
-        call = editor.call(dequantize_outliers.overload, *dense, *beside, group_size, like=layer.node)
+    call = integer_call(editor, layer, found, group_size, outliers)
     facts = {
         "kind": layer.kind,
         "shape": list(weight.shape),
@@ -218,6 +202,30 @@ def _quantize(
     if outliers is not None:
         facts["outliers"] = outliers.count / max(weight.numel(), 1)
     return call, facts
+
+
+def integer_call(
+    editor: Editor, layer: Layer, found: QuantizedMatrix, group_size: int, outliers: Outliers | None = None
+) -> fx.Node:
+    """A call in front of the layer that decodes new constants, named after its weight; of experts one behind the other
+    in `found`."""
+    tensors: dict[str, Tensor | None] = {"codes": found.codes, "scale": found.scale, "zero": found.zero}
+    weight = editor.tensor(layer.weight)
+    if layer.is_grouped and weight is not None:
+        sizes = (weight.shape[0], -1)
+        tensors = {part: None if t is None else t.unflatten(0, sizes) for part, t in tensors.items()}
+    if outliers is not None:
+        tensors |= {"outlier_places": outliers.places, "outlier_values": outliers.values}
+    parts = {
+        part: editor.constant(tensor, constant_name(editor, layer.weight, part))
+        for part, tensor in tensors.items()
+        if tensor is not None
+    }
+    dense = (parts["codes"], parts["scale"], parts.get("zero"))
+    if outliers is None:
+        return editor.call(dequantize_weight.overload, *dense, group_size, like=layer.node)
+    beside = (parts["outlier_places"], parts["outlier_values"], outliers.multiplier)
+    return editor.call(dequantize_outliers.overload, *dense, *beside, group_size, like=layer.node)
 
 
 def _describe(chosen: Any, facts: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..compiler.canonicalize.integer_values import Bounds
+from ..compiler.canonicalize.integer_values import Bounds, clamp_bounds
 from ..compiler.canonicalize.match import (
     ADDITIONS,
     CASTS,
@@ -29,6 +29,7 @@ from ..compiler.canonicalize.match import (
     is_float,
     operands,
     scalar,
+    uncast,
 )
 from ..compiler.editor import Editor
 from ..compiler.graph import argument, dtype, shape
@@ -122,7 +123,7 @@ class _Reader:
         self.editor, self.bounds = editor, Bounds(editor)
 
     def read(self, node: fx.Node) -> Rounding | str | None:
-        inside = _uncast(operands(node)[0])
+        inside = uncast(operands(node)[0])
         starts = [(inside, Term())]
         if is_call(inside, *ADDITIONS, *SUBTRACTIONS) and argument(inside, "alpha") == 1:
             first, second = operands(inside)[:2]
@@ -186,7 +187,7 @@ class _Reader:
         if state.scaled and not is_call(user, *MULTIPLICATIONS, *DIVISIONS):
             return None
         if is_call(user, *_CLAMPS):
-            return self._clamped(state, *_clamp_bounds(user)) if operands(user)[0] is value else None
+            return self._clamped(state, *clamp_bounds(user)) if operands(user)[0] is value else None
         if not is_call(
             user,
             *ADDITIONS,
@@ -270,24 +271,8 @@ class _Reader:
         return Scale(1.0, ((operand, 1),))
 
 
-def _uncast(node: Any) -> Any:
-    return (
-        operands(node)[0]
-        if is_call(node, *CASTS) and is_float(node) and is_float(operands(node)[0])
-        else node
-    )
-
-
 def _peeled(operand: Any) -> Any:
     """The value behind views and casts between floats, which hold the same numbers."""
-    while is_call(operand, *_PEELED) or _uncast(operand) is not operand:
+    while is_call(operand, *_PEELED) or uncast(operand) is not operand:
         operand = operands(operand)[0]
     return operand
-
-
-def _clamp_bounds(node: fx.Node) -> tuple[Any, Any]:
-    if is_call(node, aten.clamp_min.default):
-        return operands(node)[1], None
-    if is_call(node, aten.clamp_max.default):
-        return None, operands(node)[1]
-    return argument(node, "min"), argument(node, "max")

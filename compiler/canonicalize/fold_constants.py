@@ -33,8 +33,6 @@ _STEPS = {
     torch.ops.aten.ceil,
     torch.ops.aten.trunc,
     torch.ops.aten.sign,
-    torch.ops.aten.fake_quantize_per_tensor_affine,
-    torch.ops.aten.fake_quantize_per_channel_affine,
 }
 """Operators with float results that are not continuous."""
 

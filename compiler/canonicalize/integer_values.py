@@ -125,7 +125,7 @@ class Bounds:
         if is_call(node, aten.neg.default):
             return -high, -low, whole
         if is_call(node, *_CLAMPS):
-            least, most = _clamp_bounds(node)
+            least, most = clamp_bounds(node)
             a, b = self.of(-math.inf if least is None else least), self.of(math.inf if most is None else most)
             whole = whole and (least is None or a[2]) and (most is None or b[2])
             return min(max(low, a[0]), b[1]), min(max(high, a[1]), b[1]), whole
@@ -277,7 +277,8 @@ def _integers(kind: torch.dtype | None) -> tuple[int, int]:
     return held.min, held.max
 
 
-def _clamp_bounds(node: fx.Node) -> tuple[Any, Any]:
+def clamp_bounds(node: fx.Node) -> tuple[Any, Any]:
+    """What a clamp or relu keeps values above and below; None: nothing."""
     if is_call(node, aten.relu.default):
         return 0, None
     if is_call(node, aten.clamp_min.default):

@@ -30,6 +30,12 @@ class Together(nn.Module):
         return tuple(f(*inputs) for f in self.functions)
 
 
+def signals(generator: torch.Generator, batch: int, channels: int, length: int) -> tuple[Tensor, Tensor]:
+    """Values `[batch, channels, length]` and `[batch, channels, length, 7]`."""
+    sizes = (batch, channels, length)
+    return torch.randn(sizes, generator=generator), torch.randn((*sizes, 7), generator=generator)
+
+
 def check(
     execute: Callable[..., Executor],
     functions: Sequence[Function],
@@ -207,11 +213,6 @@ def test_convolutions(execute: Callable[..., Executor]) -> None:
     one, depthwise, transposed, two, bias = weights
     longer = Dim("length", min=8, max=512)
 
-    def inputs(batch: int, length: int) -> tuple[Tensor, Tensor]:
-        return torch.randn(batch, 4, length, generator=generator), torch.randn(
-            batch, 4, length, 7, generator=generator
-        )
-
     functions: list[Function] = [
         lambda x, z: F.conv1d(x, one, padding=1), lambda x, z: F.conv1d(x, one, stride=2, dilation=2),
         lambda x, z: F.conv1d(x, one, padding="same"), lambda x, z: F.conv1d(x.repeat(1, 2, 1), depthwise, groups=8),
@@ -226,7 +227,7 @@ def test_convolutions(execute: Callable[..., Executor]) -> None:
     check(
         execute,
         functions,
-        [inputs(2, 9), inputs(3, 14)],
+        [signals(generator, 2, 4, 9), signals(generator, 3, 4, 14)],
         ({0: BATCH, 2: longer}, {0: BATCH, 2: longer}),
         1e-5,
     )
@@ -235,11 +236,6 @@ def test_convolutions(execute: Callable[..., Executor]) -> None:
 def test_pooling_and_resizing(execute: Callable[..., Executor]) -> None:
     generator = torch.Generator().manual_seed(2)
     longer = torch.export.Dim("longer", min=5)
-
-    def inputs(batch: int, length: int) -> tuple[Tensor, Tensor]:
-        return torch.randn(batch, 3, length, generator=generator), torch.randn(
-            batch, 3, length, 7, generator=generator
-        )
 
     functions: list[Function] = [
         lambda x, z: F.avg_pool2d(z, 3, 2, 1, count_include_pad=False),
@@ -257,7 +253,7 @@ def test_pooling_and_resizing(execute: Callable[..., Executor]) -> None:
     check(
         execute,
         functions,
-        [inputs(2, 9), inputs(3, 14)],
+        [signals(generator, 2, 3, 9), signals(generator, 3, 3, 14)],
         ({0: BATCH, 2: longer}, {0: BATCH, 2: longer}),
         1e-5,
     )
@@ -267,7 +263,13 @@ def test_pooling_and_resizing(execute: Callable[..., Executor]) -> None:
         lambda x, z: F.avg_pool2d(z, 3, 2, 1, ceil_mode=True, count_include_pad=False),
         lambda x, z: F.avg_pool2d(z, 2, 3, ceil_mode=True), lambda x, z: F.avg_pool1d(x, 3, 2, 1, True),
     ]  # fmt: skip
-    check(execute, functions, [inputs(2, 9), inputs(3, 9)], ({0: BATCH}, {0: BATCH}), 1e-5)
+    check(
+        execute,
+        functions,
+        [signals(generator, 2, 3, 9), signals(generator, 3, 3, 9)],
+        ({0: BATCH}, {0: BATCH}),
+        1e-5,
+    )
 
 
 def test_convolutions_with_rows_of_any_length(execute: Callable[..., Executor]) -> None:
